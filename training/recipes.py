@@ -1,0 +1,58 @@
+"""The two recipes: `full` for a GPU and about 25 minutes, `cpu` for two cores and a few hours."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from training.nouns import NOUNS, VOC_NOUNS, Noun
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes and budgets. Budgets are minutes of training, so a slower machine trains less, not longer."""
+
+    name: str
+    nouns: tuple[Noun, ...]
+    counts: tuple[float, ...]  # share of scenes with 1, 2, ... objects
+    size: int  # pixels
+    vae_widths: tuple[int, ...]
+    latent_channels: int
+    unet_widths: tuple[int, int, int]
+    unet_layers: int
+    heads: int
+    text_width: int
+    scenes: int  # latents made once
+    vae_scenes: int
+    vae_minutes: float
+    vae_batch: int
+    unet_minutes: float
+    unet_batch: int
+    vae_rate: float
+    unet_rate: float
+    annotator_scenes: int
+    annotator_minutes: float
+    unet_samples: int  # length of the learning rate schedule
+
+    @property
+    def latent_size(self) -> int:
+        return self.size // 2 ** (len(self.vae_widths) - 1)
+
+
+CPU = Recipe(
+    name="cpu", nouns=VOC_NOUNS, counts=(0.2, 0.45, 0.35), size=128,
+    vae_widths=(16, 32, 64, 96), latent_channels=8,
+    unet_widths=(64, 96, 160), unet_layers=1, heads=4, text_width=256,
+    scenes=20_000, vae_scenes=6_000, vae_minutes=12, vae_batch=16, vae_rate=2e-3,
+    unet_minutes=45, unet_batch=32, unet_rate=6e-4, unet_samples=250_000,
+    annotator_scenes=6_000, annotator_minutes=7,
+)  # fmt: skip
+
+FULL = Recipe(
+    name="full", nouns=NOUNS, counts=(0.2, 0.4, 0.3, 0.1), size=256,
+    vae_widths=(48, 96, 160, 192), latent_channels=8,
+    unet_widths=(160, 320, 480), unet_layers=1, heads=8, text_width=384,
+    scenes=150_000, vae_scenes=30_000, vae_minutes=5, vae_batch=64, vae_rate=1e-3,
+    unet_minutes=14, unet_batch=512, unet_rate=6e-4, unet_samples=6_000_000,
+    annotator_scenes=20_000, annotator_minutes=2,
+)  # fmt: skip
+
+RECIPES = {recipe.name: recipe for recipe in (CPU, FULL)}

@@ -1,0 +1,363 @@
+"""Make `models/emoji-voc` from nothing: `python -m training.train cpu` (or `full`, on a GPU).
+
+Four stages, each resumed from its own checkpoint under `training/work/<recipe>`: autoencoder, latents,
+UNet with text encoder, annotator; then the pipeline folder is written. `--minutes` adds to the UNet's
+budget on a later run; `--stop-after` ends a call cleanly before a time limit. No mask is ever seen by
+the diffusion model: only the annotator reads label maps.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers.training_utils import EMAModel, compute_snr
+from einops import rearrange
+from PIL import Image
+
+from training import annotator, model, world
+from training.recipes import RECIPES, Recipe
+
+HERE = Path(__file__).parent
+CHUNK = 2000  # scenes a latent file
+CAPTION_DROP = 0.1
+MIN_SNR = 5.0
+
+
+class Clock:
+    """Wall-clock budget of one call, shared by its stages."""
+
+    def __init__(self, stop_after: float) -> None:
+        self.end = time.monotonic() + stop_after
+
+    def over(self) -> bool:
+        return time.monotonic() >= self.end
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast() -> torch.autocast:
+    return torch.autocast(device().type, torch.bfloat16)
+
+
+def _render(seed: int, recipe: Recipe) -> tuple[np.ndarray, np.ndarray, str]:
+    made = world.scene(seed, recipe.size, recipe.nouns, recipe.counts)
+    return made.image, made.labels, made.caption
+
+
+def render(seeds: range, recipe: Recipe, pool: ProcessPoolExecutor) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Images uint8 [N, S, S, 3], label maps uint8 [N, S, S] and captions of a range of seeds."""
+    images, labels, captions = zip(*pool.map(partial(_render, recipe=recipe), seeds, chunksize=64))
+    return np.stack(images), np.stack(labels), list(captions)
+
+
+def to_tensor(images: np.ndarray) -> torch.Tensor:
+    """uint8 [N, H, W, 3] to float32 [N, 3, H, W] in [-1, 1] on the device."""
+    return rearrange(torch.from_numpy(images).to(device()), "n h w c -> n c h w").float() / 127.5 - 1
+
+
+def save(path: Path, state: dict) -> None:
+    """Beside and renamed, so that a call ended half-way leaves the last good checkpoint."""
+    torch.save(state, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
+
+
+def batches(count: int, size: int, seed: int) -> Iterator[np.ndarray]:
+    """Index batches without end, each pass in a new order."""
+    rng = np.random.default_rng(seed)
+    while True:
+        order = rng.permutation(count)
+        yield from (order[start : start + size] for start in range(0, count - size + 1, size))
+
+
+def crops(images: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
+    """The same random window of every image of a batch: four times the steps of whole images at the same cost."""
+    top, left = rng.integers(0, images.shape[1] - side + 1, 2)
+    return images[:, top : top + side, left : left + side]
+
+
+def edges(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return images.diff(dim=-1), images.diff(dim=-2)
+
+
+def reconstruction_loss(made: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """L1 on pixels and on their differences at two scales: sharp outlines without a perceptual network."""
+    loss = F.l1_loss(made, image)
+    for scale in (1, 2):
+        pair = [F.avg_pool2d(picture, scale) if scale > 1 else picture for picture in (made, image)]
+        loss = loss + 0.5 * sum(F.l1_loss(ours, theirs) for ours, theirs in zip(edges(pair[0]), edges(pair[1])))
+    return loss
+
+
+def rate_at(progress: float, warmup: float = 0.02, floor: float = 0.03) -> float:
+    """Linear warm-up, then a cosine to `floor`, as a factor of the peak rate."""
+    if progress < warmup:
+        return progress / warmup
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def train_autoencoder(recipe: Recipe, work: Path, pool: ProcessPoolExecutor, clock: Clock) -> bool:
+    """True when its minutes are spent; the checkpoint then holds the latents' scale too."""
+    path, vae = work / "vae.pt", model.autoencoder(recipe).to(device())
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.vae_rate, betas=(0.9, 0.98), weight_decay=1e-4)
+    state = torch.load(path, weights_only=True) if path.exists() else {"spent": 0.0, "samples": 0}
+    if state["spent"] >= recipe.vae_minutes * 60:
+        return True
+    if "vae" in state:
+        vae.load_state_dict(state["vae"])
+        optimizer.load_state_dict(state["optimizer"])
+    images = render(range(world.HELD_OUT // 2, world.HELD_OUT // 2 + recipe.vae_scenes), recipe, pool)[0]
+    begun = saved = time.monotonic()
+    spent, samples = state["spent"], state["samples"]
+    rng = np.random.default_rng(samples)
+    for step, batch in enumerate(batches(len(images), recipe.vae_batch, samples)):
+        now = spent + time.monotonic() - begun
+        progress = now / (recipe.vae_minutes * 60)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.vae_rate * rate_at(progress)
+        # Whole images at the end: group normalisation sees the statistics it will meet in use.
+        whole = progress > 0.85
+        picture = to_tensor(images[batch[: len(batch) // 4]] if whole else crops(images[batch], recipe.size // 2, rng))
+        with autocast():
+            posterior = vae.encode(picture).latent_dist
+            made = vae.decode(posterior.sample()).sample.float()
+        loss = reconstruction_loss(made, picture) + 1e-5 * posterior.kl().mean() / posterior.mean[0].numel()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        samples += len(batch)
+        done = now >= recipe.vae_minutes * 60
+        if step % 100 == 0:
+            print(f"vae {now / 60:5.1f} min {samples} images  L1 {F.l1_loss(made, picture).item() * 127.5:.2f}/255", flush=True)
+        if done or clock.over() or time.monotonic() - saved > 120:
+            saved = time.monotonic()
+            save(path, {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "spent": now, "samples": samples})
+        if done or clock.over():
+            return done
+    raise AssertionError("batches() has no end")
+
+
+def load_autoencoder(recipe: Recipe, work: Path) -> torch.nn.Module:
+    vae = model.autoencoder(recipe).to(device()).eval()
+    vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True, map_location="cpu")["vae"])
+    return vae
+
+
+@torch.no_grad()
+def make_latents(recipe: Recipe, work: Path, pool: ProcessPoolExecutor, clock: Clock) -> bool:
+    """Latent means float16 and captions, a file per CHUNK scenes; files that are there already are kept."""
+    vae = load_autoencoder(recipe, work)
+    for first in range(0, recipe.scenes, CHUNK):
+        path = work / f"latents_{first // CHUNK:04d}.npz"
+        if path.exists():
+            continue
+        if clock.over():
+            return False
+        images, _, captions = render(range(first, first + CHUNK), recipe, pool)
+        with autocast():
+            means = [vae.encode(to_tensor(part)).latent_dist.mean.half().cpu() for part in np.split(images, CHUNK // 50)]
+        np.savez(path.with_suffix(".part.npz"), latents=torch.cat(means).numpy(), captions=np.array(captions))
+        path.with_suffix(".part.npz").replace(path)
+        print(f"latents {first + CHUNK}/{recipe.scenes}", flush=True)
+    return True
+
+
+def load_latents(work: Path) -> tuple[torch.Tensor, list[str]]:
+    files = [np.load(path) for path in sorted(work.glob("latents_*[0-9].npz"))]
+    return torch.from_numpy(np.concatenate([file["latents"] for file in files])), [
+        str(caption) for file in files for caption in file["captions"]
+    ]
+
+
+def scale_of(latents: torch.Tensor) -> float:
+    """The factor that brings latents to unit deviation, the pipeline's `scaling_factor`."""
+    return 1.0 / latents[:4000].float().std().item()
+
+
+def velocity_loss(unet, noisy: torch.Tensor, context: torch.Tensor, times: torch.Tensor, target: torch.Tensor, snr: torch.Tensor) -> torch.Tensor:
+    """v-prediction with min-SNR weights (Hang et al. 2023; for v the weight is min(SNR, 5) / (SNR + 1))."""
+    with autocast():
+        made = unet(noisy, times, context).sample
+    error = F.mse_loss(made.float(), target, reduction="none").mean(dim=(1, 2, 3))
+    return (error * snr.clamp(max=MIN_SNR) / (snr + 1)).mean()
+
+
+def train_unet(recipe: Recipe, work: Path, minutes: float, clock: Clock) -> bool:
+    """UNet and text encoder together, with an exponential moving average of both."""
+    path, scheduler = work / "unet.pt", model.train_scheduler()
+    latents, captions = load_latents(work)
+    scale = scale_of(latents)
+    latents = (latents.float() * scale).to(device())
+    words = model.tokenizer(world.all_words(recipe.nouns))
+    tokens = words(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device())
+    empty = words("", padding="max_length", return_tensors="pt").input_ids.to(device())
+    unet, encoder = model.unet(recipe).to(device()), model.text_encoder(words, recipe.text_width).to(device())
+    weights = [*unet.parameters(), *encoder.parameters()]
+    optimizer = torch.optim.AdamW(weights, lr=recipe.unet_rate, betas=(0.9, 0.99), weight_decay=1e-3)
+    average = EMAModel(weights, decay=0.9995, use_ema_warmup=True, power=0.75)
+    state = {"spent": 0.0, "samples": 0}
+    if path.exists():
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        unet.load_state_dict(state["unet"])
+        encoder.load_state_dict(state["encoder"])
+        optimizer.load_state_dict(state["optimizer"])
+        average.load_state_dict(state["average"])
+    average.to(device())
+    spent, samples, losses = state["spent"], state["samples"], []
+    begun = saved = time.monotonic()
+    for step, batch in enumerate(batches(len(latents), recipe.unet_batch, samples)):
+        now = spent + time.monotonic() - begun
+        done = now >= minutes * 60
+        if done or clock.over() or time.monotonic() - saved > 120:
+            saved = time.monotonic()
+            save(path, {
+                "unet": unet.state_dict(), "encoder": encoder.state_dict(), "optimizer": optimizer.state_dict(),
+                "average": average.state_dict(), "spent": now, "samples": samples, "scale": scale,
+            })  # fmt: skip
+        if done or clock.over():
+            return done
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.unet_rate * rate_at(samples / recipe.unet_samples, warmup=0.01, floor=0.1)
+        index = torch.from_numpy(batch).to(device())
+        ids = torch.where(torch.rand(len(batch), 1, device=device()) < CAPTION_DROP, empty, tokens[index])
+        clean = latents[index]
+        noise = torch.randn_like(clean)
+        times = torch.randint(0, scheduler.config.num_train_timesteps, (len(batch),), device=device())
+        noisy, target = scheduler.add_noise(clean, noise, times), scheduler.get_velocity(clean, noise, times)
+        loss = velocity_loss(unet, noisy, encoder(ids)[0], times, target, compute_snr(scheduler, times))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        average.step(weights)
+        samples += len(batch)
+        losses.append(loss.item() if step % 10 == 0 else losses[-1])
+        if step % 200 == 199:
+            print(f"unet {now / 60:5.1f} min {samples} samples {samples / max(now, 1):.1f}/s  loss {np.mean(losses[-200:]):.4f}", flush=True)
+    raise AssertionError("batches() has no end")
+
+
+@torch.no_grad()
+def generator_look(vae: torch.nn.Module, images: np.ndarray, noise: float) -> np.ndarray:
+    """The same pictures as the autoencoder would show them, from slightly wrong latents."""
+    made = []
+    for part in np.array_split(images, max(len(images) // 50, 1)):
+        with autocast():
+            latents = vae.encode(to_tensor(part)).latent_dist.mean
+            latents = latents + noise * latents.std() * torch.rand(len(part), 1, 1, 1, device=latents.device) * torch.randn_like(latents)
+            decoded = vae.decode(latents).sample.float()
+        made.append(((decoded.clamp(-1, 1) + 1) * 127.5).byte().permute(0, 2, 3, 1).cpu().numpy())
+    return np.concatenate(made)
+
+
+def voc_only(labels: np.ndarray) -> np.ndarray:
+    return np.where(labels < annotator.CLASSES, labels, 0).astype(np.uint8)
+
+
+def train_annotator(recipe: Recipe, work: Path, pool: ProcessPoolExecutor, clock: Clock) -> bool:
+    """Supervised segmentation on exact label maps; writes the network and its held-out figures."""
+    folder = work / "annotator"
+    if folder.exists():
+        return True
+    if clock.over():
+        return False
+    vae = load_autoencoder(recipe, work)
+    first = world.HELD_OUT // 4
+    images, labels, _ = render(range(first, first + recipe.annotator_scenes), recipe, pool)
+    images = np.concatenate([images, generator_look(vae, images[: len(images) // 2], 0.35)])
+    labels = torch.from_numpy(voc_only(np.concatenate([labels, labels[: len(labels) // 2]]))).to(device())
+    network = annotator.build().to(device())
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-3)
+    begun = time.monotonic()
+    for step, batch in enumerate(batches(len(images), 16, 0)):
+        progress = (time.monotonic() - begun) / (recipe.annotator_minutes * 60)
+        if progress >= 1:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * rate_at(progress)
+        index = torch.from_numpy(batch).to(device())
+        with autocast():
+            scores = annotator.logits(network, annotator.vary(to_tensor(images[batch])))
+        loss = F.cross_entropy(scores.float(), labels[index].long())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if step % 100 == 0:
+            print(f"annotator {progress:4.0%} {step * 16} images  loss {loss.item():.4f}", flush=True)
+    figures = {}
+    images, labels, _ = render(range(world.HELD_OUT, world.HELD_OUT + 400), recipe, pool)
+    for name, shown in (("rendered", images), ("reconstructed", generator_look(vae, images, 0.0))):
+        made = np.concatenate([annotator.annotate(network, [Image.fromarray(image) for image in part]) for part in np.array_split(shown, 20)])
+        figures[name] = float(np.nanmean(annotator.intersection_over_union(made, voc_only(labels))))
+    print("annotator mIoU", figures, flush=True)
+    network.cpu().half().save_pretrained(folder)
+    (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    return True
+
+
+def write_pipeline(recipe: Recipe, work: Path, out: Path) -> None:
+    """The averaged weights as an ordinary diffusers folder, float16, no file above 15 MB."""
+    state = torch.load(work / "unet.pt", weights_only=True, map_location="cpu")
+    words = model.tokenizer(world.all_words(recipe.nouns))
+    unet, encoder = model.unet(recipe), model.text_encoder(words, recipe.text_width)
+    average = EMAModel([*unet.parameters(), *encoder.parameters()])
+    average.load_state_dict(state["average"])
+    average.copy_to([*unet.parameters(), *encoder.parameters()])
+    vae = load_autoencoder(recipe, work).cpu()
+    vae.register_to_config(scaling_factor=state["scale"])
+    for part, name in ((vae, "vae"), (unet, "unet")):
+        shutil.rmtree(out / name, ignore_errors=True)
+    pipe = model.pipeline(vae.half(), encoder.half(), words, unet.half())
+    pipe.save_pretrained(out, max_shard_size="15MB")
+    facts = {
+        "recipe": recipe.name, "unet_samples": state["samples"], "unet_minutes": round(state["spent"] / 60, 1),
+        "vae_images": torch.load(work / "vae.pt", weights_only=True, map_location="cpu")["samples"],
+        "vae_minutes": recipe.vae_minutes, "scenes": recipe.scenes, "size": recipe.size,
+        "latent_size": recipe.latent_size, "latent_channels": recipe.latent_channels, "device": device().type,
+        "unet_parameters": model.parameters(unet), "vae_parameters": model.parameters(vae),
+    }  # fmt: skip
+    (out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
+    if (work / "annotator").exists():
+        shutil.copytree(work / "annotator", annotator.FOLDER, dirs_exist_ok=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", choices=RECIPES)
+    parser.add_argument("--minutes", type=float, help="minutes of UNet training in all, instead of the recipe's")
+    parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds after which this call saves and ends")
+    parser.add_argument("--work", type=Path, help="folder of checkpoints (default training/work/<recipe>)")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "models" / "emoji-voc")
+    options = parser.parse_args()
+    recipe, clock = RECIPES[options.recipe], Clock(options.stop_after)
+    work = options.work or HERE / "work" / recipe.name
+    work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(int(time.time()))
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        done = (
+            train_autoencoder(recipe, work, pool, clock)
+            and make_latents(recipe, work, pool, clock)
+            and train_unet(recipe, work, options.minutes or recipe.unet_minutes, clock)
+            and train_annotator(recipe, work, pool, clock)
+        )
+    if (work / "unet.pt").exists():
+        write_pipeline(recipe, work, options.out)
+    print("done" if done else "stopped: call again to go on", flush=True)
+
+
+if __name__ == "__main__":
+    main()
