@@ -1,0 +1,478 @@
+"""One image and its maps, from settings to files: what the command line and the app share.
+
+`generate` is the costly half (an image and its recording), `ask` the cheap one (maps and masks of any words),
+`save` and `load_settings` the way to the disk and back. Nothing here knows attention: that is recorder.py and
+heatmap.py; nothing here knows Gradio.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+import tempfile
+import time
+import unicodedata
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from PIL import Image
+
+from . import plot
+from .heatmap import attribute, resize
+from .mask import label_map, make_masks
+from .pipeline import defaults_for
+from .recorder import Recording, record
+from .text import Attribution, attribute_sentence, attribute_words, parse_words, words_in_sentence
+
+MAX_PROMPT = 2000  # characters, before the text encoder's own limit is looked at
+MAX_STEPS = 200
+MAX_GUIDANCE = 30.0
+MAX_SEED = 2**32 - 1
+MIN_SIDE = 64
+SIDE_MULTIPLE = 8
+
+FORMAT = "ovam-generate/1"
+SETTINGS_FILE = "settings.json"
+
+
+class Stopped(Exception):
+    """The caller asked to stop; `steps` denoising steps of `total` were done and no image was made."""
+
+    def __init__(self, steps: int, total: int):
+        super().__init__(f"Stopped after {steps} of {total} steps.")
+        self.steps, self.total = steps, total
+
+
+# --------------------------------------------------------------------------------------------- settings
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """What makes an image. `validate` must pass before `generate` takes it.
+
+    prompt, negative_prompt: text. seed: 0 to 2**32 - 1. steps: denoising steps, 1 to 200. guidance: classifier-free
+    guidance scale, 0 to 30; 1 and less switch it off. width, height: pixels, multiples of 8, 64 to the model's limit.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    seed: int = 0
+    steps: int = 25
+    guidance: float = 4.0
+    width: int = 128
+    height: int = 128
+
+    @classmethod
+    def for_model(cls, pipe: Any, prompt: str, **given: Any) -> GenerateSettings:
+        """Settings with the model's own defaults in place of whatever is not given, or given as None."""
+        defaults = defaults_for(pipe)
+        own = {
+            "steps": defaults.steps,
+            "guidance": defaults.guidance,
+            "width": defaults.width,
+            "height": defaults.height,
+        }
+        return cls(prompt=prompt, **{**own, **{key: value for key, value in given.items() if value is not None}})
+
+    def validate(self, pipe: Any) -> None:
+        """Raises ValueError, one sentence, where this model cannot make an image of these settings."""
+        _text("The prompt", self.prompt, MAX_PROMPT)
+        if not self.prompt.strip():
+            raise ValueError("The prompt is empty; describe the picture in a few words.")
+        _text("The negative prompt", self.negative_prompt, MAX_PROMPT)
+        for name, text in (("prompt", self.prompt), ("negative prompt", self.negative_prompt)):
+            _fits_encoder(pipe, name, text)
+        _whole("The seed", self.seed, 0, MAX_SEED)
+        _whole("The number of steps", self.steps, 1, MAX_STEPS)
+        _number("The guidance scale", self.guidance, 0.0, MAX_GUIDANCE)
+        largest = defaults_for(pipe).max_size
+        for name, side in (("width", self.width), ("height", self.height)):
+            _whole(f"The {name}", side, MIN_SIDE, largest)
+            if side % SIDE_MULTIPLE:
+                below = side - side % SIDE_MULTIPLE
+                raise ValueError(
+                    f"The {name} is {side} pixels, which is not a multiple of {SIDE_MULTIPLE}; {below} would do."
+                )
+
+
+@dataclass(frozen=True)
+class MapSettings:
+    """What is asked of a recording. Words, or a sentence, or words to be found in a sentence.
+
+    words: each attributed alone, in `template`, so that no word's map depends on its neighbours. sentence: a full
+    attribution sentence, its tokens jointly; with words, the maps of those words within it, without, of every token.
+    tau: threshold of Eq. 9, 0 to 1. alpha: floor of the self-attention map of Eq. 8, 0 to 1 (1 leaves it out).
+    crf: refine masks with a dense CRF. steps: indices of denoising steps to use, None for all. resolutions: larger
+    sides of the attention grids to use, None for the model's own choice.
+    """
+
+    words: tuple[str, ...] = ()
+    sentence: str = ""
+    tau: float = 0.4
+    alpha: float = 0.85
+    crf: bool = True
+    steps: tuple[int, ...] | None = None
+    resolutions: tuple[int, ...] | None = None
+    template: str = "{}"
+
+    @classmethod
+    def from_text(cls, words: str = "", sentence: str = "", **rest: Any) -> MapSettings:
+        """From what people type: comma separated words, a sentence, or both. ValueError if there is neither."""
+        _text("The list of words", words, MAX_PROMPT)
+        _text("The attribution sentence", sentence, MAX_PROMPT)
+        sentence = " ".join(sentence.split())
+        parsed = () if sentence and not words.strip() else tuple(parse_words(words))
+        return cls(words=parsed, sentence=sentence, **rest)
+
+    def validate(self) -> None:
+        """Raises ValueError, one sentence, for what no recording could answer."""
+        if not self.words and not self.sentence.strip():
+            raise ValueError("There are no words to look for; give at least one, for example: cat.")
+        _text("The attribution sentence", self.sentence, MAX_PROMPT)
+        if "{}" not in self.template:
+            raise ValueError("The template has no {} where the word goes; write for example: a photo of a {}.")
+        _number("The threshold tau", self.tau, 0.0, 1.0)
+        _number("Alpha", self.alpha, 0.0, 1.0)
+        for step in self.steps or ():
+            _whole("A step to use", step, 0, MAX_STEPS - 1)
+        if self.steps is not None and not self.steps:
+            raise ValueError("No denoising step is chosen; choose at least one.")
+        if self.resolutions is not None and not self.resolutions:
+            raise ValueError("No resolution is chosen; choose at least one.")
+
+
+def _text(name: str, value: Any, limit: int) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is not text.")
+    if len(value) > limit:
+        raise ValueError(f"{name} has {len(value):,} characters; at most {limit:,} are allowed.")
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{name} is {value}; choose a whole number from {low} to {high}.")
+
+
+def _number(name: str, value: Any, low: float, high: float) -> None:
+    real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not real or not math.isfinite(value) or not low <= value <= high:
+        raise ValueError(f"{name} is {value}; choose a number from {low:g} to {high:g}.")
+
+
+def _fits_encoder(pipe: Any, name: str, text: str) -> None:
+    """A pipeline cuts a long prompt and only logs it; the maps would then miss words in silence."""
+    tokenizer = pipe.tokenizer
+    used, limit = len(tokenizer(text).input_ids), tokenizer.model_max_length
+    if used > limit:
+        raise ValueError(
+            f"The {name} has {used - 2} tokens and the text encoder of this model reads {limit - 2}; shorten it."
+        )
+
+
+def parse_numbers(text: str, name: str = "numbers", highest: int = MAX_STEPS - 1) -> tuple[int, ...] | None:
+    """ "0-9, 14" to (0, 1, ..., 9, 14), sorted and without repeats; "" and "all" to None.
+
+    Raises ValueError for anything else, and for a number above `highest` (before a huge range is written out).
+    """
+    if not text.strip() or text.strip().lower() == "all":
+        return None
+    chosen: set[int] = set()
+    for part in re.split(r"[,\s]+", re.sub(r"\s*-\s*", "-", text.strip()).strip(",")):
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
+        if not match:
+            raise ValueError(f"'{part[:40]}' is not a list of {name}; write for example 0-9 or 3,5,8.")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last > highest or first > last:
+            raise ValueError(f"The {name} {part} are not within 0 to {highest} in rising order.")
+        chosen.update(range(first, last + 1))
+    return tuple(sorted(chosen))
+
+
+# ------------------------------------------------------------------------------------- image, then maps
+
+
+@dataclass
+class Generation:
+    """An image with the recording it was made under. `seconds`: wall time of the whole call."""
+
+    image: Image.Image
+    recording: Recording
+    settings: GenerateSettings
+    model: str
+    device: str
+    seconds: float
+    dtype: str = "float32"
+    # The last heatmaps with what they answered: a new threshold needs no new ones.
+    _last: tuple[Any, torch.Tensor] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: the recording, the image and the last maps."""
+        last = 0 if self._last is None else self._last[1].nbytes
+        return self.recording.nbytes + self.image.width * self.image.height * 3 + last
+
+
+@dataclass
+class Maps:
+    """Answers of `ask`. heatmaps: float32 [L, H, W] in [0, 1] at image size; masks: bool [L, H, W]; peaks: maxima."""
+
+    labels: list[str]
+    heatmaps: np.ndarray
+    masks: np.ndarray
+    peaks: list[float]
+
+
+def generate(
+    pipe: Any,
+    settings: GenerateSettings,
+    on_step: Callable[[int, int], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> Generation:
+    """Makes one image under the recorder.
+
+    on_step: called with (steps done, steps in all) after every denoising step, once with 0 before the first.
+    should_stop: asked at every step; where it says True, `Stopped` is raised and nothing is kept.
+    Raises ValueError for settings that `validate` refuses.
+    """
+    settings.validate(pipe)
+    begun = time.perf_counter()
+
+    def after_step(done: int) -> None:
+        if should_stop is not None and should_stop():
+            raise Stopped(done, settings.steps)
+        if on_step is not None:
+            on_step(done, settings.steps)
+
+    def callback(_pipe: Any, step: int, _timestep: Any, values: dict) -> dict:
+        # Some schedulers take a step or two more than asked for.
+        after_step(min(step + 1, settings.steps))
+        return values
+
+    after_step(0)
+    # A generator on the CPU draws the same noise whatever the device.
+    generator = torch.Generator("cpu").manual_seed(settings.seed)
+    with record(pipe) as recorder:
+        images = pipe(
+            settings.prompt,
+            negative_prompt=settings.negative_prompt or None,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            width=settings.width,
+            height=settings.height,
+            generator=generator,
+            callback_on_step_end=callback,
+        ).images
+    return Generation(
+        image=images[0],
+        recording=recorder.recordings[0],
+        settings=settings,
+        model=getattr(pipe, "ovam_name", str(getattr(pipe, "name_or_path", "unknown"))),
+        device=str(pipe._execution_device),
+        seconds=time.perf_counter() - begun,
+        dtype=str(pipe.unet.dtype).removeprefix("torch."),
+    )
+
+
+def attributions(pipe: Any, settings: MapSettings) -> Attribution | list[Attribution]:
+    """The text of the settings as embeddings. Raises ValueError where the text encoder cannot take it."""
+    settings.validate()
+    if not settings.sentence.strip():
+        return attribute_words(pipe, settings.words, template=settings.template)
+    if settings.words:
+        return words_in_sentence(pipe, settings.sentence, settings.words)
+    return attribute_sentence(pipe, settings.sentence)
+
+
+@torch.no_grad()
+def ask(pipe: Any, generation: Generation, settings: MapSettings) -> Maps:
+    """Heatmaps and masks of words, from the recording alone; the image is not made again.
+
+    Raises ValueError for settings that the recording cannot answer (a step or resolution it does not hold).
+    """
+    settings.validate()
+    recording = generation.recording.select(steps=settings.steps, resolutions=settings.resolutions)
+    size = (generation.image.height, generation.image.width)
+    asked = attributions(pipe, settings)
+    parts = [asked] if isinstance(asked, Attribution) else list(asked)
+    labels = _distinct([label for part in parts for label in part.labels])
+
+    question = (settings.words, settings.sentence, settings.template, settings.steps, settings.resolutions)
+    if generation._last is None or generation._last[0] != question:
+        generation._last = (question, attribute(recording, asked))
+    maps = generation._last[1]
+
+    masks = make_masks(recording, maps, generation.image, tau=settings.tau, alpha=settings.alpha, crf=settings.crf)
+    full = resize(maps, size).float().cpu().numpy()
+    return Maps(labels, full, masks, [float(one.max()) for one in full])
+
+
+def _distinct(labels: Sequence[str]) -> list[str]:
+    """A sentence may hold a token twice; galleries, legends and files need names that differ."""
+    seen: dict[str, int] = {}
+    for_all = []
+    for label in labels:
+        seen[label] = seen.get(label, 0) + 1
+        for_all.append(label if seen[label] == 1 else f"{label} ({seen[label]})")
+    return for_all
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+
+def slugs(labels: Sequence[str], longest: int = 40) -> list[str]:
+    """File name parts for words: letters, digits and hyphens only (of any script), distinct, never a way out."""
+    taken: set[str] = set()
+    names = []
+    for label in labels:
+        plain = unicodedata.normalize("NFKC", label).lower()
+        base = re.sub(r"[\W_]+", "-", plain).strip("-")[:longest].strip("-") or "word"
+        name, count = base, 1
+        while name in taken:
+            count += 1
+            name = f"{base}-{count}"
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _npz(maps: Maps) -> bytes:
+    buffer = io.BytesIO()
+    words = np.array(maps.labels, dtype=np.str_)
+    np.savez_compressed(buffer, maps=maps.heatmaps.astype(np.float32), words=words)
+    return buffer.getvalue()
+
+
+def contents(generation: Generation, maps: Maps, settings: MapSettings) -> dict[str, bytes]:
+    """Every file of a result, by name. The same result gives the same bytes: nothing here holds a time or a path."""
+    files = {"image.png": _png(generation.image), "heatmaps.npz": _npz(maps)}
+    vmax = max(maps.peaks)  # one scale for all words, as in the app
+    colors = plot.word_colors(maps.labels)
+    for label, slug, heatmap, mask in zip(maps.labels, slugs(maps.labels), maps.heatmaps, maps.masks, strict=True):
+        files[f"overlay_{slug}.png"] = _png(plot.overlay(generation.image, heatmap, vmax))
+        files[f"mask_{slug}.png"] = _png(plot.mask_image(mask))
+    files["labels.png"] = _png(plot.label_image(label_map(maps.heatmaps, maps.masks)))
+    about = {
+        "format": FORMAT,
+        "model": generation.model,
+        "device": generation.device,
+        "dtype": generation.dtype,
+        "generation": asdict(generation.settings),
+        "maps": asdict(settings),
+        "words": [
+            {"word": label, "label": index, "file": slug, "color": colors[label], "peak": round(peak, 6)}
+            for index, (label, slug, peak) in enumerate(zip(maps.labels, slugs(maps.labels), maps.peaks), start=1)
+        ],
+        "files": sorted([*files, SETTINGS_FILE]),
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+    }
+    files[SETTINGS_FILE] = (json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode()
+    return files
+
+
+def save(folder: str | Path, generation: Generation, maps: Maps, settings: MapSettings) -> list[Path]:
+    """Writes a result into a folder, made if need be; each file is written beside its place and renamed.
+
+    image.png; heatmaps.npz (`maps` float32 [L, H, W] in [0, 1] at image size, `words`); overlay_<word>.png and
+    mask_<word>.png for each word; labels.png (ids in the order of the words, VOC palette); settings.json, from which
+    `python -m ovam_core generate --settings` makes the same bytes on the same machine.
+    Files of an earlier result in the folder that this one does not have are taken away.
+    """
+    folder = make_folder(folder)
+    files = contents(generation, maps, settings)
+    for name in _earlier(folder) - files.keys():
+        (folder / name).unlink(missing_ok=True)
+    for name, data in files.items():
+        _write(folder / name, data)
+    return [folder / name for name in files]
+
+
+def make_folder(folder: str | Path) -> Path:
+    """The folder, made if need be. Raises ValueError if it cannot be made or written to."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or "not possible"
+        raise ValueError(f"Cannot write to the folder '{folder}': {reason.lower()}.") from None
+    return folder
+
+
+def _earlier(folder: Path) -> set[str]:
+    """Overlays and masks that a settings.json in the folder owns up to: only names that `save` itself makes."""
+    try:
+        listed = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))["files"]
+        return {name for name in listed if re.fullmatch(r"(overlay|mask)_[\w-]+\.png", name)}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def _write(path: Path, data: bytes) -> None:
+    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(beside, 0o644)  # mkstemp makes files for the owner alone
+        os.replace(beside, path)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise
+
+
+def save_zip(path: str | Path, generation: Generation, maps: Maps, settings: MapSettings) -> Path:
+    """The same files as `save`, in one zip."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:  # PNG and npz are compressed already
+        for name, data in contents(generation, maps, settings).items():
+            archive.writestr(zipfile.ZipInfo(name), data)  # ZipInfo's fixed date keeps the bytes the same
+    _write(Path(path), buffer.getvalue())
+    return Path(path)
+
+
+def load_settings(path: str | Path) -> tuple[GenerateSettings, MapSettings, str, str]:
+    """settings.json back to (generation, maps, model, device). Raises ValueError if it is not one of `save`'s."""
+    path = Path(path)
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise ValueError(f"There is no settings file '{path}' that can be read.") from None
+    except ValueError:
+        raise ValueError(f"'{path}' is not a JSON file.") from None
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise ValueError(f"'{path}' is not a settings.json of this program (format {FORMAT}).")
+    try:
+        made = GenerateSettings(**_known(GenerateSettings, about["generation"]))
+        asked = MapSettings(**_known(MapSettings, about["maps"]))
+        asked = replace(
+            asked, **{key: _tuple(getattr(asked, key)) for key in ("words", "steps", "resolutions")}
+        )
+        return made, asked, str(about["model"]), str(about["device"])
+    except (KeyError, TypeError):
+        raise ValueError(f"'{path}' lacks a setting or holds one of the wrong kind.") from None
+
+
+def _known(cls: type, values: dict) -> dict:
+    unknown = set(values) - {one.name for one in fields(cls)}
+    if unknown:
+        raise ValueError(f"The settings hold '{sorted(unknown)[0]}', which this version does not know.")
+    return values
+
+
+def _tuple(value: Any) -> tuple | None:
+    return None if value is None else tuple(value)

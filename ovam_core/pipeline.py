@@ -1,0 +1,166 @@
+"""Load a diffusers text-to-image pipeline by name, folder or hub id, and know its usual settings."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+EMBEDDED = "emoji-voc"
+DEFAULT_HUB_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+@dataclass(frozen=True)
+class ModelDefaults:
+    """Usual settings of a model. Sizes in pixels; resolutions: attention grids to use, None for all recorded."""
+
+    steps: int
+    guidance: float
+    height: int
+    width: int
+    max_size: int
+    resolutions: tuple[int, ...] | None = None
+
+
+_SD1 = ModelDefaults(steps=30, guidance=7.5, height=512, width=512, max_size=1024)
+_SD2_768 = ModelDefaults(steps=30, guidance=7.5, height=768, width=768, max_size=1280)
+
+KNOWN_MODELS: dict[str, ModelDefaults] = {
+    EMBEDDED: ModelDefaults(steps=25, guidance=4.0, height=128, width=128, max_size=256),
+    DEFAULT_HUB_MODEL: _SD1,
+    "CompVis/stable-diffusion-v1-4": _SD1,
+    "stabilityai/stable-diffusion-2-base": _SD1,
+    "stabilityai/stable-diffusion-2-1-base": _SD1,
+    "stabilityai/stable-diffusion-2-1": _SD2_768,
+}
+
+
+def defaults_for(pipe_or_name) -> ModelDefaults:
+    """The settings of a known model, by its name or by a pipeline of `load_pipeline`.
+
+    For an unknown model: 30 steps, guidance 7.5, the size its UNet was trained at (512 if only the name is known).
+    """
+    name = pipe_or_name if isinstance(pipe_or_name, str) else getattr(pipe_or_name, "ovam_name", None)
+    if name in KNOWN_MODELS:
+        return KNOWN_MODELS[name]
+    unet = getattr(pipe_or_name, "unet", None)
+    if unet is None:
+        return _SD1
+    sample = unet.config.sample_size
+    height, width = (sample, sample) if isinstance(sample, int) else sample
+    factor = pipe_or_name.vae_scale_factor
+    height, width = height * factor, width * factor
+    return ModelDefaults(steps=30, guidance=7.5, height=height, width=width, max_size=2 * max(height, width))
+
+
+def embedded_folder() -> Path:
+    """Where the embedded model lies: `models/emoji-voc` of the repository, or of OVAM_MODELS_DIR."""
+    models = os.environ.get("OVAM_MODELS_DIR") or Path(__file__).resolve().parent.parent / "models"
+    return Path(models) / EMBEDDED
+
+
+def load_pipeline(model: str | None = None, device: str | None = None, dtype: torch.dtype | None = None):
+    """A diffusers pipeline, ready to generate and to be recorded; its name is kept as `pipe.ovam_name`.
+
+    model: "emoji-voc", a folder, or a hub id "owner/name". None: the environment's OVAM_MODEL, else Stable Diffusion
+        1.5 with CUDA and the embedded model without.
+    device: None: OVAM_DEVICE, else cuda, mps or cpu, the first there is. dtype: None: float16 on CUDA, else float32.
+
+    Raises ValueError for a model that does not exist, a hub that cannot be reached, a model that is no
+    text-to-image pipeline with cross-attention, and a device that is not there.
+    """
+    device = _device(device)
+    on_cuda = torch.device(device).type == "cuda"
+    model = model or os.environ.get("OVAM_MODEL") or (DEFAULT_HUB_MODEL if on_cuda else EMBEDDED)
+    if dtype is None:
+        dtype = torch.float16 if on_cuda else torch.float32
+    folder = _folder(model)
+    pipe = _from_pretrained(model, folder, dtype)
+    _check_kind(pipe, model)
+    pipe.to(device)
+    pipe.set_progress_bar_config(disable=True)
+    is_embedded = folder is not None and folder.resolve() == embedded_folder().resolve()
+    pipe.ovam_name = EMBEDDED if is_embedded else model
+    return pipe
+
+
+def _device(device: str | None) -> str:
+    device = device or os.environ.get("OVAM_DEVICE")
+    if not device:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"There is no device {device!r}: choose cuda, mps or cpu.") from None
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(kind, True):
+        raise ValueError(
+            f"The device {device!r} is not available on this machine: choose another, such as cpu."
+        )
+    return device
+
+
+def _folder(model: str) -> Path | None:
+    """The model's folder; None for a hub id."""
+    folder = embedded_folder() if model == EMBEDDED else Path(os.path.expanduser(model))
+    # os.path answers False to names that the file system refuses (too long, a null byte).
+    if os.path.isfile(folder / "model_index.json"):
+        return folder
+    if os.path.isdir(folder):
+        raise ValueError(f"The folder {model} is not a diffusers pipeline: it has no model_index.json.")
+    if model != EMBEDDED and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
+        return None
+    raise ValueError(
+        f"There is no model {model[:200]!r}: give {EMBEDDED!r}, a folder, or a hub id such as {DEFAULT_HUB_MODEL}."
+    )
+
+
+def _from_pretrained(model: str, folder: Path | None, dtype: torch.dtype):
+    from diffusers import DiffusionPipeline
+
+    # diffusers 0.42 prefers `dtype`, older versions know `torch_dtype` alone.
+    settings = {"torch_dtype": dtype, "safety_checker": None, "requires_safety_checker": False}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch_dtype.*")
+            return DiffusionPipeline.from_pretrained(str(folder or model), **settings)
+    except Exception as error:
+        if folder is not None:
+            raise ValueError(f"The model in {folder} cannot be loaded: {_one_line(error)}") from error
+        raise ValueError(_hub_sentence(model, error)) from error
+
+
+def _hub_sentence(model: str, error: BaseException) -> str:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    causes = []
+    while error is not None:
+        causes.append(error)
+        error = error.__cause__ or error.__context__
+    if any(isinstance(x, GatedRepoError) for x in causes):
+        return f"The model {model} must be unlocked on the hub first: accept its licence there and log in."
+    if any(isinstance(x, RepositoryNotFoundError) for x in causes):
+        return f"There is no model {model} on the hub: check the id."
+    if any(isinstance(x, OSError) for x in causes) or any("offline" in str(x).lower() for x in causes):
+        return (
+            f"The model {model} is not on this machine and the hub cannot be reached: "
+            f"connect to the network, or use {EMBEDDED!r}."
+        )
+    return f"The model {model} cannot be loaded: {_one_line(causes[0])}"
+
+
+def _one_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def _check_kind(pipe, model: str) -> None:
+    unet = getattr(pipe, "unet", None)
+    parts = (unet, getattr(pipe, "text_encoder", None), getattr(pipe, "tokenizer", None))
+    if any(x is None for x in parts) or getattr(unet.config, "cross_attention_dim", None) is None:
+        raise ValueError(
+            f"{model} is a {type(pipe).__name__}, not a text-to-image pipeline with a UNet and cross-attention."
+        )

@@ -1,0 +1,134 @@
+"""Pictures of maps and masks: arrays and Pillow images in, Pillow images out; no figures and no global state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib import colormaps
+from PIL import Image, ImageColor
+
+# Pascal VOC: the 20 names in the order of their ids 1 to 20; 0 is background, 255 is "ignore".
+VOC_CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "dining table", "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv",
+)  # fmt: skip
+
+# Okabe and Ito's set without its black, then three of Paul Tol's: told apart with any kind of colour vision.
+COLORS = (
+    "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#F0E442", "#AA4499", "#44AA99", "#882255",
+)  # fmt: skip
+
+DIM = 0.45  # how bright the picture under a heatmap stays
+
+
+def _voc_palette() -> tuple[int, ...]:
+    """The 256 RGB triples of the VOC label files: the bits of the id, dealt to R, G and B from the top bit down."""
+    ids = np.arange(256)
+    palette = np.zeros((256, 3), dtype=np.uint8)
+    for place in range(8):
+        for channel in range(3):
+            bit = (ids >> (3 * place + channel)) & 1
+            palette[:, channel] |= (bit << (7 - place)).astype(np.uint8)
+    return tuple(int(value) for value in palette.reshape(-1))
+
+
+VOC_PALETTE = _voc_palette()
+
+
+def word_colors(words: Sequence[str]) -> dict[str, str]:
+    """One hex colour a word, in the order given; the set repeats after len(COLORS) words."""
+    return {word: COLORS[index % len(COLORS)] for index, word in enumerate(words)}
+
+
+def colorize(heatmap: np.ndarray, vmax: float | None = None, cmap: str = "turbo") -> np.ndarray:
+    """A map in colours of a perceptually ordered table.
+
+    heatmap: float [H, W], 0 or more.
+    vmax: the value at the top of the table; None takes the map's own maximum. Give one to several maps to
+        compare them. Zero or less shows the bottom colour everywhere.
+    Returns uint8 [H, W, 3].
+    """
+    heatmap = np.asarray(heatmap, dtype=np.float32)
+    if heatmap.ndim != 2:
+        raise ValueError(f"A heatmap has two dimensions, this array has {heatmap.ndim}; pass one map at a time.")
+    top = float(np.nanmax(heatmap)) if vmax is None else float(vmax)
+    scaled = np.nan_to_num(heatmap / top, nan=0.0) if top > 0 else np.zeros_like(heatmap)
+    return colormaps[cmap](np.clip(scaled, 0.0, 1.0), bytes=True)[..., :3]
+
+
+def overlay(
+    image: Image.Image,
+    heatmap: np.ndarray,
+    vmax: float | None = None,
+    opacity: float = 0.65,
+    cmap: str = "turbo",
+) -> Image.Image:
+    """The coloured map over the dimmed picture, at the picture's size.
+
+    image: any mode, (W, H). heatmap: float [h, w] at any size, resized bilinearly to the picture's.
+    vmax: as in `colorize`. opacity: share of the map in the mix, in [0, 1].
+    Returns an RGB image of the picture's size.
+    """
+    if not 0.0 <= opacity <= 1.0:
+        raise ValueError(f"opacity is {opacity}; choose a number from 0 to 1.")
+    heatmap = np.asarray(heatmap, dtype=np.float32)
+    top = float(np.nanmax(heatmap)) if vmax is None else vmax  # before the resize, which lowers peaks
+    heatmap = resize_map(heatmap, image.size)
+    # A grey, darker picture below: its own colours would be read as values of the map.
+    below = np.asarray(image.convert("L"), dtype=np.float32)[..., None] * DIM
+    mixed = (1.0 - opacity) * below + opacity * colorize(heatmap, top, cmap).astype(np.float32)
+    return Image.fromarray(np.clip(np.rint(mixed), 0, 255).astype(np.uint8))
+
+
+def resize_map(heatmap: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A float map [h, w] to size (W, H) in Pillow's order, bilinear; unchanged where it already fits."""
+    if (heatmap.shape[1], heatmap.shape[0]) == tuple(size):
+        return heatmap
+    return np.asarray(Image.fromarray(heatmap).resize(size, Image.Resampling.BILINEAR))
+
+
+def mask_overlay(image: Image.Image, mask: np.ndarray, color: str = COLORS[0], opacity: float = 0.55) -> Image.Image:
+    """A mask in one colour over the picture, the rest of it dimmed a little.
+
+    image: (W, H). mask: bool [H, W] of the same size. color: hex. Returns RGB.
+    """
+    mask = np.asarray(mask, dtype=bool)
+    if mask.shape != (image.height, image.width):
+        raise ValueError(
+            f"The mask is {mask.shape[1]}x{mask.shape[0]} and the image {image.width}x{image.height}; resize one of them."
+        )
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    paint = np.asarray(ImageColor.getrgb(color), dtype=np.float32)
+    inside = (1.0 - opacity) * pixels + opacity * paint
+    mixed = np.where(mask[..., None], inside, 0.6 * pixels)
+    return Image.fromarray(np.rint(mixed).astype(np.uint8))
+
+
+def mask_image(mask: np.ndarray) -> Image.Image:
+    """bool [H, W] to a black and white PNG picture (mode L, 0 and 255)."""
+    return Image.fromarray(np.asarray(mask, dtype=bool).astype(np.uint8) * 255)
+
+
+def label_image(label_map: np.ndarray) -> Image.Image:
+    """A label map, uint8 [H, W] of ids, to a picture of mode P whose pixels are the ids, in VOC's palette."""
+    label_map = np.asarray(label_map)
+    if label_map.ndim != 2 or label_map.dtype != np.uint8:
+        raise ValueError(f"A label map is uint8 [H, W]; this is {label_map.dtype} {list(label_map.shape)}.")
+    picture = Image.fromarray(label_map)
+    picture.putpalette(VOC_PALETTE)  # turns mode L into P, the pixels stay
+    return picture
+
+
+def enlarge(image: Image.Image, smallest: int = 512) -> Image.Image:
+    """The picture, enlarged by a whole number so that its longer side has at least `smallest` pixels."""
+    factor = -(-smallest // max(image.size))
+    if factor <= 1:
+        return image
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.LANCZOS)
+
+
+def scale_css(cmap: str = "turbo", stops: int = 12) -> str:
+    """The colour table as a CSS linear-gradient, for the legend beside a gallery."""
+    colors = colormaps[cmap](np.linspace(0.0, 1.0, stops), bytes=True)[:, :3]
+    return f"linear-gradient(to right, {', '.join('#%02x%02x%02x' % tuple(int(c) for c in rgb) for rgb in colors)})"

@@ -1,0 +1,87 @@
+"""Plain forms of the paper's equations, to check ovam_core against: no cleverness, no code shared with it.
+
+`Spy` listens to whole attention modules (not to `to_q`), and the probabilities are made anew from each layer's own
+`to_q` and `to_k`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def generate(
+    pipe, prompt="a photograph of the cat", steps=3, guidance=4.0, height=32, width=48, seed=0, **more
+):
+    """Float images `[images, 3, height, width]` of a short run."""
+    return pipe(
+        prompt,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        height=height,
+        width=width,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="pt",
+        **more,
+    ).images
+
+
+class Spy:
+    """What each attention module of the down and up blocks was given: name -> [(pixels, text or None)] a step."""
+
+    def __init__(self, pipe, kind="attn2"):
+        self.modules = {
+            name: module
+            for name, module in pipe.unet.named_modules()
+            if name.endswith(kind) and name.startswith(("down_blocks", "up_blocks"))
+        }
+        self.seen = {name: [] for name in self.modules}
+
+    def __enter__(self):
+        def listen(name):
+            def hook(module, args, kwargs):
+                self.seen[name].append((args[0].detach().clone(), kwargs.get("encoder_hidden_states")))
+
+            return hook
+
+        self.handles = [
+            x.register_forward_pre_hook(listen(name), with_kwargs=True) for name, x in self.modules.items()
+        ]
+        return self
+
+    def __exit__(self, *error):
+        for handle in self.handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def probabilities(module, pixels, text):
+    """Eq. 3 for one item of the batch: `[heads, n, tokens]`. pixels `[n, C]`, text `[tokens, E]`."""
+    q = module.to_q(pixels).float()
+    k = module.to_k(text).float()
+    d = q.shape[-1] // module.heads
+    out = []
+    for h in range(module.heads):
+        part = slice(h * d, (h + 1) * d)
+        out.append(torch.softmax(q[:, part] @ k[:, part].T / d**0.5, dim=-1))
+    return torch.stack(out)
+
+
+def triple_loop(spy, item, grids, size, embedding=None, steps=None, names=None):
+    """Eq. 5 over layers, steps and heads, each map resized on its own, divided by their number.
+
+    item: which entry of the UNet's batch; grids: n -> (height, width); embedding None: the text the layer was given.
+    """
+    total, count = 0, 0
+    for name, calls in spy.seen.items():
+        if names is not None and name not in names:
+            continue
+        for step, (pixels, text) in enumerate(calls):
+            if steps is not None and step not in steps:
+                continue
+            tokens = text[item] if embedding is None else embedding
+            for attention in probabilities(spy.modules[name], pixels[item], tokens):
+                grid = attention.T.reshape(1, -1, *grids[attention.shape[0]])
+                total = total + F.interpolate(grid, size=size, mode="bilinear", align_corners=False)[0]
+                count += 1
+    return total / count
