@@ -138,7 +138,7 @@ picture maker.
 | UNet | {training["unet_parameters"] / 1e6:.1f} M parameters, {training["unet_samples"]:,} samples in {training["unet_minutes"]:.0f} minutes, drawn from {training["scenes"]:,} scenes |
 | autoencoder | {training["vae_parameters"] / 1e6:.1f} M parameters, {training["vae_images"]:,} crops in {training["vae_minutes"]:.0f} minutes |
 | text encoder | CLIP with no layers: token and position embeddings and the final norm, trained with the UNet |
-| objective | v-prediction, min-SNR weights (5), 10 % empty captions, EMA; bfloat16 autocast |
+| objective | v-prediction, 10 % empty captions, EMA; bfloat16 autocast |
 
 **Data.** Scenes of 1 to 3 Noto Color Emoji pictures over {len(world.backgrounds.BACKGROUNDS)} procedural backgrounds, rendered by `training/world.py`
 with captions. No mask ever supervised the diffusion model, its attention least of all: what the maps show emerged.

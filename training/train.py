@@ -1,7 +1,9 @@
 """Make `models/emoji-voc` from nothing: `python -m training.train cpu` (or `full`, on a GPU).
 
-Four stages, each resumed from its own checkpoint under `training/work/<recipe>`: autoencoder, latents,
-UNet with text encoder, annotator; then the pipeline folder is written. `--minutes` adds to the UNet's
+Four stages, each resumed from its own checkpoint under `training/work/<recipe>`: latents, UNet with text
+encoder, autoencoder, annotator; then the pipeline folder is written. The latent space is a fixed linear one, the
+principal components of pixel patches, which the autoencoder learns to write and to read: so the UNet need not wait for
+it, and a decoder that sees noisy latents forgives the UNet small errors. `--minutes` adds to the UNet's
 budget on a later run; `--stop-after` ends a call cleanly before a time limit. No mask is ever seen by
 the diffusion model: only the annotator reads label maps.
 """
@@ -22,17 +24,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers.training_utils import EMAModel, compute_snr
+from diffusers.training_utils import EMAModel
 from einops import rearrange
 from PIL import Image
 
 from training import annotator, model, world
+from training.patches import PatchSpace
 from training.recipes import RECIPES, Recipe
 
 HERE = Path(__file__).parent
 CHUNK = 2000  # scenes a latent file
+VAE_SEED, ANNOTATOR_SEED = world.HELD_OUT // 2, world.HELD_OUT // 4  # first seeds of their scenes
+LATENT_NOISE = 0.3  # at most, in deviations
 CAPTION_DROP = 0.1
-MIN_SNR = 5.0
 
 
 class Clock:
@@ -62,6 +66,10 @@ def render(seeds: range, recipe: Recipe, pool: ProcessPoolExecutor) -> tuple[np.
     """Images uint8 [N, S, S, 3], label maps uint8 [N, S, S] and captions of a range of seeds."""
     images, labels, captions = zip(*pool.map(partial(_render, recipe=recipe), seeds, chunksize=64))
     return np.stack(images), np.stack(labels), list(captions)
+
+
+def _as_input(image: np.ndarray) -> np.ndarray:
+    return rearrange(image, "h w c -> 1 c h w").astype(np.float32) / 127.5 - 1
 
 
 def to_tensor(images: np.ndarray) -> torch.Tensor:
@@ -109,69 +117,27 @@ def rate_at(progress: float, warmup: float = 0.02, floor: float = 0.03) -> float
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def train_autoencoder(recipe: Recipe, work: Path, pool: ProcessPoolExecutor, clock: Clock) -> bool:
-    """True when its minutes are spent; the checkpoint then holds the latents' scale too."""
-    path, vae = work / "vae.pt", model.autoencoder(recipe).to(device())
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.vae_rate, betas=(0.9, 0.98), weight_decay=1e-4)
-    state = torch.load(path, weights_only=True) if path.exists() else {"spent": 0.0, "samples": 0}
-    if state["spent"] >= recipe.vae_minutes * 60:
-        return True
-    if "vae" in state:
-        vae.load_state_dict(state["vae"])
-        optimizer.load_state_dict(state["optimizer"])
-    images = render(range(world.HELD_OUT // 2, world.HELD_OUT // 2 + recipe.vae_scenes), recipe, pool)[0]
-    begun = saved = time.monotonic()
-    spent, samples = state["spent"], state["samples"]
-    rng = np.random.default_rng(samples)
-    for step, batch in enumerate(batches(len(images), recipe.vae_batch, samples)):
-        now = spent + time.monotonic() - begun
-        progress = now / (recipe.vae_minutes * 60)
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.vae_rate * rate_at(progress)
-        # Whole images at the end: group normalisation sees the statistics it will meet in use.
-        whole = progress > 0.85
-        picture = to_tensor(images[batch[: len(batch) // 4]] if whole else crops(images[batch], recipe.size // 2, rng))
-        with autocast():
-            posterior = vae.encode(picture).latent_dist
-            made = vae.decode(posterior.sample()).sample.float()
-        loss = reconstruction_loss(made, picture) + 1e-5 * posterior.kl().mean() / posterior.mean[0].numel()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        samples += len(batch)
-        done = now >= recipe.vae_minutes * 60
-        if step % 100 == 0:
-            print(f"vae {now / 60:5.1f} min {samples} images  L1 {F.l1_loss(made, picture).item() * 127.5:.2f}/255", flush=True)
-        if done or clock.over() or time.monotonic() - saved > 120:
-            saved = time.monotonic()
-            save(path, {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "spent": now, "samples": samples})
-        if done or clock.over():
-            return done
-    raise AssertionError("batches() has no end")
+def _render_latents(seed: int, recipe: Recipe, path: Path) -> tuple[np.ndarray, str]:
+    torch.set_num_threads(1)  # this runs in a pool with a process a core
+    image, _, caption = _render(seed, recipe)
+    return PatchSpace.load(path).encode(torch.from_numpy(_as_input(image)))[0].half().numpy(), caption
 
 
-def load_autoencoder(recipe: Recipe, work: Path) -> torch.nn.Module:
-    vae = model.autoencoder(recipe).to(device()).eval()
-    vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True, map_location="cpu")["vae"])
-    return vae
-
-
-@torch.no_grad()
 def make_latents(recipe: Recipe, work: Path, pool: ProcessPoolExecutor, clock: Clock) -> bool:
-    """Latent means float16 and captions, a file per CHUNK scenes; files that are there already are kept."""
-    vae = load_autoencoder(recipe, work)
+    """The latent space, then latents float16 and captions, a file per CHUNK scenes; what is there already is kept."""
+    path = work / "space.npz"
+    if not path.exists():
+        PatchSpace.fit(render(range(VAE_SEED, VAE_SEED + 1000), recipe, pool)[0], recipe).save(path)
     for first in range(0, recipe.scenes, CHUNK):
-        path = work / f"latents_{first // CHUNK:04d}.npz"
-        if path.exists():
+        chunk = work / f"latents_{first // CHUNK:04d}.npz"
+        if chunk.exists():
             continue
         if clock.over():
             return False
-        images, _, captions = render(range(first, first + CHUNK), recipe, pool)
-        with autocast():
-            means = [vae.encode(to_tensor(part)).latent_dist.mean.half().cpu() for part in np.split(images, CHUNK // 50)]
-        np.savez(path.with_suffix(".part.npz"), latents=torch.cat(means).numpy(), captions=np.array(captions))
-        path.with_suffix(".part.npz").replace(path)
+        seeds = range(first, first + CHUNK)
+        latents, captions = zip(*pool.map(partial(_render_latents, recipe=recipe, path=path), seeds, chunksize=64))
+        np.savez(chunk.with_suffix(".part.npz"), latents=np.stack(latents), captions=np.array(captions))
+        chunk.with_suffix(".part.npz").replace(chunk)
         print(f"latents {first + CHUNK}/{recipe.scenes}", flush=True)
     return True
 
@@ -183,25 +149,18 @@ def load_latents(work: Path) -> tuple[torch.Tensor, list[str]]:
     ]
 
 
-def scale_of(latents: torch.Tensor) -> float:
-    """The factor that brings latents to unit deviation, the pipeline's `scaling_factor`."""
-    return 1.0 / latents[:4000].float().std().item()
-
-
-def velocity_loss(unet, noisy: torch.Tensor, context: torch.Tensor, times: torch.Tensor, target: torch.Tensor, snr: torch.Tensor) -> torch.Tensor:
-    """v-prediction with min-SNR weights (Hang et al. 2023; for v the weight is min(SNR, 5) / (SNR + 1))."""
+def velocity_loss(unet, noisy: torch.Tensor, context: torch.Tensor, times: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """v-prediction, every time alike: min-SNR weights all but ignore the noisy times at which words decide the layout."""
     with autocast():
         made = unet(noisy, times, context).sample
-    error = F.mse_loss(made.float(), target, reduction="none").mean(dim=(1, 2, 3))
-    return (error * snr.clamp(max=MIN_SNR) / (snr + 1)).mean()
+    return F.mse_loss(made.float(), target)
 
 
 def train_unet(recipe: Recipe, work: Path, minutes: float, clock: Clock) -> bool:
     """UNet and text encoder together, with an exponential moving average of both."""
     path, scheduler = work / "unet.pt", model.train_scheduler()
     latents, captions = load_latents(work)
-    scale = scale_of(latents)
-    latents = (latents.float() * scale).to(device())
+    latents = latents.float().to(device())
     words = model.tokenizer(world.all_words(recipe.nouns))
     tokens = words(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device())
     empty = words("", padding="max_length", return_tensors="pt").input_ids.to(device())
@@ -226,7 +185,7 @@ def train_unet(recipe: Recipe, work: Path, minutes: float, clock: Clock) -> bool
             saved = time.monotonic()
             save(path, {
                 "unet": unet.state_dict(), "encoder": encoder.state_dict(), "optimizer": optimizer.state_dict(),
-                "average": average.state_dict(), "spent": now, "samples": samples, "scale": scale,
+                "average": average.state_dict(), "spent": now, "samples": samples,
             })  # fmt: skip
         if done or clock.over():
             return done
@@ -238,7 +197,7 @@ def train_unet(recipe: Recipe, work: Path, minutes: float, clock: Clock) -> bool
         noise = torch.randn_like(clean)
         times = torch.randint(0, scheduler.config.num_train_timesteps, (len(batch),), device=device())
         noisy, target = scheduler.add_noise(clean, noise, times), scheduler.get_velocity(clean, noise, times)
-        loss = velocity_loss(unet, noisy, encoder(ids)[0], times, target, compute_snr(scheduler, times))
+        loss = velocity_loss(unet, noisy, encoder(ids)[0], times, target)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -251,16 +210,71 @@ def train_unet(recipe: Recipe, work: Path, minutes: float, clock: Clock) -> bool
     raise AssertionError("batches() has no end")
 
 
+def train_autoencoder(recipe: Recipe, work: Path, pool: ProcessPoolExecutor, clock: Clock) -> bool:
+    """Encoder to the patch components, decoder from noisy ones. True when its minutes are spent."""
+    path, vae, space = work / "vae.pt", model.autoencoder(recipe).to(device()), load_space(work)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.vae_rate, betas=(0.9, 0.98), weight_decay=1e-4)
+    state = torch.load(path, weights_only=True, map_location="cpu") if path.exists() else {"spent": 0.0, "samples": 0}
+    if state["spent"] >= recipe.vae_minutes * 60:
+        return True
+    if "vae" in state:
+        vae.load_state_dict(state["vae"])
+        optimizer.load_state_dict(state["optimizer"])
+    images = render(range(VAE_SEED, VAE_SEED + recipe.vae_scenes), recipe, pool)[0]
+    begun = saved = time.monotonic()
+    spent, samples = state["spent"], state["samples"]
+    rng = np.random.default_rng(samples)
+    for step, batch in enumerate(batches(len(images), recipe.vae_batch, samples)):
+        now = spent + time.monotonic() - begun
+        progress = now / (recipe.vae_minutes * 60)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.vae_rate * rate_at(progress)
+        # Whole images at the end: group normalisation sees the statistics it will meet in use.
+        whole = progress > 0.8
+        picture = to_tensor(images[batch[: len(batch) // 4]] if whole else crops(images[batch], recipe.size // 2, rng))
+        latents = space.encode(picture)
+        noise = LATENT_NOISE * torch.rand(len(latents), 1, 1, 1, device=latents.device) * torch.randn_like(latents)
+        with autocast():
+            encoded = vae.encode(picture).latent_dist.mean.float()
+            made = vae.decode(latents + noise).sample.float()
+        loss = reconstruction_loss(made, picture) + F.mse_loss(encoded, latents)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        samples += len(batch)
+        done = now >= recipe.vae_minutes * 60
+        if step % 100 == 0:
+            error, apart = F.l1_loss(made, picture).item() * 127.5, F.mse_loss(encoded, latents).item()
+            print(f"vae {now / 60:5.1f} min {samples} images  L1 {error:.2f}/255  encoder {apart:.4f}", flush=True)
+        if done or clock.over() or time.monotonic() - saved > 120:
+            saved = time.monotonic()
+            save(path, {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "spent": now, "samples": samples})
+        if done or clock.over():
+            return done
+    raise AssertionError("batches() has no end")
+
+
+def load_space(work: Path) -> PatchSpace:
+    return PatchSpace.load(work / "space.npz").to(device())
+
+
+def load_autoencoder(recipe: Recipe, work: Path) -> torch.nn.Module:
+    vae = model.autoencoder(recipe).to(device()).eval()
+    vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True, map_location="cpu")["vae"])
+    return vae
+
+
 @torch.no_grad()
-def generator_look(vae: torch.nn.Module, images: np.ndarray, noise: float) -> np.ndarray:
-    """The same pictures as the autoencoder would show them, from slightly wrong latents."""
+def generator_look(vae: torch.nn.Module, space: PatchSpace, images: np.ndarray, noise: float) -> np.ndarray:
+    """The same pictures as the decoder shows them, from slightly wrong latents."""
     made = []
     for part in np.array_split(images, max(len(images) // 50, 1)):
+        latents = space.encode(to_tensor(part))
+        latents = latents + noise * torch.rand(len(part), 1, 1, 1, device=latents.device) * torch.randn_like(latents)
         with autocast():
-            latents = vae.encode(to_tensor(part)).latent_dist.mean
-            latents = latents + noise * latents.std() * torch.rand(len(part), 1, 1, 1, device=latents.device) * torch.randn_like(latents)
             decoded = vae.decode(latents).sample.float()
-        made.append(((decoded.clamp(-1, 1) + 1) * 127.5).byte().permute(0, 2, 3, 1).cpu().numpy())
+        made.append(rearrange(((decoded.clamp(-1, 1) + 1) * 127.5).byte(), "n c h w -> n h w c").cpu().numpy())
     return np.concatenate(made)
 
 
@@ -275,10 +289,9 @@ def train_annotator(recipe: Recipe, work: Path, pool: ProcessPoolExecutor, clock
         return True
     if clock.over():
         return False
-    vae = load_autoencoder(recipe, work)
-    first = world.HELD_OUT // 4
-    images, labels, _ = render(range(first, first + recipe.annotator_scenes), recipe, pool)
-    images = np.concatenate([images, generator_look(vae, images[: len(images) // 2], 0.35)])
+    vae, space = load_autoencoder(recipe, work), load_space(work)
+    images, labels, _ = render(range(ANNOTATOR_SEED, ANNOTATOR_SEED + recipe.annotator_scenes), recipe, pool)
+    images = np.concatenate([images, generator_look(vae, space, images[: len(images) // 2], 2 * LATENT_NOISE)])
     labels = torch.from_numpy(voc_only(np.concatenate([labels, labels[: len(labels) // 2]]))).to(device())
     network = annotator.build().to(device())
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-3)
@@ -300,7 +313,7 @@ def train_annotator(recipe: Recipe, work: Path, pool: ProcessPoolExecutor, clock
             print(f"annotator {progress:4.0%} {step * 16} images  loss {loss.item():.4f}", flush=True)
     figures = {}
     images, labels, _ = render(range(world.HELD_OUT, world.HELD_OUT + 400), recipe, pool)
-    for name, shown in (("rendered", images), ("reconstructed", generator_look(vae, images, 0.0))):
+    for name, shown in (("rendered", images), ("reconstructed", generator_look(vae, space, images, 0.0))):
         made = np.concatenate([annotator.annotate(network, [Image.fromarray(image) for image in part]) for part in np.array_split(shown, 20)])
         figures[name] = float(np.nanmean(annotator.intersection_over_union(made, voc_only(labels))))
     print("annotator mIoU", figures, flush=True)
@@ -318,10 +331,11 @@ def write_pipeline(recipe: Recipe, work: Path, out: Path) -> None:
     average.load_state_dict(state["average"])
     average.copy_to([*unet.parameters(), *encoder.parameters()])
     vae = load_autoencoder(recipe, work).cpu()
-    vae.register_to_config(scaling_factor=state["scale"])
+    vae.register_to_config(scaling_factor=1.0)  # PatchSpace has brought latents to unit deviation already
     for part, name in ((vae, "vae"), (unet, "unet")):
         shutil.rmtree(out / name, ignore_errors=True)
-    pipe = model.pipeline(vae.half(), encoder.half(), words, unet.half())
+    # transformers loads weights in the type they are stored in, diffusers in float32: the small one stays float32.
+    pipe = model.pipeline(vae.half(), encoder, words, unet.half())
     pipe.save_pretrained(out, max_shard_size="15MB")
     facts = {
         "recipe": recipe.name, "unet_samples": state["samples"], "unet_minutes": round(state["spent"] / 60, 1),
@@ -349,12 +363,12 @@ def main() -> None:
     torch.manual_seed(int(time.time()))
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
         done = (
-            train_autoencoder(recipe, work, pool, clock)
-            and make_latents(recipe, work, pool, clock)
+            make_latents(recipe, work, pool, clock)
             and train_unet(recipe, work, options.minutes or recipe.unet_minutes, clock)
+            and train_autoencoder(recipe, work, pool, clock)
             and train_annotator(recipe, work, pool, clock)
         )
-    if (work / "unet.pt").exists():
+    if (work / "unet.pt").exists() and (work / "vae.pt").exists():
         write_pipeline(recipe, work, options.out)
     print("done" if done else "stopped: call again to go on", flush=True)
 

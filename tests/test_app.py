@@ -1,0 +1,444 @@
+"""The page: its API by gradio_client, and its looks and ways in a headless Chromium, driven as a visitor would.
+
+Screenshots are kept in tests/artifacts (not in git): open them after a change to the page.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+from PIL import Image
+
+import app
+from ovam_core.generate import MapSettings
+from ovam_core.pipeline import load_pipeline
+from tabs.generate import EXAMPLES, NO_IMAGE, grid_name, grid_names, map_settings
+from tabs.store import Store
+
+ARTIFACTS = Path(__file__).parent / "artifacts"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+STEPS = 4
+PROMPT = "A photograph of a cat and a car on grass"
+IMAGE = {"prompt": PROMPT, "seed": 1, "steps": STEPS, "guidance": 4, "width": 128, "height": 128, "negative_prompt": ""}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return load_pipeline("emoji-voc", "cpu")
+
+
+@pytest.fixture(scope="module")
+def address(pipe):
+    page = app.build(pipe, "a notice with <b>markup</b>")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gradio.networking.url_ok", lambda url: True)  # it gives up after 3 s, little on a busy machine
+        _, url, _ = app.launch(page, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    yield url
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def client(address, tmp_path_factory):
+    return Client(address, verbose=False, download_files=str(tmp_path_factory.mktemp("downloads")))
+
+
+@pytest.fixture(scope="module")
+def generated(client):
+    return client.predict(**IMAGE, api_name="/generate")
+
+
+# ------------------------------------------------------------------------------------------------- the API
+
+
+def test_the_api_has_these_endpoints_and_no_other(client):
+    assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/generate", "/attribute", "/stop"}
+
+
+def test_generate_gives_an_image_and_its_facts(generated):
+    image, facts = generated
+    assert Image.open(image).size == (128, 128)
+    assert "seed 1" in facts and f"{STEPS} steps" in facts and "cpu" in facts
+
+
+def test_generate_twice_gives_the_same_image(client, generated):
+    again, _ = client.predict(**IMAGE, api_name="/generate")
+    assert np.array_equal(np.asarray(Image.open(again)), np.asarray(Image.open(generated[0])))
+
+
+def test_attribute_answers_about_it(client, generated):
+    masks, gallery, numbers, facts = client.predict("cat, the red bus", api_name="/attribute")
+    assert [one["label"] for one in masks["annotations"]] == ["cat", "the red bus"]
+    assert [one["caption"].split(" · ")[0] for one in gallery] == ["cat", "the red bus"]
+    assert numbers["words"] == ["cat", "the red bus"] and 0 < max(numbers["peaks"]) <= 1
+    assert numbers["top"] == round(max(numbers["peaks"]), 3)
+    assert "2 maps" in facts
+
+
+def test_attribute_takes_well_under_a_second(client, generated):
+    """By the processor's clock (the server is in this process), as other work on the machine must not count."""
+    best = 9.0
+    for words in ("cat, car, animal", "dog, bus, sea"):
+        for tau in (0.3, 0.7):
+            begun = time.process_time()
+            client.predict(words, tau=tau, api_name="/attribute")
+            best = min(best, time.process_time() - begun)
+    assert best < 1.0
+
+
+def test_attribute_takes_every_setting(client, generated):
+    def asked(**settings):
+        return client.predict(api_name="/attribute", **{"words": "cat, car", **settings})[2]
+
+    plain = asked(crf=False)
+    assert asked(crf=False, tau=0.95)["mask_shares"] < plain["mask_shares"]
+    assert asked(crf=False, tau=0.95)["peaks"] == plain["peaks"]
+    assert asked(steps="0-1")["peaks"] != plain["peaks"]
+    assert asked(grids=["1/8"])["peaks"] != plain["peaks"]
+    assert asked(sentence="a cat and a car")["peaks"] != plain["peaks"]
+    assert asked(words="", sentence="a cat")["words"] == ["<SoT>", "a", "cat", "<EoT>"]
+
+
+def test_sessions_do_not_see_each_other(address):
+    with pytest.raises(AppError, match="generate one first"):
+        Client(address, verbose=False).predict("cat", api_name="/attribute")
+
+
+BAD_IMAGES = {
+    "empty prompt": ({"prompt": ""}, "prompt is empty"),
+    "long prompt": ({"prompt": "x" * 10_000}, "10,000 characters"),
+    "prompt past the encoder": ({"prompt": "cat " * 90}, "tokens"),
+    "no steps": ({"steps": 0}, "less than minimum"),
+    "too many steps": ({"steps": 100_000}, "greater than maximum"),
+    "part of a step": ({"steps": 2.5}, "steps is 2.5"),
+    "size not a multiple": ({"width": 100}, "multiple of 8"),
+    "size too large": ({"height": 8192}, "greater than maximum"),
+    "guidance nan": ({"guidance": "NaN"}, ""),
+    "seed below 0": ({"seed": -1}, "less than minimum"),
+    "no seed": ({"seed": None}, "seed"),
+}
+BAD_WORDS = {
+    "no words": ({"words": ""}, "word"),
+    "punctuation": ({"words": "?!, ..."}, "not a word"),
+    "10,000 characters": ({"words": "x" * 10_000}, "10,000 characters"),
+    "markup": ({"words": "cat", "sentence": "<img src=x onerror=alert(1)>"}, "cat"),
+    "tau nan": ({"tau": "NaN"}, ""),
+    "alpha too large": ({"alpha": 7}, "greater than maximum"),
+    "steps": ({"steps": "0-99999999999"}, "steps"),
+    "a step not run": ({"steps": "150"}, "recorded"),
+    "no grids": ({"grids": []}, "resolution"),
+    "a grid not there": ({"grids": ["1/3"]}, ""),
+}
+
+
+@pytest.mark.parametrize("case", BAD_IMAGES)
+def test_bad_images(client, case):
+    wrong, part = BAD_IMAGES[case]
+    with pytest.raises((AppError, ValueError), match=part) as caught:
+        client.predict(**{**IMAGE, **wrong}, api_name="/generate")
+    assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize("case", BAD_WORDS)
+def test_bad_words(client, generated, case):
+    wrong, part = BAD_WORDS[case]
+    with pytest.raises((AppError, ValueError), match=part) as caught:
+        client.predict(**{"words": "cat", **wrong}, api_name="/attribute")
+    assert "Traceback" not in str(caught.value) and "<img" not in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", [{"tau": float("nan")}, {"alpha": float("inf")}, {"tau": None}, {"tau": -1}])
+def test_the_functions_behind_check_for_themselves(wrong):
+    with pytest.raises(ValueError, match="choose a number"):
+        MapSettings(words=("cat",), **wrong).validate()
+
+
+def test_stop_ends_a_generation(address):
+    one = Client(address, verbose=False)
+    job = one.submit(**{**IMAGE, "steps": 200}, api_name="/generate")
+    for _ in range(200):  # until the first step is counted
+        if job.status().progress_data:
+            break
+        time.sleep(0.05)
+    one.predict(api_name="/stop")
+    begun = time.perf_counter()
+    with pytest.raises(AppError, match=r"Stopped after \d+ of 200 steps"):
+        job.result(timeout=30)
+    assert time.perf_counter() - begun < 10
+
+
+# ----------------------------------------------------------------------------------------------- the parts
+
+
+class Bytes:
+    def __init__(self, nbytes: int):
+        self.nbytes = nbytes
+
+
+def test_store_is_bounded_in_count_bytes_and_time():
+    now = [0.0]
+    store = Store(per_owner=2, max_bytes=100, seconds=10, clock=lambda: now[0])
+    first, second, third = (store.put("ann", Bytes(10)) for _ in range(3))
+    assert store.get(first) is None and store.get(second) and store.get(third)  # two each
+    large = store.put("bob", Bytes(95))
+    assert store.get(large) and store.nbytes <= 100 and store.get(second) is None
+    huge = store.put("cid", Bytes(1000))  # larger than all: kept, alone
+    assert len(store) == 1 and store.get(huge)
+    now[0] = 9.0
+    assert store.get(huge)  # its time begins anew
+    now[0] = 18.0
+    assert store.get(huge)
+    now[0] = 28.0
+    store.sweep()
+    assert len(store) == 0 and store.get(huge) is None and store.get(None) is None
+
+
+def test_store_forgets_a_visitor_who_leaves():
+    store = Store()
+    ann, bob = store.put("ann", Bytes(1)), store.put("bob", Bytes(1))
+    store.drop_owner("ann")
+    assert store.get(ann) is None and store.get(bob)
+
+
+def test_grids_are_named_alike_for_every_size(pipe):
+    assert grid_names(pipe) == ["1/8", "1/16", "1/32"]
+    assert [grid_name((512, 384), one) for one in (64, 32, 16, 8)] == ["1/8", "1/16", "1/32", "1/64"]
+    assert [grid_name((200, 120), one) for one in (25, 13, 7)] == ["1/8", "1/16", "1/32"]
+
+
+def test_words_are_read_without_an_image():
+    assert map_settings(None, "cat; Cat, dog", "", 0.4, 0.85, True, "all", []).words == ("cat", "dog")
+
+
+def test_an_unreachable_hub_falls_back_with_a_notice(monkeypatch):
+    def load(model=None, device=None):
+        if model is None:
+            raise ValueError("The model a/b is not on this machine and the hub cannot be reached: connect.")
+        return model
+
+    monkeypatch.delenv("OVAM_MODEL", raising=False)
+    monkeypatch.setattr(app, "load_pipeline", load)
+    opened, notice = app.open_model()
+    assert opened == "emoji-voc" and "could not be loaded" in notice and "hub cannot be reached" in notice
+
+
+def test_a_model_that_does_not_exist_is_no_reason_for_another(monkeypatch, capsys):
+    monkeypatch.setenv("OVAM_MODEL", "no-such-model")
+    assert app.main() == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("Error: ") and "no-such-model" in said
+
+
+def test_examples_work(pipe):
+    from ovam_core.generate import GenerateSettings, attributions
+
+    assert len(EXAMPLES) == 3
+    for prompt, words in EXAMPLES:
+        GenerateSettings.for_model(pipe, prompt).validate(pipe)
+        attributions(pipe, MapSettings.from_text(words))
+
+
+# ---------------------------------------------------------------------------------------------- the browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser, address):
+    """Opens the page in a window; at the end nothing may have been asked of another machine, nor gone wrong."""
+    contexts, faults = [], []
+
+    def heard(request):
+        if not request.url.startswith((address, "data:", "blob:")):
+            faults.append(f"outside: {request.url}")
+
+    def open_page(width=1280, height=900, scheme="light"):
+        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("request", heard)
+        page.on("pageerror", lambda error: faults.append(f"script: {error}"))
+        page.goto(address)
+        page.wait_for_selector("#generate")
+        page.wait_for_timeout(500)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not faults
+
+
+def shoot(page, name: str, full: bool = False) -> None:
+    ARTIFACTS.mkdir(exist_ok=True)
+    page.screenshot(path=ARTIFACTS / f"{name}.png", full_page=full)
+
+
+def set_steps(page, steps: int) -> None:
+    page.click("#advanced > button")
+    page.fill("#steps input[type=number]", str(steps))
+    page.press("#steps input[type=number]", "Tab")
+    page.click("#advanced > button")
+
+
+def sources(page, selector: str) -> list[str]:
+    return page.eval_on_selector_all(f"{selector} img", "all => all.map(one => one.src)")
+
+
+def captions(page) -> list[str]:
+    return [text.split(" · ")[0] for text in page.locator("#gallery .caption-label").all_inner_texts()]
+
+
+def generate_now(page) -> None:
+    page.click("#generate")
+    page.wait_for_selector("#gallery img", timeout=90_000)
+    page.wait_for_selector("#generate:not([disabled])")
+    page.wait_for_timeout(500)
+
+
+def wait_for_words(page, words: list[str]) -> None:
+    page.wait_for_function(
+        "words => { const all = [...document.querySelectorAll('#gallery .caption-label')].map(one => one.innerText);"
+        "return all.length === words.length && all.every((text, n) => text.startsWith(words[n] + ' · ')); }",
+        arg=words,
+        timeout=20_000,
+    )
+
+
+def test_a_visit(visit, tmp_path):
+    """Generate; then other words, another threshold, other steps: maps and masks change, the picture never does."""
+    page = visit()
+    shoot(page, "wide-empty", full=True)
+    assert page.is_disabled("#stop") and page.is_disabled("#pack")
+    assert "<b>markup</b>" in page.inner_text("#head .notice")
+    set_steps(page, STEPS)
+    generate_now(page)
+    assert captions(page) == ["cat", "car", "animal"]
+    assert page.get_attribute("#image img", "alt") == "The generated picture"
+    assert page.locator("#gallery img").first.get_attribute("alt").startswith("cat · peak")
+    assert f"{STEPS} steps" in page.inner_text("#facts") and "from the recording in" in page.inner_text("#map-facts")
+    assert page.locator("#annotated .legend-item").all_inner_texts() == ["cat", "car", "animal"]
+    assert page.is_disabled("#stop") and page.is_enabled("#pack")
+    shoot(page, "wide", full=True)
+    picture, maps, masks = sources(page, "#image"), sources(page, "#gallery"), sources(page, "#annotated")
+
+    page.fill("#words textarea, #words input", "")
+    page.locator("#words textarea, #words input").press_sequentially("grass, red car", delay=30)  # no Enter needed
+    wait_for_words(page, ["grass", "red car"])
+    assert sources(page, "#image") == picture and sources(page, "#gallery") != maps
+
+    maps, masks = sources(page, "#gallery"), sources(page, "#annotated")
+    page.fill("#tau input[type=number]", "0.9")
+    page.press("#tau input[type=number]", "Tab")
+    page.wait_for_function("old => [...document.querySelectorAll('#annotated img')].map(one => one.src).join() !== old", arg=",".join(masks))
+    assert sources(page, "#image") == picture and sources(page, "#gallery") == maps
+
+    page.click("#which > button")
+    page.fill("#used textarea, #used input", "0")
+    page.press("#used textarea, #used input", "Enter")
+    page.wait_for_function("old => [...document.querySelectorAll('#gallery img')].map(one => one.src).join() !== old", arg=",".join(maps))
+    assert sources(page, "#image") == picture
+    maps = sources(page, "#gallery")
+    page.locator("#grids input").nth(1).click()
+    page.wait_for_function("old => [...document.querySelectorAll('#gallery img')].map(one => one.src).join() !== old", arg=",".join(maps))
+    page.wait_for_timeout(300)
+    shoot(page, "wide-which", full=True)
+
+    with page.expect_download() as download:
+        page.click("#pack")
+    download.value.save_as(tmp_path / "all.zip")
+    with zipfile.ZipFile(tmp_path / "all.zip") as archive:
+        names = set(archive.namelist())
+    assert {"image.png", "heatmaps.npz", "settings.json", "overlay_grass.png", "mask_red-car.png"} <= names
+    assert sources(page, "#image") == picture
+
+
+def test_a_mistake_is_said_beside_the_words(visit):
+    page = visit()
+    set_steps(page, STEPS)
+    generate_now(page)
+    picture, maps = sources(page, "#image"), sources(page, "#gallery")
+    page.fill("#words textarea, #words input", "?!")
+    page.wait_for_selector("#note:has-text('not a word')")
+    assert sources(page, "#gallery") == maps and sources(page, "#image") == picture
+    shoot(page, "wide-mistake")
+    page.click("#generate")  # refused before anything is queued
+    page.wait_for_selector(".toast-body:has-text('not a word')")
+    assert page.is_disabled("#stop") and page.is_enabled("#generate")
+    page.fill("#words textarea, #words input", "cat")
+    wait_for_words(page, ["cat"])
+    assert not page.is_visible("#note")
+
+
+def test_stop(visit):
+    page = visit()
+    set_steps(page, STEPS)
+    generate_now(page)
+    picture = sources(page, "#image")
+    set_steps(page, 200)
+    page.click("#generate")
+    page.wait_for_selector("#stop:not([disabled])")
+    page.wait_for_selector("#image >> text=/[2-9][0-9]*\\/200/", timeout=60_000)  # the bar counts steps
+    shoot(page, "wide-running")
+    assert page.is_disabled("#generate")
+    page.click("#stop")
+    begun = time.perf_counter()
+    page.wait_for_selector("#facts:has-text('Stopped after')", timeout=20_000)
+    page.wait_for_selector("#generate:not([disabled])")
+    assert time.perf_counter() - begun < 10
+    assert page.is_disabled("#stop") and sources(page, "#image") == picture  # the picture from before is still there
+
+
+def test_an_example_and_the_dice(visit):
+    page = visit()
+    seed = page.input_value("#seed input")
+    page.click("#dice")
+    page.wait_for_function("old => document.querySelector('#seed input').value !== old", arg=seed)
+    set_steps(page, STEPS)
+    page.click("#examples tbody tr:nth-child(2) td")
+    wait_for_words(page, EXAMPLES[1][1].split(", "))
+    assert page.input_value("#prompt textarea") == EXAMPLES[1][0]
+
+
+@pytest.mark.parametrize(("name", "width", "height"), [("narrow", 390, 844), ("middle", 799, 900), ("wide", 1280, 900)])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits(visit, name, width, height, scheme):
+    page = visit(width, height, scheme)
+    shoot(page, f"{name}-{scheme}-empty", full=True)
+    set_steps(page, STEPS)
+    generate_now(page)
+    shoot(page, f"{name}-{scheme}", full=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    give, get = page.locator(".give").bounding_box(), page.locator(".get").bounding_box()
+    assert (get["y"] >= give["y"] + give["height"]) if width < 800 else (get["x"] >= give["x"] + give["width"])
+    image, masks = page.locator("#image img").bounding_box(), page.locator("#annotated .base-image").bounding_box()
+    assert image["width"] >= 300 and abs(image["width"] - image["height"]) < 2
+    assert abs(image["width"] - masks["width"]) < 2
+    over = page.locator("#annotated .mask").first.bounding_box()  # masks lie on the picture, not beside it
+    assert all(abs(over[side] - masks[side]) < 1.5 for side in ("x", "y", "width", "height"))
+
+
+def test_a_session_that_has_run_out_says_so(visit, monkeypatch):
+    page = visit()
+    set_steps(page, STEPS)
+    generate_now(page)
+    monkeypatch.setattr(Store, "get", lambda self, key: None)
+    page.fill("#words textarea, #words input", "dog")
+    page.wait_for_selector(f"#note:has-text('{NO_IMAGE[:20]}')")

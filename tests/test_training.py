@@ -1,0 +1,83 @@
+"""The training script, every stage of it, on a recipe of a few seconds."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from training import annotator, train, world
+from training.patches import PatchSpace
+from training.recipes import CPU, FULL
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "CHUNK", 50)
+    monkeypatch.setattr(annotator, "FOLDER", tmp_path / "annotator")
+    return replace(
+        CPU, size=32, vae_widths=(8, 16), unet_widths=(16, 16, 16), scenes=50, vae_scenes=16, vae_minutes=0.01,
+        vae_batch=8, unet_batch=8, annotator_scenes=16, annotator_minutes=0.01, text_width=32,
+    )  # fmt: skip
+
+
+def test_every_stage_runs_stops_and_goes_on(tiny, tmp_path):
+    work, out, forever = tmp_path / "work", tmp_path / "model", train.Clock(600)
+    work.mkdir()
+    with ThreadPoolExecutor(1) as pool:
+        assert not train.make_latents(tiny, work, pool, train.Clock(0))
+        assert train.make_latents(tiny, work, pool, forever)
+        latents, captions = train.load_latents(work)
+        assert latents.shape == (50, 12, 16, 16)
+        assert len(captions) == 50
+        assert not train.train_unet(tiny, work, 0.02, train.Clock(0.3))
+        first = torch.load(work / "unet.pt", weights_only=True)
+        assert train.train_unet(tiny, work, first["spent"] / 60 + 0.01, forever)
+        again = torch.load(work / "unet.pt", weights_only=True)
+        assert again["samples"] > first["samples"] > 0
+        assert not train.train_autoencoder(tiny, work, pool, train.Clock(0)), "a call out of time saves and says so"
+        assert (work / "vae.pt").exists()
+        assert train.train_autoencoder(tiny, work, pool, forever)
+    train.write_pipeline(tiny, work, out)
+    pipe = StableDiffusionPipeline.from_pretrained(out)
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("a cat", num_inference_steps=2).images[0]
+    assert image.size == (32, 32)
+
+
+def test_latents_are_the_principal_components_of_patches(tiny):
+    """Against numpy's singular value decomposition; unit deviation over all; as in the file after a round trip."""
+    images = np.stack([world.scene(seed, 32).image for seed in range(40)])
+    space = PatchSpace.fit(images, tiny)
+    latents = space.encode(torch.from_numpy(images.transpose(0, 3, 1, 2)).float() / 127.5 - 1)
+    patches = images.reshape(40, 16, 2, 16, 2, 3).transpose(0, 1, 3, 5, 2, 4).reshape(-1, 12) / 127.5 - 1
+    axes = np.linalg.svd(patches - patches.mean(0), full_matrices=False)[2][:8]
+    ours = space.axes.numpy() / np.linalg.norm(space.axes.numpy(), axis=1, keepdims=True)
+    assert np.allclose(np.abs((ours[:8] * axes).sum(1)), 1, atol=1e-3)
+    assert latents.std() == pytest.approx(1, abs=0.05)
+
+
+def test_the_full_recipe_is_as_large_as_promised():
+    """Built on the meta device: 256 pixels, 32 x 32 latents, within 64 MiB of float16 and 16 MiB a shard."""
+    from training import model
+
+    with torch.device("meta"):
+        parts = [model.unet(FULL), model.autoencoder(FULL)]
+    assert FULL.size == 256
+    assert FULL.latent_size >= 32
+    assert sum(map(model.parameters, parts)) * 2 < 60 * 2**20
+
+
+def test_annotator_reads_only_labels_and_measures_iou():
+    labels = torch.zeros(4, 4, dtype=torch.uint8).numpy()
+    labels[:2] = 3
+    predicted = labels.copy()
+    predicted[0] = 0
+    iou = annotator.intersection_over_union(predicted, labels)
+    assert iou[3] == pytest.approx(0.5)
+    assert iou[0] == pytest.approx(8 / 12)
+    assert torch.isnan(torch.tensor(iou[1]))

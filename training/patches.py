@@ -1,0 +1,52 @@
+"""The latent space: principal components of square pixel patches, a patch a latent position."""
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import einsum, rearrange
+from torch import Tensor
+
+from training.recipes import Recipe
+
+
+@dataclass(frozen=True)
+class PatchSpace:
+    """center float32 [patch], axes float32 [channels, patch]; patch = 3 * side * side values in [-1, 1]."""
+
+    side: int
+    center: Tensor
+    axes: Tensor
+
+    @classmethod
+    def fit(cls, images: np.ndarray, recipe: Recipe) -> PatchSpace:
+        """Components of uint8 [N, S, S, 3], scaled half-way to equal deviations and to 1 over all.
+
+        Fully equal ones would make the finest detail as loud as colour and place; untouched ones would drown it.
+        """
+        side = recipe.size // recipe.latent_size
+        patches = rearrange(images[:, :, :], "n (h a) (w b) c -> (n h w) (c a b)", a=side, b=side)
+        patches = torch.from_numpy(patches[:: max(1, len(patches) // 100_000)]).double() / 127.5 - 1
+        center = patches.mean(0)
+        values, vectors = torch.linalg.eigh(torch.cov(patches.T))
+        deviations = values.flip(0)[: recipe.latent_channels].sqrt()
+        axes = vectors.T.flip(0)[: recipe.latent_channels] / deviations[:, None] ** 0.5
+        return cls(side, center.float(), (axes / deviations.mean() ** 0.5).float())
+
+    def encode(self, images: Tensor) -> Tensor:
+        """float [N, 3, H, W] in [-1, 1] to latents float32 [N, channels, H / side, W / side]."""
+        patches = rearrange(images.float(), "n c (h a) (w b) -> n h w (c a b)", a=self.side, b=self.side)
+        return einsum(patches - self.center, self.axes, "n h w p, k p -> n k h w")
+
+    def to(self, device: torch.device) -> PatchSpace:
+        return replace(self, center=self.center.to(device), axes=self.axes.to(device))
+
+    def save(self, path: Path) -> None:
+        np.savez(path, side=self.side, center=self.center.numpy(), axes=self.axes.numpy())
+
+    @classmethod
+    def load(cls, path: Path) -> PatchSpace:
+        stored = np.load(path)
+        return cls(int(stored["side"]), torch.from_numpy(stored["center"]), torch.from_numpy(stored["axes"]))
