@@ -414,7 +414,8 @@ def build(desk: Desk) -> None:
     typed = gr.Button("Redraw", visible="hidden", elem_id="typed")
     words_or_sentence = (words, sentence, used)
     for box in words_or_sentence:
-        box.input(None, js=f"""() => {{
+        # change, not input: that one misses what is pasted or dictated
+        box.change(None, js=f"""() => {{
             clearTimeout(window.ovamTyping);
             window.ovamTyping = setTimeout(() => document.querySelector('#typed').click(), {WAIT_FOR_TYPING});
         }}""", api_visibility="private")  # fmt: skip

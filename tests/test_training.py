@@ -32,7 +32,7 @@ def test_every_stage_runs_stops_and_goes_on(tiny, tmp_path):
         assert not train.make_latents(tiny, work, pool, train.Clock(0))
         assert train.make_latents(tiny, work, pool, forever)
         latents, captions = train.load_latents(work)
-        assert latents.shape == (50, 12, 16, 16)
+        assert latents.shape == (50, 8, 16, 16)
         assert len(captions) == 50
         assert not train.train_unet(tiny, work, 0.02, train.Clock(0.3))
         first = torch.load(work / "unet.pt", weights_only=True)

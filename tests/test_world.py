@@ -8,6 +8,7 @@ import pytest
 from training import model, sprites, world
 from training.backgrounds import BACKGROUNDS
 from training.nouns import FURTHER_NOUNS, NOUNS, VOC_CLASSES, VOC_NOUNS
+from training.recipes import CPU, FULL
 
 
 def test_vocabulary_is_as_large_as_promised():
@@ -51,17 +52,24 @@ def test_masks_are_exact_where_the_picture_differs_from_its_background(size):
 
 
 def test_captions_name_what_is_there_and_fit_the_encoder():
-    words = model.tokenizer(world.all_words())
+    words = model.tokenizer(world.all_words(), FULL.max_tokens)
     for seed in range(200):
         made = world.scene(seed, 64)
         ids = words(made.caption).input_ids
-        assert len(ids) <= model.MAX_TOKENS
+        assert len(ids) <= FULL.max_tokens
         pieces = words.convert_ids_to_tokens(ids)
         assert not any(piece.endswith("</w>") and piece != ",</w>" for piece in pieces), made.caption
 
 
+@pytest.mark.parametrize("recipe", [CPU, FULL], ids=lambda recipe: recipe.name)
+def test_no_caption_of_a_recipe_is_cut(recipe):
+    words = model.tokenizer(world.all_words(recipe.nouns), recipe.max_tokens)
+    captions = [world.scene(seed, 32, recipe.nouns, recipe.counts).caption for seed in range(300)]
+    assert max(len(words(caption).input_ids) for caption in captions) <= recipe.max_tokens
+
+
 def test_no_word_fails_and_known_words_are_one_token():
-    words = model.tokenizer(world.all_words())
+    words = model.tokenizer(world.all_words(), FULL.max_tokens)
     unknown = words.unk_token_id
     for text in ("bobcat", "Übergröße", "🐈", "مرحبا", "x" * 20):
         ids = words(text).input_ids[1:-1]

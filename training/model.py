@@ -17,13 +17,15 @@ from transformers import AddedToken, CLIPTextConfig, CLIPTextModel, CLIPTokenize
 
 from training.recipes import Recipe
 
-MAX_TOKENS = 32
 START, END = "<|startoftext|>", "<|endoftext|>"
 SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-def tokenizer(words: list[str]) -> CLIPTokenizer:
-    """Whole words as single tokens; anything else falls back to the byte tokens CLIP itself starts from."""
+def tokenizer(words: list[str], longest: int) -> CLIPTokenizer:
+    """Whole words as single tokens, anything else as the bytes CLIP itself starts from; `longest` tokens a text.
+
+    A short limit matters: each padding token takes its share of an untrained attention.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [256 + number for number in range(256 - len(printable))]
     characters = [chr(code) for code in (*printable, *hidden)]
@@ -31,7 +33,7 @@ def tokenizer(words: list[str]) -> CLIPTokenizer:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "vocab.json").write_text(json.dumps({symbol: number for number, symbol in enumerate(symbols)}))
         Path(folder, "merges.txt").write_text("#version: 0.2\n")
-        made = CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS)
+        made = CLIPTokenizer.from_pretrained(folder, model_max_length=longest)
     made.add_tokens([AddedToken(word, single_word=True, normalized=True) for word in words])
     return made
 
@@ -40,10 +42,15 @@ def text_encoder(words: CLIPTokenizer, width: int) -> CLIPTextModel:
     """CLIP with no layers: a word's embedding is its own, so the end token cannot carry the sentence."""
     config = CLIPTextConfig(
         vocab_size=len(words), hidden_size=width, intermediate_size=width, num_hidden_layers=0, num_attention_heads=4,
-        max_position_embeddings=MAX_TOKENS, bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
+        max_position_embeddings=words.model_max_length, bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
         pad_token_id=words.pad_token_id, projection_dim=width,
     )  # fmt: skip
-    return CLIPTextModel(config)
+    encoder = CLIPTextModel(config)
+    with torch.no_grad():  # what a word is should count for more than where it stands
+        for name, weight in encoder.named_parameters():
+            if "position_embedding" in name:
+                weight *= 0.2
+    return encoder
 
 
 def autoencoder(recipe: Recipe) -> AutoencoderKL:

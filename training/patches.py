@@ -11,6 +11,8 @@ from torch import Tensor
 
 from training.recipes import Recipe
 
+LEVELLING = 0.25
+
 
 @dataclass(frozen=True)
 class PatchSpace:
@@ -22,18 +24,19 @@ class PatchSpace:
 
     @classmethod
     def fit(cls, images: np.ndarray, recipe: Recipe) -> PatchSpace:
-        """Components of uint8 [N, S, S, 3], scaled half-way to equal deviations and to 1 over all.
+        """Components of uint8 [N, S, S, 3], scaled a quarter of the way to equal deviations and to 1 over all.
 
-        Fully equal ones would make the finest detail as loud as colour and place; untouched ones would drown it.
+        Equal ones would make the finest detail as loud as colour and place; untouched ones would drown it.
         """
         side = recipe.size // recipe.latent_size
-        patches = rearrange(images[:, :, :], "n (h a) (w b) c -> (n h w) (c a b)", a=side, b=side)
+        patches = rearrange(images, "n (h a) (w b) c -> (n h w) (c a b)", a=side, b=side)
         patches = torch.from_numpy(patches[:: max(1, len(patches) // 100_000)]).double() / 127.5 - 1
         center = patches.mean(0)
         values, vectors = torch.linalg.eigh(torch.cov(patches.T))
         deviations = values.flip(0)[: recipe.latent_channels].sqrt()
-        axes = vectors.T.flip(0)[: recipe.latent_channels] / deviations[:, None] ** 0.5
-        return cls(side, center.float(), (axes / deviations.mean() ** 0.5).float())
+        axes = vectors.T.flip(0)[: recipe.latent_channels] / deviations[:, None] ** LEVELLING
+        overall = (deviations ** (2 - 2 * LEVELLING)).mean().sqrt()
+        return cls(side, center.float(), (axes / overall).float())
 
     def encode(self, images: Tensor) -> Tensor:
         """float [N, 3, H, W] in [-1, 1] to latents float32 [N, channels, H / side, W / side]."""

@@ -20,6 +20,7 @@ class Recipe:
     unet_layers: int
     heads: int
     text_width: int
+    max_tokens: int
     scenes: int  # latents made once
     vae_scenes: int
     vae_minutes: float
@@ -39,9 +40,9 @@ class Recipe:
 
 CPU = Recipe(
     name="cpu", nouns=VOC_NOUNS, counts=(0.2, 0.45, 0.35), size=128,
-    vae_widths=(16, 32, 64, 96), latent_channels=12,
-    unet_widths=(64, 96, 160), unet_layers=1, heads=4, text_width=256,
-    scenes=40_000, vae_scenes=6_000, vae_minutes=12, vae_batch=16, vae_rate=2e-3,
+    vae_widths=(16, 32, 64, 96), latent_channels=8,
+    unet_widths=(64, 96, 160), unet_layers=1, heads=4, text_width=256, max_tokens=20,
+    scenes=30_000, vae_scenes=6_000, vae_minutes=12, vae_batch=16, vae_rate=2e-3,
     unet_minutes=150, unet_batch=32, unet_rate=8e-4, unet_samples=180_000,
     annotator_scenes=6_000, annotator_minutes=7,
 )  # fmt: skip
@@ -49,10 +50,10 @@ CPU = Recipe(
 FULL = Recipe(
     name="full", nouns=NOUNS, counts=(0.2, 0.4, 0.3, 0.1), size=256,
     vae_widths=(48, 96, 128, 128), latent_channels=16,
-    unet_widths=(128, 192, 256), unet_layers=1, heads=8, text_width=384,
+    unet_widths=(128, 192, 256), unet_layers=1, heads=8, text_width=384, max_tokens=28,
     scenes=150_000, vae_scenes=30_000, vae_minutes=5, vae_batch=64, vae_rate=1e-3,
     unet_minutes=14, unet_batch=512, unet_rate=6e-4, unet_samples=6_000_000,
-    annotator_scenes=40_000, annotator_minutes=2,
+    annotator_scenes=30_000, annotator_minutes=2,
 )  # fmt: skip
 
 RECIPES = {recipe.name: recipe for recipe in (CPU, FULL)}

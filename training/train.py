@@ -161,7 +161,7 @@ def train_unet(recipe: Recipe, work: Path, minutes: float, clock: Clock) -> bool
     path, scheduler = work / "unet.pt", model.train_scheduler()
     latents, captions = load_latents(work)
     latents = latents.float().to(device())
-    words = model.tokenizer(world.all_words(recipe.nouns))
+    words = model.tokenizer(world.all_words(recipe.nouns), recipe.max_tokens)
     tokens = words(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device())
     empty = words("", padding="max_length", return_tensors="pt").input_ids.to(device())
     unet, encoder = model.unet(recipe).to(device()), model.text_encoder(words, recipe.text_width).to(device())
@@ -325,7 +325,7 @@ def train_annotator(recipe: Recipe, work: Path, pool: ProcessPoolExecutor, clock
 def write_pipeline(recipe: Recipe, work: Path, out: Path) -> None:
     """The averaged weights as an ordinary diffusers folder, float16, no file above 15 MB."""
     state = torch.load(work / "unet.pt", weights_only=True, map_location="cpu")
-    words = model.tokenizer(world.all_words(recipe.nouns))
+    words = model.tokenizer(world.all_words(recipe.nouns), recipe.max_tokens)
     unet, encoder = model.unet(recipe), model.text_encoder(words, recipe.text_width)
     average = EMAModel([*unet.parameters(), *encoder.parameters()])
     average.load_state_dict(state["average"])
