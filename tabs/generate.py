@@ -391,7 +391,7 @@ def build(desk: Desk) -> None:
 
     def wire(trigger: Callable) -> None:
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
-        begun = trigger(begin, left + asked_by, [start, halt, note], queue=False, **quiet)
+        begun = trigger(begin, left + asked_by, [start, halt, note], concurrency_limit=None, **quiet)
         made = begun.success(
             run,
             left,

@@ -1,0 +1,112 @@
+"""The embedded model as it ships: an ordinary pipeline folder, and maps that mean something.
+
+The bounds below stand under the figures of the model card by the spread of small samples, and well above what a
+map without content reaches on the same images: a uniform map and a blob in the centre.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from ovam_core.mask import make_masks
+from ovam_core.pipeline import embedded_folder, load_pipeline
+from ovam_core.recorder import record
+from ovam_core.heatmap import attribute
+from ovam_core.text import attribute_words
+from training import annotator, figures, world
+from training.nouns import VOC_CLASSES
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return load_pipeline("emoji-voc", "cpu")
+
+
+def test_diffusers_alone_loads_it():
+    plain = StableDiffusionPipeline.from_pretrained(embedded_folder())
+    plain.set_progress_bar_config(disable=True)
+    image = plain("a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+    assert image.size == (128, 128)
+    attentions = {type(block).__name__ for block in (*plain.unet.down_blocks, *plain.unet.up_blocks)}
+    assert attentions == {"CrossAttnDownBlock2D", "CrossAttnUpBlock2D"}
+
+
+def test_it_is_small_safetensors_with_a_card():
+    files = [path for path in embedded_folder().rglob("*") if path.is_file()]
+    assert max(path.stat().st_size for path in files) <= 16 * MIB
+    assert sum(path.stat().st_size for path in files) <= 64 * MIB
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".md", ".jpg"}
+    assert "recipe" in (embedded_folder() / "README.md").read_text()
+    json.loads((embedded_folder() / "figures.json").read_text())
+
+
+def centred_blob(size: int) -> np.ndarray:
+    axis = np.linspace(-1, 1, size)
+    return np.exp(-2 * (axis[:, None] ** 2 + axis[None, :] ** 2))
+
+
+def best_mean_iou(maps: list[np.ndarray], masks: list[np.ndarray]) -> float:
+    """Mean IoU at the one threshold, relative to each map's peak, that serves all maps best."""
+    def at(threshold: float) -> float:
+        cut = [one >= threshold * one.max() for one in maps]
+        return float(np.mean([(a & b).sum() / (a | b).sum() for a, b in zip(cut, masks, strict=True)]))
+
+    return max(at(threshold) for threshold in figures.THRESHOLDS)
+
+
+def test_maps_find_their_objects_in_held_out_scenes(pipe):
+    maps, masks, right, pixels = [], [], 0, 0
+    for made in figures.two_object_scenes(40):
+        pair = figures.word_maps(pipe, figures.record_scene(pipe, made.image, made.caption), list(made.nouns), 128)
+        own = np.stack([made.labels == world.LABELS[name] for name in made.nouns])
+        right += ((pair[0] > pair[1]) & own[0]).sum() + ((pair[1] > pair[0]) & own[1]).sum()
+        pixels += own.sum()
+        maps += list(pair)
+        masks += list(own)
+    ours = best_mean_iou(maps, masks)
+    uniform = best_mean_iou([np.ones((128, 128))] * len(masks), masks)
+    blob = best_mean_iou([centred_blob(128)] * len(masks), masks)
+    print(f"rendered: which of two {right / pixels:.1%}, IoU {ours:.3f}, uniform {uniform:.3f}, blob {blob:.3f}")
+    assert right / pixels > RIGHT_OF_TWO
+    assert ours > RENDERED_IOU
+    assert ours > 1.5 * max(uniform, blob)
+
+
+def test_masks_find_the_class_in_generated_images(pipe):
+    """The 20 class words on images of "A photograph of a <classname>", against the annotator's masks."""
+    network = annotator.load()
+    ours, masks, seen = [], [], 0
+    for number, name in enumerate(VOC_CLASSES, start=1):
+        generator = torch.Generator().manual_seed(100 + number)
+        with record(pipe) as recorder:
+            image = pipe(figures.prompt_for(name), num_inference_steps=20, guidance_scale=4.0, generator=generator).images[0]
+        truth = annotator.annotate(network, [image])[0] == number
+        if truth.mean() < 0.02:
+            continue  # the picture does not show it; how often it does is the card's figure
+        recording = recorder.recordings[0]
+        asked = attribute(recording, attribute_words(pipe, [name]))
+        ours.append(make_masks(recording, asked, image)[0].astype(float))
+        masks.append(truth)
+        seen += 1
+    assert seen >= SHOWN_CLASSES
+    iou = float(np.mean([(a.astype(bool) & b).sum() / (a.astype(bool) | b).sum() for a, b in zip(ours, masks, strict=True)]))
+    uniform = best_mean_iou([np.ones((128, 128))] * seen, masks)
+    blob = best_mean_iou([centred_blob(128)] * seen, masks)
+    print(f"generated: {seen} of 20 shown, IoU {iou:.3f}, uniform {uniform:.3f}, blob {blob:.3f}")
+    assert iou > GENERATED_IOU
+    assert iou > 1.2 * max(uniform, blob)
