@@ -19,10 +19,13 @@ import gradio as gr
 
 from ovam_core.pipeline import DEFAULT_HUB_MODEL, EMBEDDED, load_pipeline
 from tabs import generate as generate_tab
+from tabs import optimize as optimize_tab
+from tabs.desk import Desk
 from tabs.store import Store
 
 PAPER = "https://openaccess.thecvf.com/content/CVPR2024/html/Marcos-Manchon_Open-Vocabulary_Attention_Maps_with_Token_Optimization_for_Semantic_Segmentation_in_CVPR_2024_paper.html"
 CODE = "https://github.com/vpulab/ovam"
+MAX_UPLOAD = "20mb"
 CSS = Path(__file__).parent / "tabs" / "style.css"
 
 THEME = gr.themes.Default(
@@ -70,12 +73,14 @@ def head(pipe: Any, notice: str) -> str:
 def build(pipe: Any, notice: str = "") -> gr.Blocks:
     """The whole page around one pipeline."""
     gpu = spaces.GPU if spaces is not None else lambda function: function
-    desk = generate_tab.Desk(pipe, Store(), gpu)
+    desk = Desk(pipe, Store(), gpu)
     with gr.Blocks(title="OVAM", analytics_enabled=False, delete_cache=(3600, 7200)) as page:
         gr.HTML(head(pipe, notice), elem_id="head")
         with gr.Tabs():
             with gr.Tab("Generate"):
-                generate_tab.build(desk)
+                picture, pick = generate_tab.build(desk)
+            with gr.Tab("Optimize a token") as second:
+                optimize_tab.build(desk, second, picture, pick)
         page.unload(desk.leave)
     return page.queue(default_concurrency_limit=1, max_size=64)
 
@@ -83,7 +88,8 @@ def build(pipe: Any, notice: str = "") -> gr.Blocks:
 def launch(page: gr.Blocks, **options: Any) -> Any:
     """Starts the page; theme and css belong to launch() since Gradio 6."""
     return page.launch(
-        theme=THEME, css_paths=CSS, footer_links=["api"], run_history=False, ssr_mode=False, **options
+        theme=THEME, css_paths=CSS, footer_links=["api"], run_history=False, ssr_mode=False,
+        max_file_size=MAX_UPLOAD, **options
     )
 
 

@@ -1,27 +1,40 @@
-"""`python -m ovam_core generate ...`: the package from the command line. Bad input: one sentence, exit status 2."""
+"""`python -m ovam_core generate | optimize | tokens | export`: the command line. Bad input: one sentence, exit status 2."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import diffusers
 import transformers
+from tqdm import tqdm
 
+from .annotated import METADATA, Example, by_class, learn, read_folder
+from .dataset import FORMATS, SHEET
+from .export import LIBRARY, ExportSettings, Progress, export, launched, measure, plan
+from .filters import ClipScorer, Filters
 from .generate import (
     GenerateSettings,
     MapSettings,
     ask,
     attributions,
+    branch_for,
     generate,
     load_settings,
     make_folder,
     parse_numbers,
     save,
 )
-from .pipeline import load_pipeline
+from .optimize import RECIPES, Epoch
+from .pipeline import EMBEDDED, load_pipeline
+from .prompts import class_list, read_prompts, template_prompts, work_list
+from .tokens import BRANCHES, export_npy, fetch_voc_sd15, file_name, folder_for, import_file
+from .tokens import load as load_token
+from .tokens import save as save_token
 
 MAX_GRID = 4096  # no attention grid is wider
 
@@ -45,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("prompt", nargs="?", help="what the picture shows")
     one.add_argument("--words", nargs="+", metavar="WORD", help="words to look for; quote phrases: 'red bus'")
     one.add_argument("--attribution", metavar="SENTENCE", help="a full sentence to attribute; --words picks from it")
+    one.add_argument("--token", nargs="+", metavar="FILE", help="token files whose classes to look for")
     one.add_argument("--out", required=True, metavar="DIR", help="folder for the files")
     one.add_argument("--settings", metavar="FILE", help="a settings.json to make again; other options change it")
     one.add_argument("--model", help="emoji-voc, a diffusers hub id or a folder")
@@ -54,11 +68,15 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--guidance", type=float, help="guidance scale")
     one.add_argument("--negative-prompt", metavar="TEXT")
     one.add_argument("--size", metavar="WxH", help="pixels, multiples of 8, for example 128x96")
-    one.add_argument("--tau", type=float, help="threshold of the masks, 0 to 1 (0.4)")
-    one.add_argument("--alpha", type=float, help="floor of the self-attention map, 0 to 1 (0.85)")
+    one.add_argument("--tau", type=float, help="threshold of the masks, 0 to 1 (0.4; tokens: their own)")
+    one.add_argument("--alpha", type=float, help="floor of the self-attention map, 0 to 1 (0.85; tokens: their own)")
     one.add_argument("--no-crf", action="store_true", default=None, help="masks without the dense CRF")
     one.add_argument("--timesteps", metavar="LIST", help="denoising steps to use for the maps, for example 0-9,14")
     one.add_argument("--resolutions", metavar="LIST", nargs="+", help="attention grids to use, for example 16,8")
+    one.set_defaults(run=run_generate)
+    add_optimize(commands)
+    add_tokens(commands)
+    add_export(commands)
     return top
 
 
@@ -93,6 +111,8 @@ def run_generate(options: argparse.Namespace) -> None:
         about_maps["steps"] = parse_numbers(options.timesteps, "timesteps")
     if options.resolutions is not None:
         about_maps["resolutions"] = parse_numbers(",".join(options.resolutions), "resolutions", MAX_GRID)
+    if options.token is not None:
+        about_maps["tokens"] = tuple(options.token)
     words = None if options.words is None else ", ".join(options.words)
 
     if options.settings is not None:
@@ -112,15 +132,286 @@ def run_generate(options: argparse.Namespace) -> None:
         pipe = load_pipeline(options.model, options.device)
         wanted = GenerateSettings.for_model(pipe, **about_image)
 
+    if asked.tokens:  # a number that is given holds for all
+        asked = replace(asked, **given(token_tau=options.tau, token_alpha=options.alpha))
     wanted.validate(pipe)
     attributions(pipe, asked)  # a word that the encoder refuses is better known before the image than after it
     make_folder(options.out)
-    made = generate(pipe, wanted, on_step=show_progress if sys.stderr.isatty() else None)
+    made = generate(pipe, wanted, on_step=show_progress if sys.stderr.isatty() else None, branch=branch_for(asked))
     maps = ask(pipe, made, asked)
     save(options.out, made, maps, asked)
     for label, peak in zip(maps.labels, maps.peaks, strict=True):
         print(f"{label}: peak {peak:.2f}")
     print(f"seed {wanted.seed}, {wanted.steps} steps, {made.seconds:.1f} s on {made.device}: {options.out}")
+
+
+# ---------------------------------------------------------------------------------------------- export
+
+
+def add_export(commands: argparse._SubParsersAction) -> None:
+    """The grammar of `export`."""
+    batch = commands.add_parser(
+        "export",
+        help="prompts to a segmentation data set on disk",
+        description="Makes a data set of images and label maps: VOC layout, metadata.jsonl, more on request. Stopped at "
+        "any instant and started again, it goes on where it was. For several devices: accelerate launch --num_processes N "
+        "-m ovam_core export ...",
+    )
+    which = batch.add_mutually_exclusive_group(required=True)
+    which.add_argument("--prompts", metavar="FILE", help="lines of text, .csv, .tsv, .jsonl, or COCO captions .json")
+    which.add_argument("--template", metavar="TEXT", help="a prompt for each class: 'A photograph of a {}'")
+    batch.add_argument("--out", required=True, metavar="DIR", help="folder for the data set")
+    batch.add_argument("--classes", metavar="LIST", help="voc, or names in the order of their labels: 'cat, red bus'")
+    batch.add_argument("--tokens", metavar="DIR", nargs="?", const=LIBRARY, help="ask by class token: the model's own, or DIR's")
+    batch.add_argument("--images-per-prompt", metavar="N", type=int, default=1)
+    batch.add_argument("--limit", metavar="N", type=int, help="at most this many prompts")
+    batch.add_argument("--seed", type=int, default=0, help="of the first image; the next has the next (0)")
+    batch.add_argument("--negative-prompt", metavar="TEXT", help="for prompts without one of their own")
+    batch.add_argument("--model", help="emoji-voc, a diffusers hub id or a folder")
+    batch.add_argument("--device", help="cuda, mps or cpu")
+    batch.add_argument("--steps", type=int, help="denoising steps")
+    batch.add_argument("--guidance", type=float, help="guidance scale")
+    batch.add_argument("--size", metavar="WxH", help="pixels, multiples of 8, for example 128x96")
+    batch.add_argument("--batch-size", metavar="N", type=int, help="images made together (4 on a GPU, else 1)")
+    batch.add_argument("--threads", metavar="N", type=int, help="CPU threads a process (all cores); part of the settings")
+    batch.add_argument("--tau", type=float, help="threshold, 0 to 1 (0.4; a token's own)")
+    batch.add_argument("--alpha", type=float, help="floor of the self-attention map, 0 to 1 (0.85; a token's own)")
+    batch.add_argument("--no-crf", action="store_true", help="masks without the dense CRF")
+    batch.add_argument("--uncertain", metavar="U", type=float, help="label pixels this close to the threshold 255 (0)")
+    batch.add_argument("--timesteps", metavar="LIST", help="denoising steps to use for the maps, for example 0-9,14")
+    batch.add_argument("--resolutions", metavar="LIST", help="attention grids to use, for example 16,8")
+    batch.add_argument("--format", metavar="NAME", nargs="+", choices=FORMATS, help=f"{', '.join(FORMATS)}; voc is always there")
+    batch.add_argument("--heatmaps", action="store_true", help="keep the maps as float16")
+    batch.add_argument("--clip", metavar="MODEL", help="a CLIP model, such as openai/clip-vit-base-patch32, for its filter")
+    batch.add_argument("--clip-drop", metavar="SHARE", type=float, help="lowest share of each class to drop (0.3)")
+    batch.add_argument("--min-coverage", metavar="SHARE", type=float, help="drop masks that cover less (0.05)")
+    batch.add_argument("--max-coverage", metavar="SHARE", type=float, help="drop masks that cover more (0.95)")
+    batch.add_argument("--workers", metavar="N", type=int, help="processes for dense CRF and files; 0 for none beside")
+    batch.add_argument("--dry-run", action="store_true", help="say what would be made, how long and how large")
+    batch.set_defaults(run=run_export)
+
+
+def run_export(options: argparse.Namespace) -> None:
+    """Reads and refuses, then exports; the first of several processes speaks."""
+    classes = None if options.classes is None else class_list(options.classes)
+    if options.template is not None:
+        classes = classes or class_list("voc")
+        prompts = template_prompts(options.template, classes)
+    else:
+        prompts = read_prompts(options.prompts)
+    if options.negative_prompt is not None:
+        prompts = [replace(one, negative=one.negative or options.negative_prompt) for one in prompts]
+    if options.workers is not None and not 0 <= options.workers <= 64:
+        raise ValueError(f"The number of workers is {options.workers}; choose a whole number from 0 to 64.")
+    filters = Filters(**given(
+        min_coverage=options.min_coverage, max_coverage=options.max_coverage, clip_drop=options.clip_drop
+    ))  # fmt: skip
+    width, height = (None, None) if options.size is None else parse_size(options.size)
+
+    process, device = launched(options.device)
+    pipe = load_pipeline(options.model, device)
+    settings = ExportSettings.for_model(
+        pipe,
+        steps=options.steps,
+        guidance=options.guidance,
+        width=width,
+        height=height,
+        tau=options.tau,
+        alpha=options.alpha,
+        crf=not options.no_crf,
+        uncertain=options.uncertain,
+        timesteps=None if options.timesteps is None else parse_numbers(options.timesteps, "timesteps"),
+        resolutions=None if options.resolutions is None else parse_numbers(options.resolutions, "resolutions", MAX_GRID),
+        tokens=options.tokens,
+        formats=None if options.format is None else tuple(options.format),
+        heatmaps=options.heatmaps,
+        batch_size=options.batch_size,
+        threads=options.threads,
+        clip=options.clip,
+        filters=filters,
+    )
+    settings.validate(pipe)
+    work = work_list(prompts, classes, options.images_per_prompt, options.seed, options.limit, settings.check(pipe))
+    planned = plan(pipe, work, settings, options.out)
+    clip = None if settings.clip is None else ClipScorer(settings.clip, pipe._execution_device)
+    if process.rank == 0:
+        print(planned.text(), flush=True)
+    if options.dry_run:
+        if process.rank == 0:
+            print(measure(pipe, work, settings, planned.done, clip).text())
+        return
+
+    shares = process.ranks
+    with tqdm(
+        total=-(-planned.images // shares),
+        initial=planned.done // shares,
+        unit="image",
+        disable=process.rank > 0,
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+    ) as bar:
+
+        def on_image(progress: Progress) -> None:
+            bar.total = progress.total
+            bar.update(progress.done - bar.n)
+
+        summary = export(
+            pipe, work, settings, options.out,
+            process=process, workers=options.workers, clip=clip, on_image=on_image, on_note=bar.write,
+        )  # fmt: skip
+    if process.rank == 0:
+        print(summary.text())
+        print(f"{summary.timings.total:.1f} s: {options.out}, to look at: {os.path.join(options.out, SHEET)}")
+
+
+# --------------------------------------------------------------------------------- optimize and tokens
+
+
+def add_optimize(commands: argparse._SubParsersAction) -> None:
+    """The grammar of `optimize`."""
+    one = commands.add_parser(
+        "optimize",
+        help="a class token from one mask, or from many",
+        description="Learns the token of a class from a generated image and a mask of it (--prompt, --seed, --mask), from "
+        "several (--image-set), or one token a class from a whole folder (--annotated).",
+    )
+    one.add_argument("--prompt", help="what the annotated image was made from")
+    one.add_argument("--seed", type=int, help="the annotated image's seed (0)")
+    one.add_argument("--mask", metavar="FILE", help="the mask: any picture of the image's shape, black is background")
+    one.add_argument("--image-set", metavar="DIR", help="folder with metadata.jsonl: prompt, seed, mask, class a line")
+    one.add_argument("--annotated", metavar="DIR", help="the same, but one token for each class in it")
+    one.add_argument("--class", dest="classes", nargs="+", metavar="NAME", help="class of mask value 1, 2, ...")
+    one.add_argument("--out", required=True, metavar="PATH", help="token file; with --annotated, a folder")
+    one.add_argument("--model", help="emoji-voc, a diffusers hub id or a folder")
+    one.add_argument("--device", help="cuda, mps or cpu")
+    one.add_argument("--negative-prompt", metavar="TEXT")
+    one.add_argument("--steps", type=int, help="denoising steps")
+    one.add_argument("--guidance", type=float, help="guidance scale")
+    one.add_argument("--size", metavar="WxH", help="pixels, multiples of 8")
+    one.add_argument("--recipe", choices=list(RECIPES), default="fast", help="fast, or the paper's own")
+    one.add_argument("--epochs", type=int, help="epochs instead of the recipe's")
+    one.add_argument("--stay", type=float, metavar="W", help="weight on staying near the class name's embedding")
+    one.add_argument("--branch", choices=list(BRANCHES), default="conditional", help="half of the guided batch")
+    one.add_argument("--tau", type=float, help="threshold that the token file recommends (0.8)")
+    one.add_argument("--alpha", type=float, help="self-attention floor that the token file recommends (0.95)")
+    one.set_defaults(run=run_optimize)
+
+
+def add_tokens(commands: argparse._SubParsersAction) -> None:
+    """The grammar of `tokens`."""
+    top = commands.add_parser("tokens", help="list, import, fetch and export tokens")
+    actions = top.add_subparsers(dest="action", required=True, parser_class=Parser)
+    one = actions.add_parser("list", help="the tokens of a model")
+    one.add_argument("--model", default=EMBEDDED)
+    one.add_argument("--folder", metavar="DIR", help="another folder than tokens/<model>")
+    one.set_defaults(run=run_tokens_list)
+    one = actions.add_parser("import", help="a NumPy file, such as the paper's tokens_VOC.npy, to token files")
+    one.add_argument("file", metavar="FILE")
+    one.add_argument("--model", required=True, help="the model that the tokens were found with")
+    one.add_argument("--branch", choices=list(BRANCHES), default="unconditional", help="default as the paper's: unconditional")
+    one.add_argument("--class", dest="classes", nargs="+", metavar="NAME", help="names of a plain array's rows")
+    one.add_argument("--out", metavar="DIR", help="another folder than tokens/<model>")
+    one.set_defaults(run=run_tokens_import)
+    one = actions.add_parser("fetch", help="download published tokens")
+    one.add_argument("name", choices=["voc-sd15"])
+    one.add_argument("--out", metavar="DIR", help="another folder than tokens/<model>")
+    one.set_defaults(run=run_tokens_fetch)
+    one = actions.add_parser("export", help="one class as a plain [1, E] .npy")
+    one.add_argument("file", metavar="TOKEN")
+    one.add_argument("--out", required=True, metavar="FILE")
+    one.add_argument("--class", dest="name", metavar="NAME", help="which class, if the token has several")
+    one.set_defaults(run=run_tokens_export)
+
+
+def run_optimize(options: argparse.Namespace) -> None:
+    """One token from one image, one from several, or a set of tokens. Everything is read before an image is made."""
+    ways = given(mask=options.mask, image_set=options.image_set, annotated=options.annotated)
+    if len(ways) != 1:
+        raise ValueError("Give one of --mask (with --prompt), --image-set and --annotated.")
+    settings = replace(RECIPES[options.recipe], **given(epochs=options.epochs, stay=options.stay))
+    settings.validate()
+    for name, value in given(tau=options.tau, alpha=options.alpha).items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value}; choose a number from 0 to 1.")
+    about_image = given(
+        seed=options.seed,
+        negative_prompt=options.negative_prompt,
+        steps=options.steps,
+        guidance=options.guidance,
+    )
+    if options.size is not None:
+        about_image["width"], about_image["height"] = parse_size(options.size)
+    if options.mask is not None and (options.prompt is None or options.classes is None):
+        raise ValueError("With --mask the prompt and the class are needed; add --prompt and --class.")
+    if options.mask is None and (options.prompt is not None or about_image):
+        raise ValueError(f"What makes the images stands in the folder's {METADATA}; leave those options out.")
+
+    pipe = load_pipeline(options.model, options.device)
+    if options.mask is not None:
+        image = GenerateSettings.for_model(pipe, options.prompt, **about_image)
+        image.validate(pipe)
+        sets = {options.out: [Example(image, Path(options.mask), tuple(options.classes))]}
+    elif options.image_set is not None:
+        sets = {options.out: read_folder(options.image_set, pipe)}
+        if options.classes is not None:
+            sets = {options.out: [replace(one, classes=tuple(options.classes)) for one in sets[options.out]]}
+    else:
+        groups = by_class(read_folder(options.annotated, pipe))
+        sets = {Path(options.out) / file_name([name]): group for name, group in groups.items()}
+    make_folder(Path(options.out) if options.annotated is not None else Path(options.out).parent)
+
+    for path, examples in sets.items():
+        token, found = learn(
+            pipe,
+            examples,
+            settings,
+            branch=options.branch,
+            tau=options.tau,
+            alpha=options.alpha,
+            on_epoch=show_loss if sys.stderr.isatty() else None,
+        )
+        save_token(path, token)
+        why = f" ({found.reason})" if found.reason else ""
+        print(f"{', '.join(token.names)}: loss {found.loss:.4f} after {found.epochs} epochs, {found.seconds:.1f} s{why}: {path}")
+
+
+def run_tokens_list(options: argparse.Namespace) -> None:
+    folder = Path(options.folder or folder_for(options.model))
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        print(f"There are no tokens in {folder}.")
+    for path in files:
+        try:
+            token = load_token(path)
+        except ValueError as error:
+            print(f"{path.name}: {error}")
+            continue
+        loss = "" if token.loss is None else f", loss {token.loss:.4f}"
+        seed = "" if token.seed is None else f", seed {token.seed}"
+        shape = "x".join(map(str, token.embedding.shape))
+        print(f"{', '.join(token.names)}: {shape}, {token.model}, {token.branch}{loss}{seed}: {path}")
+
+
+def run_tokens_import(options: argparse.Namespace) -> None:
+    made = import_file(options.file, options.model, classes=options.classes or (), branch=options.branch)
+    folder = Path(options.out or folder_for(options.model))
+    for token in made:
+        print(f"{', '.join(token.names)}: {save_token(folder / file_name(token.names), token)}")
+
+
+def run_tokens_fetch(options: argparse.Namespace) -> None:
+    for path in fetch_voc_sd15(options.out):
+        print(path)
+
+
+def run_tokens_export(options: argparse.Namespace) -> None:
+    print(export_npy(load_token(options.file), options.out, options.name))
+
+
+def show_loss(epoch: Epoch) -> None:
+    """Loss and best loss on the terminal, in one line."""
+    end = "\n" if epoch.number == epoch.of else ""
+    sys.stderr.write(f"\repoch {epoch.number} of {epoch.of}, loss {epoch.loss:.4f}, best {epoch.best_loss:.4f} {end}")
+    sys.stderr.flush()
 
 
 def show_progress(done: int, total: int) -> None:
@@ -142,7 +433,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     quiet()
     try:
-        run_generate(options)
+        options.run(options)
     except ValueError as error:
         sys.stderr.write(f"Error: {' '.join(str(error).split())}\n")
         return 2

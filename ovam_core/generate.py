@@ -15,6 +15,7 @@ import re
 import tempfile
 import time
 import unicodedata
+import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import plot
+from . import plot, tokens
 from .heatmap import attribute, resize
 from .mask import label_map, make_masks
 from .pipeline import defaults_for
@@ -37,6 +38,7 @@ MAX_PROMPT = 2000  # characters, before the text encoder's own limit is looked a
 MAX_STEPS = 200
 MAX_GUIDANCE = 30.0
 MAX_SEED = 2**32 - 1
+MAX_TOKENS = 32
 MIN_SIDE = 64
 SIDE_MULTIPLE = 8
 
@@ -113,6 +115,8 @@ class MapSettings:
     tau: threshold of Eq. 9, 0 to 1. alpha: floor of the self-attention map of Eq. 8, 0 to 1 (1 leaves it out).
     crf: refine masks with a dense CRF. steps: indices of denoising steps to use, None for all. resolutions: larger
     sides of the attention grids to use, None for the model's own choice.
+    tokens: paths of token files, each a further attribution prompt; words are then optional. token_tau, token_alpha:
+    tau and alpha for their masks, None for those of each token's file.
     """
 
     words: tuple[str, ...] = ()
@@ -123,25 +127,34 @@ class MapSettings:
     steps: tuple[int, ...] | None = None
     resolutions: tuple[int, ...] | None = None
     template: str = "{}"
+    tokens: tuple[str, ...] = ()
+    token_tau: float | None = None
+    token_alpha: float | None = None
 
     @classmethod
     def from_text(cls, words: str = "", sentence: str = "", **rest: Any) -> MapSettings:
-        """From what people type: comma separated words, a sentence, or both. ValueError if there is neither."""
+        """From what people type: comma separated words, a sentence, or both. ValueError without either or a token."""
         _text("The list of words", words, MAX_PROMPT)
         _text("The attribution sentence", sentence, MAX_PROMPT)
         sentence = " ".join(sentence.split())
-        parsed = () if sentence and not words.strip() else tuple(parse_words(words))
+        optional = bool(sentence or rest.get("tokens"))
+        parsed = () if optional and not words.strip() else tuple(parse_words(words))
         return cls(words=parsed, sentence=sentence, **rest)
 
     def validate(self) -> None:
         """Raises ValueError, one sentence, for what no recording could answer."""
-        if not self.words and not self.sentence.strip():
+        if not self.words and not self.sentence.strip() and not self.tokens:
             raise ValueError("There are no words to look for; give at least one, for example: cat.")
         _text("The attribution sentence", self.sentence, MAX_PROMPT)
         if "{}" not in self.template:
             raise ValueError("The template has no {} where the word goes; write for example: a photo of a {}.")
         _number("The threshold tau", self.tau, 0.0, 1.0)
         _number("Alpha", self.alpha, 0.0, 1.0)
+        if len(self.tokens) > MAX_TOKENS:
+            raise ValueError(f"{len(self.tokens)} tokens are too many; give at most {MAX_TOKENS}.")
+        for name, value in (("The tokens' tau", self.token_tau), ("The tokens' alpha", self.token_alpha)):
+            if value is not None:
+                _number(name, value, 0.0, 1.0)
         for step in self.steps or ():
             _whole("A step to use", step, 0, MAX_STEPS - 1)
         if self.steps is not None and not self.steps:
@@ -236,11 +249,13 @@ def generate(
     settings: GenerateSettings,
     on_step: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    branch: str = "conditional",
 ) -> Generation:
     """Makes one image under the recorder.
 
     on_step: called with (steps done, steps in all) after every denoising step, once with 0 before the first.
     should_stop: asked at every step; where it says True, `Stopped` is raised and nothing is kept.
+    branch: half of the guided batch to record; `branch_for` knows which one token files need.
     Raises ValueError for settings that `validate` refuses.
     """
     settings.validate(pipe)
@@ -260,7 +275,7 @@ def generate(
     after_step(0)
     # A generator on the CPU draws the same noise whatever the device.
     generator = torch.Generator("cpu").manual_seed(settings.seed)
-    with record(pipe) as recorder:
+    with record(pipe, branch=branch) as recorder:
         images = pipe(
             settings.prompt,
             negative_prompt=settings.negative_prompt or None,
@@ -282,14 +297,32 @@ def generate(
     )
 
 
-def attributions(pipe: Any, settings: MapSettings) -> Attribution | list[Attribution]:
-    """The text of the settings as embeddings. Raises ValueError where the text encoder cannot take it."""
+def branch_for(settings: MapSettings) -> str:
+    """The half of the guided batch to record for these settings: the one their tokens were found on.
+
+    Raises ValueError for tokens of different halves, which no one recording serves.
+    """
+    branches = {tokens.load(path).branch for path in settings.tokens} or {"conditional"}
+    if len(branches) > 1:
+        raise ValueError("These tokens were found on different halves of the guided batch; use them one at a time.")
+    return branches.pop()
+
+
+def attributions(pipe: Any, settings: MapSettings) -> list[Attribution]:
+    """The words or sentence of the settings, then their tokens, as embeddings.
+
+    Raises ValueError where the text encoder cannot take the text, or a token file cannot be used with this model.
+    """
     settings.validate()
-    if not settings.sentence.strip():
-        return attribute_words(pipe, settings.words, template=settings.template)
-    if settings.words:
-        return words_in_sentence(pipe, settings.sentence, settings.words)
-    return attribute_sentence(pipe, settings.sentence)
+    return _of_text(pipe, settings) + [tokens.attribution(pipe, tokens.load(path)) for path in settings.tokens]
+
+
+def _of_text(pipe: Any, settings: MapSettings) -> list[Attribution]:
+    if settings.sentence.strip():
+        if settings.words:
+            return [words_in_sentence(pipe, settings.sentence, settings.words)]
+        return [attribute_sentence(pipe, settings.sentence)]
+    return attribute_words(pipe, settings.words, template=settings.template) if settings.words else []
 
 
 @torch.no_grad()
@@ -301,16 +334,38 @@ def ask(pipe: Any, generation: Generation, settings: MapSettings) -> Maps:
     settings.validate()
     recording = generation.recording.select(steps=settings.steps, resolutions=settings.resolutions)
     size = (generation.image.height, generation.image.width)
-    asked = attributions(pipe, settings)
-    parts = [asked] if isinstance(asked, Attribution) else list(asked)
-    labels = _distinct([label for part in parts for label in part.labels])
+    loaded = [tokens.load(path) for path in settings.tokens]
+    for token in loaded:
+        if token.branch != recording.branch:
+            names = ", ".join(token.names)
+            warnings.warn(
+                f"The token '{names}' was found on the {token.branch} half of the guided batch and this image was "
+                f"recorded on the {recording.branch} one: make the image again for it.",
+                stacklevel=2,
+            )
+    of_text = _of_text(pipe, settings)
+    of_tokens = [tokens.attribution(pipe, token) for token in loaded]
+    words = [label for part in of_text for label in part.labels]
+    # A word and the token of the same name stand side by side: say which is which.
+    named = [f"{label} (token)" if label in words else label for part in of_tokens for label in part.labels]
+    labels = _distinct([*words, *named])
 
-    question = (settings.words, settings.sentence, settings.template, settings.steps, settings.resolutions)
+    bodies = tuple(token.embedding.numpy().tobytes() for token in loaded)  # a file may change under its name
+    question = (settings.words, settings.sentence, settings.template, settings.steps, settings.resolutions, bodies)
     if generation._last is None or generation._last[0] != question:
-        generation._last = (question, attribute(recording, asked))
+        generation._last = (question, attribute(recording, [*of_text, *of_tokens]))
     maps = generation._last[1]
 
-    masks = make_masks(recording, maps, generation.image, tau=settings.tau, alpha=settings.alpha, crf=settings.crf)
+    # Words share a threshold; every token may bring its own.
+    cuts = [(settings.tau, settings.alpha)] * len(words)
+    for token in loaded:
+        tau = token.tau if settings.token_tau is None else settings.token_tau
+        alpha = token.alpha if settings.token_alpha is None else settings.token_alpha
+        cuts += [(tau, alpha)] * len(token.names)
+    masks = np.zeros((len(labels), *size), dtype=bool)
+    for tau, alpha in dict.fromkeys(cuts):
+        rows = [row for row, cut in enumerate(cuts) if cut == (tau, alpha)]
+        masks[rows] = make_masks(recording, maps[rows], generation.image, tau=tau, alpha=alpha, crf=settings.crf)
     full = resize(maps, size).float().cpu().numpy()
     return Maps(labels, full, masks, [float(one.max()) for one in full])
 
@@ -460,7 +515,7 @@ def load_settings(path: str | Path) -> tuple[GenerateSettings, MapSettings, str,
         made = GenerateSettings(**_known(GenerateSettings, about["generation"]))
         asked = MapSettings(**_known(MapSettings, about["maps"]))
         asked = replace(
-            asked, **{key: _tuple(getattr(asked, key)) for key in ("words", "steps", "resolutions")}
+            asked, **{key: _tuple(getattr(asked, key)) for key in ("words", "steps", "resolutions", "tokens")}
         )
         return made, asked, str(about["model"]), str(about["device"])
     except (KeyError, TypeError):

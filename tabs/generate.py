@@ -5,9 +5,7 @@ from __future__ import annotations
 import html
 import math
 import tempfile
-import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +18,22 @@ from ovam_core.generate import (
     MAX_GUIDANCE,
     MAX_SEED,
     MAX_STEPS,
+    MAX_TOKENS,
     MIN_SIDE,
     SIDE_MULTIPLE,
-    Generation,
     GenerateSettings,
+    Generation,
     Maps,
     MapSettings,
     Stopped,
-    ask,
     attributions,
-    generate,
     parse_numbers,
     save_zip,
 )
 from ovam_core.pipeline import defaults_for
+from ovam_core.tokens import SUFFIX, attribution, load
 
-from .store import Store
+from .desk import NO_IMAGE, Desk, problem, visitor
 
 EXAMPLES = [
     ["A photograph of a cat and a car on grass", "cat, car, animal"],
@@ -44,7 +42,6 @@ EXAMPLES = [
 ]
 FIRST_SEED = 1
 WAIT_FOR_TYPING = 450  # milliseconds after the last letter
-NO_IMAGE = "There is no recorded image in this session (any more); generate one first."
 
 
 # ------------------------------------------------------------------------------------------ from the page
@@ -79,8 +76,9 @@ def map_settings(
     crf: bool,
     steps: str,
     grids: list[str],
+    tokens: Sequence[Path] = (),
 ) -> MapSettings:
-    """What is asked, as settings; grids ("1/8", ...) are turned into the resolutions of this recording."""
+    """What is asked, as settings; tokens are files; grids ("1/8", ...) are turned into the resolutions of this recording."""
     resolutions = None
     if generation is not None:
         named = {grid_name(generation.recording.image_size, one): one for one in generation.recording.resolutions}
@@ -94,6 +92,7 @@ def map_settings(
         crf=bool(crf),
         steps=parse_numbers(steps or "", "denoising steps"),
         resolutions=resolutions,
+        tokens=tuple(map(str, tokens)),
     )
 
 
@@ -110,6 +109,15 @@ def grid_names(pipe: Any) -> list[str]:
     if "CrossAttn" in (config.mid_block_type or ""):
         levels.add(len(down) - 1)
     return [f"1/{pipe.vae_scale_factor * 2**level}" for level in sorted(levels)]
+
+
+class TokenList(gr.Dropdown):
+    """A list whose names the visitor's shelf checks: Gradio knows only those that were there when the page was built."""
+
+    is_template = True  # looks like its base class in the browser
+
+    def preprocess(self, payload: Any) -> Any:
+        return payload
 
 
 # -------------------------------------------------------------------------------------------- to the page
@@ -162,77 +170,11 @@ SCALE = f"""<div class="scale" role="img" aria-label="Colour scale of all heatma
 SHOW_PICTURE = "() => { if (innerWidth <= 800) document.querySelector('#image').scrollIntoView({behavior: 'smooth', block: 'nearest'}); }"
 
 
-def problem(error: Exception) -> gr.Error:
-    """A ValueError of ours as a message of the page; gradio renders HTML, and the sentence may quote the visitor."""
-    return gr.Error(html.escape(str(error), quote=False), print_exception=False)
-
-
-# ------------------------------------------------------------------------------------------------ the work
-
-
-class Desk:
-    """What stands behind the tab: the model, the visitors' recordings, and their stop flags."""
-
-    def __init__(self, pipe: Any, store: Store, gpu: Callable = lambda function: function):
-        self.pipe, self.store = pipe, store
-        self.stops: dict[str, threading.Event] = {}
-        self._work = gpu(generate)
-
-    def make(self, settings: GenerateSettings, request: gr.Request, progress: gr.Progress) -> tuple[str, Generation]:
-        """Generates, keeps the recording, and returns its id with it. Raises Stopped, ValueError."""
-        session = request.session_hash or "api"
-        stop = self.stops.setdefault(session, threading.Event())
-        try:
-            made = self._work(
-                self.pipe,
-                settings,
-                on_step=lambda done, total: progress((done, total), desc="Denoising", unit="steps"),
-                should_stop=stop.is_set,
-            )
-        finally:
-            self.stops.pop(session, None)
-        return self.store.put(session, made), made
-
-    def find(self, key: str | None) -> Generation:
-        made = self.store.get(key)
-        if made is None:
-            raise ValueError(NO_IMAGE)
-        return made
-
-    def answer(self, made: Generation, asked: MapSettings) -> tuple[Maps, float]:
-        """Maps and masks, and the seconds they took."""
-        begun = time.perf_counter()
-        for last_try in (False, False, True):
-            try:
-                maps = ask(self.pipe, made, asked)
-                return maps, time.perf_counter() - begun
-            except RuntimeError as error:
-                # A tokenizer in Rust refuses to be used in two threads at the same instant; a generation may do so.
-                if last_try or "borrowed" not in str(error):
-                    raise
-                time.sleep(0.05)
-        raise AssertionError
-
-    def stop(self, request: gr.Request) -> None:
-        event = self.stops.get(request.session_hash or "api")
-        if event is not None:
-            event.set()
-
-    def begin(self, request: gr.Request) -> None:
-        """A new stop flag for a run that is about to be queued, so that Stop works while it waits as well."""
-        self.stops[request.session_hash or "api"] = threading.Event()
-
-    def leave(self, request: gr.Request) -> None:
-        """The visitor closed the page."""
-        self.stop(request)
-        self.store.drop_owner(request.session_hash or "api")
-
-
 # --------------------------------------------------------------------------------------------------- the tab
 
 
-def build(desk: Desk) -> None:
-    """Lays the tab out and wires it; to be called inside gr.Blocks."""
+def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
+    """Lays the tab out and wires it, inside gr.Blocks. Returns the id of its picture, and its list of tokens."""
     pipe = desk.pipe
     defaults = defaults_for(pipe)
     grids = grid_names(pipe)
@@ -247,7 +189,16 @@ def build(desk: Desk) -> None:
                 info="Comma separated, phrases allowed. Change them at any time: the picture stays.",
                 elem_id="words",
             )
-            note = gr.HTML("", elem_id="note", visible=True)
+            with gr.Row(elem_classes="tokens"):
+                pick = TokenList(
+                    list(desk.shelf.shipped), value=[], multiselect=True, max_choices=MAX_TOKENS, scale=4, min_width=180,
+                    label="Tokens", info="Learned from one mask each; they cut out their class more exactly.",
+                    elem_id="tokens",
+                )  # fmt: skip
+                bring = gr.UploadButton(
+                    "Add a file", file_types=[SUFFIX], scale=1, min_width=96, size="sm", elem_id="bring"
+                )
+            note = gr.HTML("", elem_id="note", elem_classes="note")
             with gr.Row(elem_classes="buttons"):
                 start = gr.Button("Generate", variant="primary", scale=3, min_width=120, elem_id="generate")
                 halt = gr.Button(
@@ -340,8 +291,13 @@ def build(desk: Desk) -> None:
             archive = gr.DownloadButton("zip", visible="hidden", elem_id="archive")
 
     left = [prompt, negative, seed, steps, guidance, width, height]
-    asked_by = [words, sentence, tau, alpha, crf, used, which]
+    asked_by = [words, sentence, tau, alpha, crf, used, which, pick]
     answers = [annotated, gallery, scale, map_facts]
+
+    def asked_for(made: Generation | None, request: gr.Request, *values) -> MapSettings:
+        *others, names = values
+        files = [desk.shelf.path(visitor(request), name) for name in names or ()]
+        return map_settings(made, *others, files)
 
     def answers_of(made: Generation, asked: MapSettings) -> tuple:
         maps, seconds = desk.answer(made, asked)
@@ -359,7 +315,7 @@ def build(desk: Desk) -> None:
         try:
             settings = image_settings(*values[: len(left)])
             settings.validate(pipe)
-            attributions(pipe, map_settings(None, *values[len(left) :]))
+            attributions(pipe, asked_for(None, request, *values[len(left) :]))
         except ValueError as error:
             raise problem(error) from None
         desk.begin(request)
@@ -377,13 +333,13 @@ def build(desk: Desk) -> None:
     def finish():
         return gr.Button(interactive=True), gr.Button(interactive=False)
 
-    def redraw(made_key, *values):
+    def redraw(made_key, request: gr.Request, *values):
         """Maps and masks anew. Nothing is said before there is an image: the empty states already do."""
         made = desk.store.get(made_key)
         if made is None:
             return *[gr.skip()] * 4, html.escape(NO_IMAGE) if made_key else ""
         try:
-            masks, *others = answers_of(made, map_settings(made, *values))
+            masks, *others = answers_of(made, asked_for(made, request, *values))
             colors = plot.word_colors([label for _, label in masks[1]])
             return gr.AnnotatedImage(value=masks, color_map=colors), *others, ""
         except ValueError as error:
@@ -420,7 +376,7 @@ def build(desk: Desk) -> None:
             window.ovamTyping = setTimeout(() => document.querySelector('#typed').click(), {WAIT_FOR_TYPING});
         }}""", api_visibility="private")  # fmt: skip
     gr.on(
-        [typed.click, *(box.submit for box in words_or_sentence), tau.change, alpha.change, crf.change, which.change],
+        [typed.click, *(box.submit for box in words_or_sentence), tau.change, alpha.change, crf.change, which.change, pick.change],
         redraw,
         [key, *asked_by],
         [*answers, note],
@@ -429,12 +385,24 @@ def build(desk: Desk) -> None:
         api_visibility="private",
         **maps_queue,
     )
+
+    def brought(file, chosen, request: gr.Request):
+        """A visitor's token file: read, tried on this model, and kept to this visitor."""
+        try:
+            token = load(file)
+            attribution(pipe, token)
+            name = desk.shelf.add(visitor(request), token)
+        except ValueError as error:
+            raise problem(error) from None
+        return gr.Dropdown(choices=desk.shelf.names(visitor(request)), value=[*dict.fromkeys([*chosen, name])])
+
+    bring.upload(brought, [bring, pick], pick, show_progress="hidden", api_visibility="private", concurrency_limit=None)
     dice.click(None, None, seed, js=f"() => Math.floor(Math.random() * {MAX_SEED + 1})", api_visibility="private")
 
-    def zip_of(made_key, *values):
+    def zip_of(made_key, request: gr.Request, *values):
         try:
             made = desk.find(made_key)
-            asked = map_settings(made, *values)
+            asked = asked_for(made, request, *values)
             maps, _ = desk.answer(made, asked)
         except ValueError as error:
             raise problem(error) from None
@@ -461,11 +429,11 @@ def build(desk: Desk) -> None:
             raise problem(error) from None
         return made_key, made.image, image_facts(made)
 
-    def api_attribute(made_key, words, sentence, tau, alpha, crf, steps, grids):
+    def api_attribute(made_key, words, sentence, tau, alpha, crf, steps, grids, tokens, request: gr.Request):
         """Masks, overlays, measures and a line of facts for any words, from this session's last image."""
         try:
             made = desk.find(made_key)
-            return answers_of(made, map_settings(made, words, sentence, tau, alpha, crf, steps, grids))
+            return answers_of(made, asked_for(made, request, words, sentence, tau, alpha, crf, steps, grids, tokens))
         except ValueError as error:
             raise problem(error) from None
 
@@ -475,3 +443,4 @@ def build(desk: Desk) -> None:
         api_generate, left, [key, image, facts], api_name="generate", concurrency_id="model", concurrency_limit=1
     )
     for_programs[1].click(api_attribute, [key, *asked_by], answers, api_name="attribute", **maps_queue)
+    return key, pick

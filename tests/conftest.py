@@ -13,6 +13,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+pytest_plugins = ["page"]  # the server and the browser
+
 torch.set_num_threads(1)  # the tiny pipelines lose time to threads that wait for each other
 
 EMBED = 32

@@ -5,43 +5,25 @@ Screenshots are kept in tests/artifacts (not in git): open them after a change t
 
 from __future__ import annotations
 
-import shutil
 import time
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
+from page import set_steps, shoot, sources
 from PIL import Image
 
 import app
 from ovam_core.generate import MapSettings
-from ovam_core.pipeline import load_pipeline
-from tabs.generate import EXAMPLES, NO_IMAGE, grid_name, grid_names, map_settings
+from tabs.desk import NO_IMAGE
+from tabs.generate import EXAMPLES, grid_name, grid_names, map_settings
 from tabs.store import Store
 
-ARTIFACTS = Path(__file__).parent / "artifacts"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 STEPS = 4
 PROMPT = "A photograph of a cat and a car on grass"
 IMAGE = {"prompt": PROMPT, "seed": 1, "steps": STEPS, "guidance": 4, "width": 128, "height": 128, "negative_prompt": ""}
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return load_pipeline("emoji-voc", "cpu")
-
-
-@pytest.fixture(scope="module")
-def address(pipe):
-    page = app.build(pipe, "a notice with <b>markup</b>")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gradio.networking.url_ok", lambda url: True)  # it gives up after 3 s, little on a busy machine
-        _, url, _ = app.launch(page, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
-    yield url
-    page.close()
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +40,7 @@ def generated(client):
 
 
 def test_the_api_has_these_endpoints_and_no_other(client):
-    assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/generate", "/attribute", "/stop"}
+    assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/generate", "/attribute", "/stop", "/optimize"}
 
 
 def test_generate_gives_an_image_and_its_facts(generated):
@@ -79,17 +61,6 @@ def test_attribute_answers_about_it(client, generated):
     assert numbers["words"] == ["cat", "the red bus"] and 0 < max(numbers["peaks"]) <= 1
     assert numbers["top"] == round(max(numbers["peaks"]), 3)
     assert "2 maps" in facts
-
-
-def test_attribute_takes_well_under_a_second(client, generated):
-    """By the processor's clock (the server is in this process), as other work on the machine must not count."""
-    best = 9.0
-    for words in ("cat, car, animal", "dog, bus, sea"):
-        for tau in (0.3, 0.7):
-            begun = time.process_time()
-            client.predict(words, tau=tau, api_name="/attribute")
-            best = min(best, time.process_time() - begun)
-    assert best < 1.0
 
 
 def test_attribute_takes_every_setting(client, generated):
@@ -119,7 +90,7 @@ BAD_IMAGES = {
     "part of a step": ({"steps": 2.5}, "steps is 2.5"),
     "size not a multiple": ({"width": 100}, "multiple of 8"),
     "size too large": ({"height": 8192}, "greater than maximum"),
-    "guidance nan": ({"guidance": "NaN"}, ""),
+    "guidance nan": ({"guidance": "NaN"}, "(?i)nan|number"),
     "seed below 0": ({"seed": -1}, "less than minimum"),
     "no seed": ({"seed": None}, "seed"),
 }
@@ -128,12 +99,12 @@ BAD_WORDS = {
     "punctuation": ({"words": "?!, ..."}, "not a word"),
     "10,000 characters": ({"words": "x" * 10_000}, "10,000 characters"),
     "markup": ({"words": "cat", "sentence": "<img src=x onerror=alert(1)>"}, "cat"),
-    "tau nan": ({"tau": "NaN"}, ""),
+    "tau nan": ({"tau": "NaN"}, "(?i)nan|number"),
     "alpha too large": ({"alpha": 7}, "greater than maximum"),
     "steps": ({"steps": "0-99999999999"}, "steps"),
     "a step not run": ({"steps": "150"}, "recorded"),
     "no grids": ({"grids": []}, "resolution"),
-    "a grid not there": ({"grids": ["1/3"]}, ""),
+    "a grid not there": ({"grids": ["1/3"]}, "1/3"),
 }
 
 
@@ -167,10 +138,8 @@ def test_stop_ends_a_generation(address):
             break
         time.sleep(0.05)
     one.predict(api_name="/stop")
-    begun = time.perf_counter()
     with pytest.raises(AppError, match=r"Stopped after \d+ of 200 steps"):
         job.result(timeout=120)
-    assert time.perf_counter() - begun < 30
 
 
 # ----------------------------------------------------------------------------------------------- the parts
@@ -245,62 +214,6 @@ def test_examples_work(pipe):
 
 
 # ---------------------------------------------------------------------------------------------- the browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def visit(browser, address):
-    """Opens the page in a window; at the end nothing may have been asked of another machine, nor gone wrong."""
-    contexts, faults = [], []
-
-    def heard(request):
-        if not request.url.startswith((address, "data:", "blob:")):
-            faults.append(f"outside: {request.url}")
-
-    def open_page(width=1280, height=900, scheme="light"):
-        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(120_000)  # CI may have half of a core
-        page.on("request", heard)
-        page.on("pageerror", lambda error: faults.append(f"script: {error}"))
-        page.goto(address)
-        page.wait_for_selector("#generate")
-        page.wait_for_timeout(500)
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert not faults
-
-
-def shoot(page, name: str, full: bool = False) -> None:
-    ARTIFACTS.mkdir(exist_ok=True)
-    page.screenshot(path=ARTIFACTS / f"{name}.png", full_page=full)
-
-
-def set_steps(page, steps: int) -> None:
-    page.click("#advanced > button")
-    page.fill("#steps input[type=number]", str(steps))
-    page.press("#steps input[type=number]", "Tab")
-    page.click("#advanced > button")
-
-
-def sources(page, selector: str) -> list[str]:
-    return page.eval_on_selector_all(f"{selector} img", "all => all.map(one => one.src)")
 
 
 def captions(page) -> list[str]:
@@ -399,10 +312,8 @@ def test_stop(visit):
     shoot(page, "wide-running")
     assert page.is_disabled("#generate")
     page.click("#stop")
-    begun = time.perf_counter()
     page.wait_for_selector("#facts:has-text('Stopped after')")
     page.wait_for_selector("#generate:not([disabled])")
-    assert time.perf_counter() - begun < 30
     assert page.is_disabled("#stop") and sources(page, "#image") == picture  # the picture from before is still there
 
 

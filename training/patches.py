@@ -11,7 +11,8 @@ from torch import Tensor
 
 from training.recipes import Recipe
 
-LEVELLING = 0.25
+LEVELLING = 0.75  # of the way to equal deviations, in exponents
+DEVIATION = 0.6  # of the latents over all
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,10 @@ class PatchSpace:
 
     @classmethod
     def fit(cls, images: np.ndarray, recipe: Recipe) -> PatchSpace:
-        """Components of uint8 [N, S, S, 3], scaled a quarter of the way to equal deviations and to 1 over all.
+        """Components of uint8 [N, S, S, 3], scaled most of the way to equal deviations and to DEVIATION over all.
 
-        Equal ones would make the finest detail as loud as colour and place; untouched ones would drown it.
+        Untouched ones would drown what tells a cat from a dog under colour and place, and leave words little to say. On a
+        grid this coarse a deviation of 1 would show an object through most of the noise, again without its word.
         """
         side = recipe.size // recipe.latent_size
         patches = rearrange(images, "n (h a) (w b) c -> (n h w) (c a b)", a=side, b=side)
@@ -36,7 +38,7 @@ class PatchSpace:
         deviations = values.flip(0)[: recipe.latent_channels].sqrt()
         axes = vectors.T.flip(0)[: recipe.latent_channels] / deviations[:, None] ** LEVELLING
         overall = (deviations ** (2 - 2 * LEVELLING)).mean().sqrt()
-        return cls(side, center.float(), (axes / overall).float())
+        return cls(side, center.float(), (axes * DEVIATION / overall).float())
 
     def encode(self, images: Tensor) -> Tensor:
         """float [N, 3, H, W] in [-1, 1] to latents float32 [N, channels, H / side, W / side]."""

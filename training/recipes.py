@@ -41,9 +41,9 @@ class Recipe:
 CPU = Recipe(
     name="cpu", nouns=VOC_NOUNS, counts=(0.2, 0.45, 0.35), size=128,
     vae_widths=(16, 32, 64, 96), latent_channels=8,
-    unet_widths=(64, 96, 160), unet_layers=1, heads=4, text_width=256, max_tokens=20,
+    unet_widths=(96, 160, 160), unet_layers=1, heads=4, text_width=256, max_tokens=20,
     scenes=30_000, vae_scenes=6_000, vae_minutes=12, vae_batch=16, vae_rate=2e-3,
-    unet_minutes=150, unet_batch=32, unet_rate=8e-4, unet_samples=180_000,
+    unet_minutes=150, unet_batch=32, unet_rate=8e-4, unet_samples=270_000,
     annotator_scenes=6_000, annotator_minutes=7,
 )  # fmt: skip
 

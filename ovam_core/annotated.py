@@ -1,0 +1,192 @@
+"""From annotated generations to token files: a folder of prompts, seeds and masks, or one of each.
+
+The recording comes from generating, so an annotated image is kept as what makes it again, with the mask drawn on it:
+
+    FOLDER/metadata.jsonl     one JSON object a line; of these keys only prompt, seed, mask and class are needed:
+        {"prompt": "A photograph of a cat", "seed": 3, "mask": "cat.png", "class": "cat", "file_name": "cat.jpg",
+         "negative_prompt": "", "steps": 30, "guidance": 7.5, "width": 512, "height": 512}
+    FOLDER/cat.png            the mask (see `read_mask`); "class" may be a list, its masks then hold labels 1, 2, ...
+    FOLDER/cat.jpg            the image, if it is kept: it must be the one that is generated again
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .generate import GenerateSettings, Generation, generate
+from .optimize import (
+    PROMPT,
+    RECIPES,
+    Epoch,
+    Optimized,
+    OptimizeSettings,
+    initial_embedding,
+    optimize,
+    read_mask,
+)
+from .tokens import BACKGROUND, Token
+
+METADATA = "metadata.jsonl"
+MAX_METADATA = 64 << 20
+SAME_IMAGE = 8.0  # mean difference of 255: JPEG and other devices stay below, another picture does not
+SETTINGS = ("negative_prompt", "steps", "guidance", "width", "height")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One annotated generation: what makes the image, the mask's file, its classes, the image's file if it is kept."""
+
+    image: GenerateSettings
+    mask: Path
+    classes: tuple[str, ...]
+    file: Path | None = None
+
+
+def read_folder(folder: str | Path, pipe: Any) -> list[Example]:
+    """The rows of FOLDER/metadata.jsonl, settings that a row leaves out being the model's own.
+
+    Raises ValueError, one sentence with the line's number, for rows that cannot be used.
+    """
+    folder = Path(folder)
+    file = folder / METADATA
+    try:
+        if file.stat().st_size > MAX_METADATA:
+            raise ValueError(f"'{file}' is larger than {MAX_METADATA >> 20} MiB: split the folder.")
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise ValueError(f"The folder '{folder}' has no {METADATA} that can be read.") from None
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                found.append(_example(folder, json.loads(line), pipe))
+            except (KeyError, TypeError, AttributeError) as error:
+                lacks = f"lacks {error}" if isinstance(error, KeyError) else "holds a value of the wrong kind"
+                raise ValueError(f"Line {number} of {METADATA} {lacks}.") from None
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"Line {number} of {METADATA}: {error}") from None
+    if not found:
+        raise ValueError(f"'{file}' has no rows; write one for every image.")
+    return found
+
+
+def _example(folder: Path, row: dict, pipe: Any) -> Example:
+    given = {key: row[key] for key in SETTINGS if row.get(key) is not None}
+    image = GenerateSettings.for_model(pipe, row["prompt"], seed=row["seed"], **given)
+    image.validate(pipe)
+    named = row.get("class", row.get("classes"))
+    if named is None:
+        raise KeyError("class")
+    classes = (named,) if isinstance(named, str) else tuple(named)
+    if not classes or not all(isinstance(name, str) and name.strip() for name in classes):
+        raise ValueError("the class must be a name, or a list of names.")
+    file = row.get("file_name")
+    mask = _inside(folder, row["mask"])
+    return Example(image, mask, classes, None if file is None else _inside(folder, file))
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A file of the folder: a row may have been written by a stranger."""
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts or "\0" in name:
+        raise ValueError(f"the file '{name[:80]}' lies outside of the folder.")
+    return folder / path
+
+
+def by_class(examples: Iterable[Example]) -> dict[str, list[Example]]:
+    """The examples of each class, for one token a class. Raises ValueError for an example of several classes."""
+    groups: dict[str, list[Example]] = {}
+    for example in examples:
+        if len(example.classes) != 1:
+            raise ValueError(f"'{example.mask.name}' has {len(example.classes)} classes; a set of tokens takes one a row.")
+        groups.setdefault(example.classes[0], []).append(example)
+    return groups
+
+
+def check_same(made: Generation, file: Path) -> None:
+    """Raises ValueError if the kept image is not the one generated again: its mask would belong to another picture."""
+    try:
+        with Image.open(file) as kept:
+            kept = kept.convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError):
+        raise ValueError(f"The image '{file}' cannot be read; leave its file_name out if it is not kept.") from None
+    if kept.size != made.image.size:
+        raise ValueError(
+            f"The image '{file.name}' is {kept.width}x{kept.height} and the one made again is {made.image.width}x"
+            f"{made.image.height}: give the width and height it was made with."
+        )
+    apart = np.abs(np.asarray(kept, float) - np.asarray(made.image.convert("RGB"), float)).mean()
+    if apart > SAME_IMAGE:
+        raise ValueError(
+            f"The image '{file.name}' is not what {made.model} makes from its prompt and seed (they differ by {apart:.0f} "
+            "of 255 on average): give the model, seed, steps, guidance and size it was made with."
+        )
+
+
+def learn(
+    pipe: Any,
+    examples: Sequence[Example],
+    settings: OptimizeSettings = RECIPES["fast"],
+    *,
+    branch: str = "conditional",
+    tau: float | None = None,
+    alpha: float | None = None,
+    on_image: Callable[[int, int], None] | None = None,
+    on_epoch: Callable[[Epoch], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> tuple[Token, Optimized]:
+    """Generates the images of the examples again and finds one token for all of them (Eq. 6).
+
+    All examples must name the same classes. tau, alpha: for the token's masks, default the paper's. on_image: called
+    with (images done, images in all). Raises ValueError as `read_mask`, `check_same` and `optimize` do.
+    """
+    classes = examples[0].classes
+    if any(example.classes != classes for example in examples):
+        raise ValueError("The rows of an image set must all name the same class; use --annotated for one token a class.")
+    start = initial_embedding(pipe, classes)
+    # Masks are read before any time is spent on images.
+    targets = [read_mask(one.mask, (one.image.height, one.image.width), len(classes)) for one in examples]
+    made = []
+    for number, one in enumerate(examples):
+        if on_image is not None:
+            on_image(number, len(examples))
+        made.append(generate(pipe, one.image, branch=branch))
+        if one.file is not None:
+            check_same(made[-1], one.file)
+    found = optimize([one.recording for one in made], targets, start, settings, on_epoch, should_stop)
+    return token_of(made, classes, found, settings, tau, alpha), found
+
+
+def token_of(
+    made: Sequence[Generation],
+    classes: Sequence[str],
+    found: Optimized,
+    settings: OptimizeSettings,
+    tau: float | None = None,
+    alpha: float | None = None,
+) -> Token:
+    """The result of `optimize` as a token that says how it came to be."""
+    first = made[0].settings
+    how = asdict(settings) | {"epochs": found.epochs, "images": len(made)}
+    chosen = {name: value for name, value in (("tau", tau), ("alpha", alpha)) if value is not None}
+    image = {key: value for key, value in asdict(first).items() if key not in ("prompt", "seed", "steps")}
+    return Token(
+        embedding=found.embedding,
+        classes=(BACKGROUND, *classes),
+        model=made[0].model,
+        branch=made[0].recording.branch,
+        steps=first.steps,
+        prompt=first.prompt,
+        seed=first.seed,
+        init=" | ".join(PROMPT.format(name) for name in classes),
+        loss=found.loss,
+        settings=json.dumps({"image": image, "optimization": how}, sort_keys=True),
+        **chosen,
+    )

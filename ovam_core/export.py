@@ -1,0 +1,848 @@
+"""Prompts to a segmentation data set on disk: resumable, over one device or many.
+
+    work = work_list(template_prompts("A photograph of a {}", VOC_CLASSES), VOC_CLASSES, images_per_prompt=5)
+    summary = export(pipe, work, ExportSettings.for_model(pipe), "out")
+
+The work list (prompts.py) is cut into batches by global index, always the same ones; process r of N makes the batches
+r, r + N, ... An image depends on its prompt, its seed and its batch, and on nothing else: so a killed export that
+goes on, and one by any number of processes, ends with the bytes of an undisturbed one. Dense CRF, encoding and writing
+happen in worker processes beside the generation. What lies on disk, and how, is dataset.py.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
+from multiprocessing.connection import wait as wait_for
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+
+from . import dataset, tokens
+from .dataset import Job
+from .filters import ClipScorer, Filters, reason_kinds
+from .generate import GenerateSettings, Stopped
+from .heatmap import attribute, resize
+from .mask import binary_masks, self_attention_map
+from .prompts import Item, Skipped, Work, match_class
+from .recorder import Recording, record
+from .text import Attribution, attribute_words
+
+MAX_BATCH = 256
+LIBRARY = "library"  # ExportSettings.tokens: the tokens that ship for the model
+TAU_WORDS, ALPHA_WORDS = 0.4, 0.85
+QUEUE = 3  # jobs a worker has before it, at most: what is made waits in memory
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """Everything besides the work list that the bytes of a data set depend on. `for_model` fills in the model's own.
+
+    steps, guidance, width, height: as in GenerateSettings. tau, alpha: threshold of Eq. 9 and floor of Eq. 8 for
+    all classes, 0 to 1; None: 0.4 and 0.85 for words, a token's own for tokens. crf: dense CRF. uncertain: pixels
+    whose strongest class lies this close to its threshold get 255, in units of the map's maximum, 0 to 1; 0 for none.
+    timesteps, resolutions: denoising steps and attention grids to use, None for all. tokens: None asks for classes
+    by name, "library" by the tokens of the model, else a folder of them; a class without a token is asked by name.
+    formats: of dataset.FORMATS, "voc" always there. heatmaps: keep them as float16 [classes, h, w] at latent size.
+    batch_size: images made together. threads: of the CPU, where that makes the images: sums over two threads round
+    otherwise than over one, so several processes must not each choose for themselves; None leaves them. clip: hub id or folder of a CLIP model for its filter, None for no such filter.
+    """
+
+    steps: int
+    guidance: float
+    width: int
+    height: int
+    tau: float | None = None
+    alpha: float | None = None
+    crf: bool = True
+    uncertain: float = 0.0
+    timesteps: tuple[int, ...] | None = None
+    resolutions: tuple[int, ...] | None = None
+    tokens: str | None = None
+    formats: tuple[str, ...] = ("voc",)
+    heatmaps: bool = False
+    batch_size: int = 1
+    threads: int | None = None
+    clip: str | None = None
+    filters: Filters = field(default_factory=Filters)
+
+    @classmethod
+    def for_model(cls, pipe: Any, **given: Any) -> ExportSettings:
+        """Settings with the model's defaults for what is not given or None. Batches of 4 on a GPU, of 1 elsewhere."""
+        given = {name: value for name, value in given.items() if value is not None}
+        own = GenerateSettings.for_model(pipe, "any")
+        kind = pipe._execution_device.type
+        defaults = {
+            "steps": own.steps,
+            "guidance": own.guidance,
+            "width": own.width,
+            "height": own.height,
+            "batch_size": 4 if kind == "cuda" else 1,
+            "threads": cores() if kind == "cpu" else None,
+        }
+        return cls(**{**defaults, **given})
+
+    def image(self, item: Item | None = None) -> GenerateSettings:
+        """The settings of one image; of any, if none is given."""
+        item = item or Item(0, "any", "", 0, ())
+        sizes = {"steps": self.steps, "guidance": self.guidance, "width": self.width, "height": self.height}
+        return GenerateSettings(item.prompt, item.negative_prompt, item.seed, **sizes)
+
+    def validate(self, pipe: Any) -> None:
+        """Raises ValueError, one sentence, for what this model cannot make."""
+        self.image().validate(pipe)
+        for name, value in (("tau", self.tau), ("alpha", self.alpha), ("uncertain", self.uncertain)):
+            real = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (real and math.isfinite(value) and 0 <= value <= 1):
+                raise ValueError(f"The setting {name} is {value}; choose a number from 0 to 1.")
+        for name, value, highest in (
+            ("batch size", self.batch_size, MAX_BATCH),
+            ("number of threads", self.threads or 1, 1024),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= highest:
+                raise ValueError(f"The {name} is {value}; choose a whole number from 1 to {highest}.")
+        dataset.check_formats(self.formats)
+        self.filters.validate()
+
+    def check(self, pipe: Any) -> Callable[[str, str], None]:
+        """What `work_list` takes as `check`: refuses prompts that this model cannot take."""
+
+        def check(prompt: str, negative: str) -> None:
+            replace(self.image(), prompt=prompt, negative_prompt=negative).validate(pipe)
+
+        return check
+
+
+def cores() -> int:
+    """The CPU cores of this machine that this process may use, whatever OMP_NUM_THREADS says."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+
+
+@dataclass(frozen=True)
+class Process:
+    """Which of how many processes this one is. wait: returns when all of them have called it."""
+
+    rank: int = 0
+    ranks: int = 1
+    wait: Callable[[], None] = field(default=lambda: None, repr=False)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """An image was written. done, total: of this process's share, those of earlier runs included. row: its metadata
+    before the filters; row["file_name"] and row["mask_file_name"] are paths within the folder.
+    """
+
+    done: int
+    total: int
+    row: dict[str, Any]
+
+
+@dataclass
+class Timings:
+    """Seconds of this process. generation: the pipeline; maps: heatmaps, masks, CLIP; waiting: for workers that are
+    behind, the last ones included; assembling: the end; total: all of it.
+    """
+
+    generation: float = 0.0
+    maps: float = 0.0
+    waiting: float = 0.0
+    assembling: float = 0.0
+    total: float = 0.0
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, name, getattr(self, name) + time.perf_counter() - begun)
+
+
+# ------------------------------------------------------------------------------------------------ plan
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """How a class is asked for. by: "word" or "token"."""
+
+    attribution: Attribution
+    tau: float
+    alpha: float
+    branch: str = "conditional"
+    by: str = "word"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an export would make. done: images that are there already. classes: images a class, in the list's order.
+    by: "word" or "token" a class. largest_bytes: of the data set, an upper bound. skipped: prompts that no image is made of.
+    """
+
+    images: int
+    done: int
+    classes: dict[str, int]
+    by: dict[str, str]
+    skipped: tuple[Skipped, ...]
+    largest_bytes: int
+    settings: ExportSettings
+
+    def text(self) -> str:
+        """A few lines for people."""
+        tokens_used = sum(by == "token" for by in self.by.values())
+        size = f"{self.settings.width}x{self.settings.height}"
+        lines = [
+            f"{self.images:,} images of {size}, {self.settings.steps} steps each; {self.done:,} are there already.",
+            "Images a class: " + ", ".join(f"{name} {count:,}" for name, count in self.classes.items()) + ".",
+        ]
+        if self.settings.tokens is not None:
+            words = [name for name, by in self.by.items() if by == "word"]
+            named = f" By name, for want of a token: {', '.join(words)}." if words else ""
+            lines.append(f"{tokens_used} of {len(self.by)} classes are asked for by token.{named}")
+        if self.settings.clip is None:
+            lines.append("No CLIP model is given: images are filtered by coverage alone.")
+        if self.skipped:
+            lines.append(
+                f"{len(self.skipped):,} prompts are skipped; the first is {self.skipped[0].source}: {self.skipped[0].reason}"
+            )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Measured on one batch: seconds and bytes an image, and for all images that are still to be made."""
+
+    image_seconds: float
+    image_bytes: float
+    seconds: float
+    bytes: float
+
+    def text(self) -> str:
+        return (
+            f"Measured on one batch: {self.image_seconds:.1f} s and {self.image_bytes / 1000:,.0f} kB an image; "
+            f"about {duration(self.seconds)} on one such device and {self.bytes / 1e6:,.1f} MB in all."
+        )
+
+
+def duration(seconds: float) -> str:
+    """ "45 s", "12 min", "3.5 h"."""
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{seconds / 60:.0f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def plan(pipe: Any, work: Work, settings: ExportSettings, out: str | Path) -> Plan:
+    """What `export` would do; writes nothing. Raises ValueError for whatever `export` would refuse."""
+    settings.validate(pipe)
+    asked = questions(pipe, work, settings)
+    dataset.check_folder(Path(out), fingerprint(pipe, work, settings, asked))
+    counts = Counter(name for item in work.items for name in item.classes)
+    classes = {name: counts[name] for name in work.classes if counts[name]}
+    pixels = settings.width * settings.height
+    per_image = 4 * pixels + 2000  # JPEG and PNG stay below their pixels
+    if settings.heatmaps:
+        per_image += 2 * pixels // 16 * max(len(item.classes) for item in work.items)
+    if "parquet" in settings.formats:
+        per_image *= 2
+    done = sum(dataset.read_done(Path(out), item) is not None for item in work.items)
+    by = {name: asked[name].by for name in classes}
+    return Plan(len(work.items), done, classes, by, work.skipped, per_image * len(work.items), settings)
+
+
+def measure(pipe: Any, work: Work, settings: ExportSettings, done: int = 0, clip: ClipScorer | None = None) -> Estimate:
+    """Makes the first batch, in memory, to say how long the rest takes. done: images that need not be made."""
+    asked = questions(pipe, work, settings)
+    begun = time.perf_counter()
+    with _repeatable(settings.threads):
+        jobs = make_jobs(pipe, work.items[: settings.batch_size], "", asked, work, settings, clip)
+    seconds = (time.perf_counter() - begun) / len(jobs)
+    sizes = [sum(map(len, dataset.encode(job)[0].values())) for job in jobs]
+    size = sum(sizes) / len(sizes) * (2 if "parquet" in settings.formats else 1)
+    return Estimate(seconds, size, seconds * (len(work.items) - done), size * len(work.items))
+
+
+def questions(pipe: Any, work: Work, settings: ExportSettings) -> dict[str, Question]:
+    """How each class of the work is asked for. Raises ValueError for a class that neither token nor word fits."""
+    used = {name for item in work.items for name in item.classes}
+    found = _tokens(pipe, work.classes, settings) if settings.tokens is not None else {}
+    asked = {}
+    for name in [name for name in work.classes if name in used]:
+        if name in found:
+            asked[name] = found[name]
+            continue
+        try:
+            attribution = attribute_words(pipe, [name])[0]
+        except ValueError as error:
+            raise ValueError(f"Neither a token nor a word fits the class '{name[:60]}': {error}") from None
+        asked[name] = Question(attribution, TAU_WORDS, ALPHA_WORDS)
+    return {
+        name: replace(
+            one,
+            tau=one.tau if settings.tau is None else settings.tau,
+            alpha=one.alpha if settings.alpha is None else settings.alpha,
+        )
+        for name, one in asked.items()
+    }
+
+
+def _tokens(pipe: Any, classes: Sequence[str], settings: ExportSettings) -> dict[str, Question]:
+    model = getattr(pipe, "ovam_name", "")
+    folder = tokens.folder_for(model) if settings.tokens == LIBRARY else Path(settings.tokens)
+    loaded = [tokens.load(path) for path in tokens.library(model, folder).values()]
+    if not loaded:
+        raise ValueError(f"There are no tokens in '{folder}'; make some with optimize, or ask for the classes by name.")
+    found: dict[str, Question] = {}
+    for token in sorted(loaded, key=lambda token: len(token.names)):  # a class's own token before a joint one
+        for row, label in enumerate(token.names):
+            name = match_class(label, classes)
+            if name is None or name in found:
+                continue
+            joint = tokens.attribution(pipe, token)
+            own = Attribution(joint.embedding, (name,), (joint.groups[row],))
+            found[name] = Question(own, token.tau, token.alpha, token.branch, "token")
+    return found
+
+
+def fingerprint(pipe: Any, work: Work, settings: ExportSettings, asked: dict[str, Question]) -> dict[str, Any]:
+    """What the bytes of a data set depend on, as it is kept in its folder; nothing of it names the machine."""
+    own = asdict(settings)
+    formats = own.pop("formats")
+    classes = [
+        [
+            name,
+            one.by,
+            one.tau,
+            one.alpha,
+            one.branch,
+            _digest(one.attribution.embedding.float().cpu().numpy().tobytes()),
+        ]
+        for name, one in asked.items()
+    ]
+    items = [[item.index, item.prompt, item.negative_prompt, item.seed, *item.classes] for item in work.items]
+    values = {
+        "program": dataset.FORMAT,
+        "model": getattr(pipe, "ovam_name", type(pipe).__name__),
+        **own,
+        "tokens": None if settings.tokens is None else "yes",
+        "format": sorted({"voc", *formats}),
+        "device": pipe._execution_device.type,
+        "precision": str(pipe.unet.dtype).removeprefix("torch."),
+        "classes": list(work.classes),
+        "images": len(work.items),
+        "prompts": _digest(json.dumps(items).encode()),
+        "class_questions": _digest(json.dumps(classes).encode()),
+        "weights": _weights(pipe),
+    }
+    return json.loads(json.dumps(values))  # as it will be read again: tuples are lists
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _weights(pipe: Any) -> str:
+    """A digest of a few numbers of every weight: another training, an adapter or a scheduler make another one."""
+    # Names that begin with _ say where a scheduler came from, and in an order that changes from run to run.
+    config = sorted((name, value) for name, value in pipe.scheduler.config.items() if not name.startswith("_"))
+    digest = hashlib.sha256(f"{type(pipe.scheduler).__name__} {config}".encode())
+    for part in (pipe.text_encoder, pipe.unet, pipe.vae):
+        for name, weight in part.named_parameters():
+            flat = weight.detach().flatten()
+            digest.update(name.encode() + flat[:: max(1, len(flat) // 8)][:8].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------ images and maps
+
+
+@torch.no_grad()
+def make_jobs(
+    pipe: Any,
+    items: Sequence[Item],
+    folder: str | Path,
+    asked: dict[str, Question],
+    work: Work,
+    settings: ExportSettings,
+    clip: ClipScorer | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    timings: Timings | None = None,
+) -> list[Job]:
+    """One batch: images, recordings, heatmaps and masks, ready for a worker. Raises Stopped where it is asked to."""
+    timings = timings or Timings()
+    with timings.of("generation"):
+        images, recordings = _generate(pipe, items, asked, settings, should_stop)
+    with timings.of("maps"):
+        scores = clip.scores(images, [item.classes for item in items]) if clip else [None] * len(items)
+        return [
+            _job(
+                folder,
+                item,
+                image,
+                {branch: own[n] for branch, own in recordings.items()},
+                score,
+                asked,
+                work,
+                settings,
+            )
+            for n, (item, image, score) in enumerate(zip(items, images, scores, strict=True))
+        ]
+
+
+def _generate(
+    pipe: Any,
+    items: Sequence[Item],
+    asked: dict[str, Question],
+    settings: ExportSettings,
+    should_stop: Callable[[], bool] | None,
+) -> tuple[list[Image.Image], dict[str, list[Recording]]]:
+    """The images of a batch, and for each branch that a class needs their recordings."""
+
+    def callback(_pipe: Any, step: int, _timestep: Any, values: dict) -> dict:
+        if should_stop is not None and should_stop():
+            raise Stopped(step + 1, settings.steps)
+        return values
+
+    wanted = [asked[name] for item in items for name in item.classes]
+    keep = {
+        "steps": settings.timesteps,
+        "resolutions": settings.resolutions,
+        "self_attention": any(one.alpha < 1 for one in wanted),
+    }
+    with ExitStack() as stack:
+        recorders = {
+            branch: stack.enter_context(record(pipe, branch=branch, **keep))
+            for branch in sorted({x.branch for x in wanted})
+        }
+        images = pipe(
+            [item.prompt for item in items],
+            negative_prompt=[item.negative_prompt for item in items],
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            width=settings.width,
+            height=settings.height,
+            # On the CPU, one an image: the noise depends on neither the device nor the batch.
+            generator=[torch.Generator("cpu").manual_seed(item.seed) for item in items],
+            callback_on_step_end=callback,
+        ).images
+    return images, {branch: recorder.recordings for branch, recorder in recorders.items()}
+
+
+def _job(
+    folder: str | Path,
+    item: Item,
+    image: Image.Image,
+    recordings: dict[str, Recording],
+    scores: list[float] | None,
+    asked: dict[str, Question],
+    work: Work,
+    settings: ExportSettings,
+) -> Job:
+    own = [asked[name] for name in item.classes]
+    maps: dict[int, torch.Tensor] = {}
+    for branch, recording in recordings.items():
+        places = [place for place, one in enumerate(own) if one.branch == branch]
+        if places:  # all classes of a branch read the queries once
+            maps.update(zip(places, attribute(recording, [own[place].attribution for place in places]), strict=True))
+    size = (image.height, image.width)
+    weighted = torch.cat(
+        [
+            resize(
+                (maps[place] * self_attention_map(recordings[one.branch], one.alpha).to(maps[place].device))[None], size
+            )
+            for place, one in enumerate(own)
+        ]
+    )
+    masks = torch.cat([binary_masks(weighted[n : n + 1], one.tau) for n, one in enumerate(own)])
+    scaled = weighted / weighted.amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    kept = (
+        torch.stack([maps[place] for place in range(len(own))]).to(torch.float16).cpu().numpy()
+        if settings.heatmaps
+        else None
+    )
+    row = {
+        "prompt": item.prompt,
+        "negative_prompt": item.negative_prompt,
+        "seed": item.seed,
+        "classes": list(item.classes),
+        "class_ids": work.ids(item.classes),
+        "clip_scores": scores,
+    }
+    return Job(
+        folder=str(folder),
+        item=item,
+        ids=tuple(row["class_ids"]),
+        image=np.asarray(image.convert("RGB")),
+        scaled=scaled.float().cpu().numpy(),
+        masks=masks.cpu().numpy(),
+        taus=tuple(one.tau for one in own),
+        crf=settings.crf,
+        uncertain=settings.uncertain,
+        heatmaps=kept,
+        row=row,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ the run
+
+
+@dataclass
+class Summary:
+    """What an export made. rows: the metadata of all images that are done, with `kept` and `reason`; None in a process
+    that is not the first. stopped: `should_stop` said so. made: images of this run and process.
+    """
+
+    rows: list[dict[str, Any]] | None
+    total: int
+    made: int
+    stopped: bool
+    timings: Timings
+    skipped: tuple[Skipped, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def kept(self) -> int:
+        return sum(row["kept"] for row in self.rows or ())
+
+    @property
+    def mean_coverage(self) -> float:
+        """Of the kept images, 0 to 1; 0 for none."""
+        own = [row["coverage"] for row in self.rows or () if row["kept"]]
+        return sum(own) / len(own) if own else 0.0
+
+    def by_class(self) -> list[dict[str, Any]]:
+        """For each class: class, images, kept, small, large, clip (dropped for that reason), coverage (mean of the kept).
+
+        An image of several classes counts in each of them; one with several reasons counts in each of these.
+        """
+        groups: dict[str, list[tuple[dict, float]]] = {}
+        for row in self.rows or ():
+            for name, share in zip(row["classes"], row["coverages"], strict=True):
+                groups.setdefault(name, []).append((row, share))
+        table = []
+        for name, members in groups.items():
+            reasons = Counter(kind for row, _ in members for kind in reason_kinds(row["reason"]))
+            shares = [share for row, share in members if row["kept"]]
+            dropped = {kind: reasons[kind] for kind in ("small", "large", "clip")}
+            coverage = sum(shares) / len(shares) if shares else 0.0
+            table.append({"class": name, "images": len(members), "kept": len(shares), **dropped, "coverage": coverage})
+        return table
+
+    def text(self) -> str:
+        """A table for a terminal."""
+        heads = ("class", "images", "kept", "small", "large", "low CLIP", "coverage")
+        lines = [heads, *(
+            (one["class"], *(str(one[key]) for key in ("images", "kept", "small", "large", "clip")), f"{one['coverage']:.1%}")
+            for one in self.by_class()
+        )]  # fmt: skip
+        widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
+        table = [
+            "  ".join(cell.ljust(w) if n == 0 else cell.rjust(w) for n, (cell, w) in enumerate(zip(line, widths)))
+            for line in lines
+        ]
+        done = len(self.rows or ())
+        last = f"{done:,} of {self.total:,} images, {self.kept:,} kept, {done - self.kept:,} dropped; mean coverage {self.mean_coverage:.1%}."
+        if self.skipped:
+            last += f" {len(self.skipped):,} prompts were skipped, see {dataset.SKIPPED}."
+        return "\n".join([*table, last, *self.notes])
+
+
+def export(
+    pipe: Any,
+    work: Work,
+    settings: ExportSettings,
+    out: str | Path,
+    *,
+    process: Process | None = None,
+    workers: int | None = None,
+    clip: ClipScorer | None = None,
+    on_image: Callable[[Progress], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> Summary:
+    """Makes the images of a work list that are not there yet, then the data set of all of them.
+
+    process: this process's share, for several that export into one folder. workers: processes for dense CRF and
+    files; 0 does it in this one, None chooses. clip: a scorer that is loaded already, for `settings.clip`. on_image:
+    called in this thread for every image written. on_note: sentences for people. should_stop: asked at every
+    denoising step; when it says True, the images under way are dropped and the data set of those that are done is put together.
+    Raises ValueError, one sentence, for settings that cannot be, a folder of another export, a full disk, a worker
+    that died, a model that does not fit in memory. The same call goes on where it was.
+    """
+    process = process or Process()
+    folder, timings = Path(out), Timings()
+    settings.validate(pipe)
+    asked = questions(pipe, work, settings)
+    about = fingerprint(pipe, work, settings, asked)
+    dataset.check_folder(folder, about)
+    if settings.clip is not None and clip is None:
+        clip = ClipScorer(settings.clip, pipe._execution_device)
+
+    first = process.rank == 0
+    with timings.of("total"), dataset.locked(folder) if first else nullcontext(), _repeatable(settings.threads):
+        if first:
+            dataset.prepare(folder, about)
+        process.wait()
+        run = _Run(pipe, work, settings, folder, asked, clip, timings, on_image, on_note, should_stop)
+        stopped = run.make(process, _workers(process.ranks) if workers is None else workers)
+        rows = None
+        if not stopped or process.ranks == 1:
+            process.wait()
+            if first:
+                with timings.of("assembling"):
+                    rows = _assemble(folder, about, work, complete=not stopped)
+    return Summary(rows, len(work.items), run.made, stopped, timings, work.skipped, tuple(run.notes))
+
+
+@contextmanager
+def _repeatable(threads: int | None) -> Iterator[None]:
+    """The threads of the settings, and cuDNN without its search for the fastest algorithm, which may end differently."""
+    flags = torch.backends.cudnn
+    before = (flags.deterministic, flags.benchmark, torch.get_num_threads())
+    flags.deterministic, flags.benchmark = True, False
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        flags.deterministic, flags.benchmark = before[:2]
+        torch.set_num_threads(before[2])
+
+
+def _assemble(folder: Path, about: dict[str, Any], work: Work, complete: bool) -> list[dict[str, Any]]:
+    try:
+        rows = dataset.assemble(folder, about, work)
+    except OSError as error:
+        raise ValueError(dataset.disk_sentence(error, folder)) from None
+    if complete and len(rows) < len(work.items):
+        raise ValueError(
+            f"{len(work.items) - len(rows)} images are missing in '{folder}'; start the same export again."
+        )
+    return rows
+
+
+@dataclass
+class _Run:
+    """The batches of one process."""
+
+    pipe: Any
+    work: Work
+    settings: ExportSettings
+    folder: Path
+    asked: dict[str, Question]
+    clip: ClipScorer | None
+    timings: Timings
+    on_image: Callable[[Progress], None] | None
+    on_note: Callable[[str], None] | None
+    should_stop: Callable[[], bool] | None
+    made: int = 0
+    done: int = 0
+    total: int = 0
+    halved: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    def make(self, process: Process, workers: int) -> bool:
+        """Makes what is missing of this process's share; returns whether it was stopped."""
+        size = self.settings.batch_size
+        batches = [self.work.items[start : start + size] for start in range(0, len(self.work.items), size)]
+        share = batches[process.rank :: process.ranks]
+        there = {item.index for batch in share for item in batch if dataset.read_done(self.folder, item) is not None}
+        self.done, self.total = len(there), sum(map(len, share))
+        share = [batch for batch in share if any(item.index not in there for item in batch)]
+        if not share:
+            return False
+        try:
+            with _pool(workers) as pool:
+                return self._batches(share, there, pool, QUEUE * max(workers, 1))
+        except BrokenProcessPool:
+            raise ValueError(
+                "A process that writes the files died, perhaps for want of memory; start the same export again, it goes "
+                "on where it was."
+            ) from None
+        except OSError as error:
+            raise ValueError(dataset.disk_sentence(error, self.folder)) from None
+
+    def _batches(self, share: Sequence[Sequence[Item]], there: set[int], pool: Executor, queue: int) -> bool:
+        pending: deque[Future] = deque()
+        stopped = False
+        try:
+            for batch in share:
+                if self.should_stop is not None and self.should_stop():
+                    raise Stopped(0, self.settings.steps)
+                for jobs in self._parts(batch):
+                    # A batch is made whole again if one of its images is missing: alone it could differ in rounding.
+                    for job in (job for job in jobs if job.item.index not in there):
+                        self._collect(pending, queue - 1)
+                        pending.append(pool.submit(dataset.write_job, job))
+        except Stopped:
+            stopped = True
+        self._collect(pending, 0)
+        return stopped
+
+    def _collect(self, pending: deque[Future], keep: int) -> None:
+        """Takes what is written, in order, and waits until no more than `keep` are under way."""
+        while pending and (len(pending) > keep or pending[0].done()):
+            with self.timings.of("waiting"):
+                row = pending.popleft().result()
+            self.made += 1
+            self.done += 1
+            if self.on_image is not None:
+                self.on_image(Progress(self.done, self.total, row))
+
+    def _parts(self, batch: Sequence[Item]) -> Iterator[list[Job]]:
+        """The jobs of a batch; in two halves once a batch did not fit in memory."""
+        jobs = None if self.halved else self._try(batch)
+        if jobs is not None:
+            yield jobs
+            return
+        half = max(1, self.settings.batch_size // 2)
+        if not self.halved and self.settings.batch_size > 1:
+            self.halved = True
+            note = f"Batches of {self.settings.batch_size} do not fit in memory: going on with batches of {half}."
+            self.notes.append(note)
+            if self.on_note is not None:
+                self.on_note(note)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        for start in range(0, len(batch), half):
+            jobs = self._try(batch[start : start + half])
+            if jobs is None:
+                raise ValueError(
+                    f"A batch of {half} does not fit in memory; choose a smaller batch size, smaller images or fewer timesteps."
+                )
+            yield jobs
+
+    def _try(self, items: Sequence[Item]) -> list[Job] | None:
+        """The jobs, or None if they do not fit in memory. Returning frees what the traceback kept alive."""
+        try:
+            return make_jobs(
+                self.pipe,
+                items,
+                self.folder,
+                self.asked,
+                self.work,
+                self.settings,
+                self.clip,
+                self.should_stop,
+                self.timings,
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an accelerator, or the allocator of the CPU, had no memory left."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    said = str(error).lower()
+    return any(words in said for words in ("out of memory", "can't allocate memory", "not enough memory"))
+
+
+# ------------------------------------------------------------------------------------------------ workers
+
+
+def _workers(ranks: int) -> int:
+    """One worker keeps up with a CPU, whose cores make images; a GPU leaves its host's cores free."""
+    return min(4, max(1, (os.cpu_count() or 1) // ranks - 1))
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[Executor]:
+    """An executor of processes; of none, for 0. After an error nothing more is begun."""
+    pool = _processes(workers) if workers > 0 else _Here()
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _processes(workers: int) -> ProcessPoolExecutor:
+    pool = ProcessPoolExecutor(workers, mp_context=_context(), initializer=_begin_worker)
+    # Starts them while the first image is being made: a fork server answers only when its imports are done.
+    threading.Thread(target=_start, args=(pool,), daemon=True).start()
+    return pool
+
+
+def _start(pool: ProcessPoolExecutor) -> None:
+    with suppress(RuntimeError):  # shut down before it began
+        pool.submit(os.getpid)
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    """A fork of this process would inherit its CUDA context and the locks of its threads; a fork server is a clean
+    process that imports once for all workers.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([dataset.__name__])
+    return context
+
+
+def _begin_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    if hasattr(os, "nice"):
+        os.nice(5)  # never in the way of the generation
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    """A killed parent takes its workers along: they would wait for jobs for ever."""
+    wait_for([sentinel])
+    os._exit(1)
+
+
+class _Here(Executor):
+    """Runs jobs at once, in this process."""
+
+    def submit(self, function: Callable, /, *arguments: Any, **named: Any) -> Future:
+        future: Future = Future()
+        try:
+            future.set_result(function(*arguments, **named))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+# ------------------------------------------------------------------------------------------------ many devices
+
+
+def launched(device: str | None) -> tuple[Process, str | None]:
+    """This process's place among those of `accelerate launch`, and its device; (the only one, device) without it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        return Process(), device
+    from accelerate import PartialState
+
+    asked = device or os.environ.get("OVAM_DEVICE")
+    on_cpu = asked == "cpu" or not torch.cuda.is_available()
+    # The first process may wait long for the last: shares are equal in number, not in time.
+    state = PartialState(cpu=on_cpu, timeout=timedelta(days=30))
+    own = Process(state.process_index, state.num_processes, state.wait_for_everyone)
+    return own, "cpu" if on_cpu else str(state.device)

@@ -1,0 +1,340 @@
+"""Section 3.3 of the paper: the embedding whose heatmaps match given masks (Eqs. 6, 7). Tensors in, tensors out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .heatmap import heatmaps, resize
+from .recorder import Recording
+from .text import attribute_sentence, words_in_sentence
+
+IGNORE = 255  # label of pixels that the loss leaves out
+MAX_CLASSES = 32
+MAX_EPOCHS = 10_000
+MAX_MASK_PIXELS = 64_000_000
+LARGEST_VOC_ID = 20
+PROMPT = "A photograph of a {}"
+EDGE = 1e-6  # heatmaps are kept this far from 0 and 1: past it the logarithm has no useful gradient
+
+
+# ------------------------------------------------------------------------------------------------ masks
+
+
+def read_mask(image: Image.Image | str | Path, size: tuple[int, int], classes: int = 1) -> np.ndarray:
+    """A mask of any size and mode as labels at the image's size: uint8 `[H, W]` of 0, 1 to `classes`, and 255 (ignore).
+
+    image: picture or file. size: (H, W) of the generated image; nearest neighbour. One class: black is background,
+    the rest object, whether it is 1, 255, a colour, a palette index or an opaque part of a transparent picture. 255 is
+    ignore only beside another label, as in VOC's files. Greys in between are cut at half. Several classes: the values
+    are the labels (modes L and P).
+    Raises ValueError for an empty or full mask, another aspect ratio, several labels where one class is wanted.
+    """
+    picture = _open(image)
+    height, width = size
+    if abs(picture.width * height / (picture.height * width) - 1) > 0.02:
+        raise ValueError(
+            f"The mask is {picture.width}x{picture.height} and the image {width}x{height}: their shapes differ; "
+            "give the mask of the whole image."
+        )
+    labels = _labels(picture, classes)
+    labels = np.asarray(Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST))
+    if not ((labels > 0) & (labels != IGNORE)).any():
+        raise ValueError("The mask is empty: mark the object in it.")
+    if not (labels == 0).any():
+        raise ValueError("The mask covers the whole image: leave the background out of it.")
+    return labels
+
+
+def _open(image: Image.Image | str | Path) -> Image.Image:
+    if not isinstance(image, Image.Image):
+        path = Path(image)
+        try:
+            image = Image.open(path)
+        except FileNotFoundError:
+            raise ValueError(f"There is no mask file '{path}'.") from None
+        except (OSError, ValueError, Image.DecompressionBombError):
+            raise ValueError(f"The mask '{path.name}' is not a picture that can be read.") from None
+    if image.width * image.height > MAX_MASK_PIXELS:
+        raise ValueError(f"The mask is {image.width}x{image.height}; that is too large, give it at the image's size.")
+    try:
+        image.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise ValueError("The mask is not a whole picture; save it again as PNG.") from None
+    return image
+
+
+def _labels(picture: Image.Image, classes: int) -> np.ndarray:
+    """uint8 labels at the picture's own size."""
+    values, are_ids = _values(picture)
+    present = set(np.unique(values).tolist())
+    ids = sorted(present - {0, IGNORE})
+    if classes > 1:
+        if ids and ids[-1] > classes:
+            raise ValueError(f"The mask holds the label {ids[-1]}, but there are {classes} classes: 1 to {classes}.")
+        return values.astype(np.uint8)
+    if not ids:  # 0 and 255 alone: white is the object, unless the values are known to be label numbers
+        return np.where(values == 0, 0, IGNORE if are_ids else 1).astype(np.uint8)
+    if len(ids) == 1:
+        return np.select([values == 0, values == ids[0]], [0, 1], IGNORE).astype(np.uint8)
+    if are_ids or ids[-1] <= LARGEST_VOC_ID:
+        listed = ", ".join(map(str, ids[:5]))
+        raise ValueError(f"The mask holds several labels ({listed}): give a mask of one class, or name every class.")
+    return (values > max(present) / 2).astype(np.uint8)  # a soft edge, or JPEG's noise
+
+
+def _values(picture: Image.Image) -> tuple[np.ndarray, bool]:
+    """One number a pixel, and whether the numbers are surely labels and not brightness."""
+    if "A" in picture.getbands():
+        alpha = np.asarray(picture.getchannel("A"))
+        if alpha.min() < 255:  # painted on a transparent layer, or a cut-out
+            return np.where(alpha > 127, 1, 0), False
+        picture = picture.convert("L" if picture.mode == "LA" else "RGB")
+    if picture.mode == "P":
+        colors = np.asarray(picture.convert("RGB"))
+        if set(np.unique(colors).tolist()) <= {0, 255} and (colors == colors[..., :1]).all():
+            return colors[..., 0].astype(int), False  # a black and white picture that happens to have a palette
+        return np.asarray(picture).astype(int), True
+    if picture.mode in ("1", "L", "I", "I;16", "I;16B", "I;16L", "F"):
+        values = np.nan_to_num(np.asarray(picture).astype(float)).clip(0).astype(int)
+        return values, False
+    colors = np.asarray(picture.convert("RGB")).astype(int)
+    if (colors == colors[..., :1]).all():
+        return colors[..., 0], False
+    return np.where(colors.max(axis=-1) > 127 if _is_soft(colors) else colors.any(axis=-1), 1, 0), False
+
+
+def _is_soft(colors: np.ndarray) -> bool:
+    """Whether a colour mask has more colours than one would paint: JPEG, or smoothed edges."""
+    codes = colors[..., 0] << 16 | colors[..., 1] << 8 | colors[..., 2]
+    return len(np.unique(codes)) > 8
+
+
+# ------------------------------------------------------------------------------------------ optimisation
+
+
+@dataclass(frozen=True)
+class OptimizeSettings:
+    """How the embedding is found. `RECIPES` holds the two that are known to be good.
+
+    epochs: evaluations of loss and gradient. method: "descent" (plain gradient descent), "adam" or "lbfgs" (every
+    evaluation of its line search counts as an epoch). rate: the learning rate, times `decay` every `decay_every`
+    epochs. stay: weight of the mean squared distance from the start, added to what is minimised but not to the losses
+    that are reported; 0 leaves it out.
+
+    The default: the loss is smooth, has no noise and few unknowns, which is what L-BFGS is for. Eight classes, one scene
+    each, on the embedded model in training: the paper's recipe reached 0.730 in 500 epochs, Adam (0.1) 0.760 and
+    (0.3) 0.687 in 100, L-BFGS 0.643 in 30. Alone it walks thousands of times the length of the class name's embedding for
+    the last hundredth, out of float16's range; with stay 0.001 it keeps to ten times and reached 0.652 in 60.
+    `python -m benchmarks.optimize` measures this again, and what larger weights do to other images of the class.
+    """
+
+    recipe: str = "fast"
+    epochs: int = 60
+    method: Literal["descent", "adam", "lbfgs"] = "lbfgs"
+    rate: float = 1.0
+    decay: float = 1.0
+    decay_every: int = 120
+    stay: float = 0.001
+
+    def validate(self) -> None:
+        """Raises ValueError, one sentence, for settings that could find nothing."""
+        if not isinstance(self.epochs, int) or not 1 <= self.epochs <= MAX_EPOCHS:
+            raise ValueError(f"The number of epochs is {self.epochs}; choose a whole number from 1 to {MAX_EPOCHS}.")
+        if self.method not in ("descent", "adam", "lbfgs"):
+            raise ValueError(f"There is no method '{self.method}'; choose descent, adam or lbfgs.")
+        if not math.isfinite(self.rate) or self.rate <= 0:
+            raise ValueError(f"The learning rate is {self.rate}; choose a number above 0.")
+        if not 0 < self.decay <= 1 or self.decay_every < 1:
+            raise ValueError("The learning rate must decay by a factor above 0 and up to 1, every epoch or less often.")
+        if not math.isfinite(self.stay) or self.stay < 0:
+            raise ValueError(f"The weight on staying near the start is {self.stay}; choose 0 or more.")
+
+
+RECIPES = {
+    "fast": OptimizeSettings(),
+    "paper": OptimizeSettings("paper", 500, "descent", 100.0, 0.7, 120, stay=0.0),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Epoch:
+    """What `on_epoch` is told. number: from 1. embedding: the best so far, float32 `[L, E]`, detached."""
+
+    number: int
+    of: int
+    loss: float
+    best_loss: float
+    embedding: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Optimized:
+    """embedding: the one of the lowest loss, float32 `[L, E]` on the CPU; loss: Eq. 6 there; losses: of every epoch.
+
+    stopped: whether it ended before its last epoch; reason: why, one sentence, else "".
+    """
+
+    embedding: Tensor
+    loss: float
+    losses: list[float]
+    epochs: int
+    seconds: float
+    stopped: bool
+    reason: str
+
+
+def initial_embedding(pipe: Any, classes: Sequence[str]) -> Tensor:
+    """Where the search starts (section 3.3): `[<SoT>, class, ...]` of "A photograph of a <class>", float32 `[1 + classes, E]`.
+
+    A class of several sub-tokens or words starts at their mean. Raises ValueError for names that `text` refuses.
+    """
+    if not classes:
+        raise ValueError("There is no class to make a token for: name one, for example cat.")
+    if len(classes) > MAX_CLASSES or len(set(classes)) != len(classes):
+        raise ValueError(f"Name at most {MAX_CLASSES} classes, each of them once.")
+    start = attribute_sentence(pipe, PROMPT.format(classes[0])).embedding[:1]
+    rows = []
+    for name in classes:
+        found = words_in_sentence(pipe, PROMPT.format(name), [name])
+        rows.append(found.embedding[list(found.groups[0])].mean(dim=0, keepdim=True))
+    return torch.cat([start, *rows]).float()
+
+
+def optimize(
+    recordings: Sequence[Recording],
+    targets: Sequence[np.ndarray],
+    start: Tensor,
+    settings: OptimizeSettings = RECIPES["fast"],
+    on_epoch: Callable[[Epoch], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> Optimized:
+    """The embedding X' that minimises Eq. 6, the sum over images of the sum over tokens of BCE (Eq. 7).
+
+    recordings: one an image, of one model. targets: one an image, uint8 `[H, W]` at image size: the row of `start` that
+    each pixel belongs to, 0 for background, 255 to leave it out. start: `[L, E]`, L at least 2.
+    on_epoch: called after every epoch. should_stop: asked before every epoch; True ends with the best so far.
+    BCE is the mean over labelled pixels of the map at the target's size: that is what the paper's rate of 100
+    presupposes. A loss that is not finite ends the search and the best so far is returned; `reason` says so.
+    Raises ValueError for targets that do not fit.
+    """
+    settings.validate()
+    tasks = _tasks(recordings, targets, start)
+    device = start.device if recordings[0].layers[0].queries.device.type == "cpu" else tasks[0].target.device
+    begun = time.perf_counter()
+
+    origin = start.detach().to(device, torch.float32)
+    x = origin.clone().requires_grad_()
+    optimizer, losses = _optimizer(x, settings), []
+    best, best_loss, reason = origin, math.inf, ""
+
+    def evaluate() -> Tensor:
+        """One epoch: loss and gradient at x. The optimisers call it, L-BFGS more than once a step."""
+        nonlocal best, best_loss
+        if len(losses) == settings.epochs:
+            raise _End("")
+        if should_stop is not None and should_stop():
+            raise _End(f"Stopped after {len(losses)} of {settings.epochs} epochs.")
+        optimizer.zero_grad()
+        total = 0.0
+        for task in tasks:  # one graph at a time: the memory of one image, however many there are
+            loss = task.loss(x)
+            loss.backward()
+            total = total + loss.detach()
+        value = float(total)
+        if not math.isfinite(value) or not torch.isfinite(x.grad).all():
+            raise _End(f"The loss was not finite in epoch {len(losses) + 1}: a smaller learning rate may help.")
+        losses.append(value)
+        if value < best_loss:
+            best, best_loss = x.detach().clone(), value
+        if on_epoch is not None:
+            on_epoch(Epoch(len(losses), settings.epochs, value, best_loss, best))
+        if settings.stay:
+            pull = settings.stay * (x - origin).square().mean()
+            pull.backward()
+            total = total + pull.detach()
+        return total
+
+    try:
+        while True:
+            for group in optimizer.param_groups:
+                group["lr"] = settings.rate * settings.decay ** (len(losses) // settings.decay_every)
+            optimizer.step(evaluate)
+    except _End as end:
+        reason = end.reason
+    if not losses and "finite" in reason:
+        raise ValueError("The loss is not finite at the start: the recording or the embedding holds no numbers.")
+    seconds = time.perf_counter() - begun
+    return Optimized(best.cpu(), best_loss, losses, len(losses), seconds, len(losses) < settings.epochs, reason)
+
+
+class _End(Exception):
+    """Leaves an optimiser from within its closure."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+def _optimizer(x: Tensor, settings: OptimizeSettings) -> torch.optim.Optimizer:
+    if settings.method == "descent":
+        return torch.optim.SGD([x], lr=settings.rate)
+    if settings.method == "adam":
+        return torch.optim.Adam([x], lr=settings.rate)
+    return torch.optim.LBFGS(
+        [x], lr=settings.rate, max_iter=settings.epochs, max_eval=settings.epochs + 1, history_size=10,
+        tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """One image: its recording, `target` bool `[L, H, W]`, `weight` float `[H, W]` with a sum of one."""
+
+    recording: Recording
+    target: Tensor
+    weight: Tensor
+
+    def loss(self, embedding: Tensor) -> Tensor:
+        """Eq. 7."""
+        maps = resize(heatmaps(self.recording, embedding), self.weight.shape)
+        right = torch.where(self.target, maps, 1 - maps).clamp(EDGE, 1 - EDGE)
+        return -(right.log() * self.weight).sum()
+
+
+def _tasks(recordings: Sequence[Recording], targets: Sequence[np.ndarray], start: Tensor) -> list[_Task]:
+    if not recordings or len(recordings) != len(targets):
+        raise ValueError(f"There are {len(recordings)} recordings and {len(targets)} masks: give one mask an image.")
+    if start.ndim != 2 or len(start) < 2:
+        raise ValueError("The embedding to start from needs a background row and at least one row for a class.")
+    tasks, seen = [], set()
+    for recording, labels in zip(recordings, targets, strict=True):
+        labels = np.asarray(labels)
+        if labels.ndim != 2 or labels.dtype.kind not in "iub":
+            raise ValueError(f"A mask must be whole numbers [height, width], not {labels.dtype} {list(labels.shape)}.")
+        kept = labels != IGNORE
+        seen |= set(np.unique(labels[kept]).tolist())
+        if not kept.any():
+            raise ValueError("A mask has no labelled pixel: mark some of the object and some of the background.")
+        stored = recording.layers[0].queries.device
+        device = start.device if stored.type == "cpu" else stored
+        rows = torch.arange(len(start), device=device)[:, None, None]
+        target = (torch.from_numpy(labels.astype(np.int64)).to(device)[None] == rows)
+        tasks.append(_Task(recording, target, torch.from_numpy(kept / kept.sum()).float().to(device)))
+    strange, missing = seen - set(range(len(start))), set(range(1, len(start))) - seen
+    if strange:
+        raise ValueError(f"A mask holds the label {max(strange)}, but the embedding has {len(start)} rows.")
+    if missing:
+        raise ValueError(f"The class of label {min(missing)} is in no mask: mark it, or leave the class out.")
+    if 0 not in seen:
+        raise ValueError("No pixel is background: leave some of the image out of the mask.")
+    return tasks

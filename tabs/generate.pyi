@@ -1,0 +1,452 @@
+"""The first tab: an image, then the heatmap and mask of any word."""
+
+from __future__ import annotations
+
+import html
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from PIL import Image
+
+from ovam_core import plot
+from ovam_core.generate import (
+    MAX_GUIDANCE,
+    MAX_SEED,
+    MAX_STEPS,
+    MAX_TOKENS,
+    MIN_SIDE,
+    SIDE_MULTIPLE,
+    GenerateSettings,
+    Generation,
+    Maps,
+    MapSettings,
+    Stopped,
+    attributions,
+    parse_numbers,
+    save_zip,
+)
+from ovam_core.pipeline import defaults_for
+from ovam_core.tokens import SUFFIX, attribution, load
+
+from .desk import NO_IMAGE, Desk, problem, visitor
+
+EXAMPLES = [
+    ["A photograph of a cat and a car on grass", "cat, car, animal"],
+    ["A photograph of a dog and a bicycle on a road", "dog, bicycle, pet, vehicle"],
+    ["A photograph of a boat on the sea and a bird", "boat, bird, sea"],
+]
+FIRST_SEED = 1
+WAIT_FOR_TYPING = 450  # milliseconds after the last letter
+
+
+# ------------------------------------------------------------------------------------------ from the page
+
+
+def whole(value: Any) -> Any:
+    """A number field's float as an int where it is one; what else there is, `validate` refuses by name."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def image_settings(
+    prompt: str, negative_prompt: str, seed: Any, steps: Any, guidance: Any, width: Any, height: Any
+) -> GenerateSettings:
+    """The left column as settings, not validated yet."""
+    return GenerateSettings(
+        prompt=prompt or "",
+        negative_prompt=negative_prompt or "",
+        seed=whole(seed),
+        steps=whole(steps),
+        guidance=guidance,
+        width=whole(width),
+        height=whole(height),
+    )
+
+
+def map_settings(
+    generation: Generation | None,
+    words: str,
+    sentence: str,
+    tau: float,
+    alpha: float,
+    crf: bool,
+    steps: str,
+    grids: list[str],
+    tokens: Sequence[Path] = (),
+) -> MapSettings:
+    """What is asked, as settings; tokens are files; grids ("1/8", ...) are turned into the resolutions of this recording."""
+    resolutions = None
+    if generation is not None:
+        named = {grid_name(generation.recording.image_size, one): one for one in generation.recording.resolutions}
+        chosen = tuple(size for name, size in named.items() if name in grids)
+        resolutions = None if len(chosen) == len(named) else chosen
+    return MapSettings.from_text(
+        words or "",
+        sentence or "",
+        tau=tau,
+        alpha=alpha,
+        crf=bool(crf),
+        steps=parse_numbers(steps or "", "denoising steps"),
+        resolutions=resolutions,
+        tokens=tuple(map(str, tokens)),
+    )
+
+
+def grid_name(image_size: tuple[int, int], resolution: int) -> str:
+    """An attention grid as a share of the image's side, "1/8" say: the same word for every image size."""
+    return f"1/{2 ** round(math.log2(max(image_size) / resolution))}"
+
+
+def grid_names(pipe: Any) -> list[str]:
+    """The grids on which this model's cross-attention works, finest first, from its own description."""
+    config = pipe.unet.config
+    down = config.down_block_types
+    levels = {level for level, kind in enumerate(down) if "CrossAttn" in kind}
+    if "CrossAttn" in (config.mid_block_type or ""):
+        levels.add(len(down) - 1)
+    return [f"1/{pipe.vae_scale_factor * 2**level}" for level in sorted(levels)]
+
+from gradio.events import Dependency
+
+class TokenList(gr.Dropdown):
+    """A list whose names the visitor's shelf checks: Gradio knows only those that were there when the page was built."""
+
+    is_template = True  # looks like its base class in the browser
+
+    def preprocess(self, payload: Any) -> Any:
+        return payload
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from gradio.blocks import Block
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
+
+
+# -------------------------------------------------------------------------------------------- to the page
+
+
+def gallery_items(image: Image.Image, maps: Maps) -> list[tuple[Image.Image, str]]:
+    """One overlay a word, all on the same scale; the caption is also the picture's alternative text."""
+    large = plot.enlarge(image)
+    vmax = max(maps.peaks)
+    return [
+        (plot.overlay(large, heatmap, vmax), f"{label} · peak {peak:.2f}")
+        for label, heatmap, peak in zip(maps.labels, maps.heatmaps, maps.peaks, strict=True)
+    ]
+
+
+def annotation(image: Image.Image, maps: Maps) -> tuple[Image.Image, list[tuple[np.ndarray, str]]]:
+    """The picture with a mask a word, as gr.AnnotatedImage takes it."""
+    large = plot.enlarge(image)
+    masks = [
+        np.asarray(plot.mask_image(mask).resize(large.size, Image.Resampling.NEAREST), dtype=np.float32) / 255
+        for mask in maps.masks
+    ]
+    return large, list(zip(masks, maps.labels, strict=True))
+
+
+def image_facts(made: Generation) -> str:
+    one = made.settings
+    return (
+        f"seed {one.seed} · {one.steps} steps · guidance {one.guidance:g} · {one.width} × {one.height} px · "
+        f"{made.seconds:.1f} s on {made.device}"
+    )
+
+
+def measures(maps: Maps) -> dict[str, Any]:
+    """The numbers behind the pictures, for the scale under the gallery and for programs that call the API."""
+    return {
+        "top": round(max(maps.peaks), 3),
+        "words": maps.labels,
+        "peaks": [round(peak, 4) for peak in maps.peaks],
+        "mask_shares": [round(float(mask.mean()), 4) for mask in maps.masks],
+    }
+
+
+SCALE = f"""<div class="scale" role="img" aria-label="Colour scale of all heatmaps, from 0 to ${{value.top}}">
+<span>0</span><i style="background: {plot.scale_css()}"></i><span>${{value.top.toFixed(2)}}</span>
+<em>one scale for all words</em></div>"""
+
+
+# On a phone the picture is a screen further down.
+SHOW_PICTURE = "() => { if (innerWidth <= 800) document.querySelector('#image').scrollIntoView({behavior: 'smooth', block: 'nearest'}); }"
+
+
+# --------------------------------------------------------------------------------------------------- the tab
+
+
+def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
+    """Lays the tab out and wires it, inside gr.Blocks. Returns the id of its picture, and its list of tokens."""
+    pipe = desk.pipe
+    defaults = defaults_for(pipe)
+    grids = grid_names(pipe)
+    key = gr.State(None)
+
+    with gr.Row(elem_classes="columns"):
+        with gr.Column(scale=4, min_width=320, elem_classes="give"):
+            prompt = gr.Textbox(EXAMPLES[0][0], label="Prompt", lines=2, elem_id="prompt")
+            words = gr.Textbox(
+                EXAMPLES[0][1],
+                label="Words to look for",
+                info="Comma separated, phrases allowed. Change them at any time: the picture stays.",
+                elem_id="words",
+            )
+            with gr.Row(elem_classes="tokens"):
+                pick = TokenList(
+                    list(desk.shelf.shipped), value=[], multiselect=True, max_choices=MAX_TOKENS, scale=4, min_width=180,
+                    label="Tokens", info="Learned from one mask each; they cut out their class more exactly.",
+                    elem_id="tokens",
+                )  # fmt: skip
+                bring = gr.UploadButton(
+                    "Add a file", file_types=[SUFFIX], scale=1, min_width=96, size="sm", elem_id="bring"
+                )
+            note = gr.HTML("", elem_id="note", elem_classes="note")
+            with gr.Row(elem_classes="buttons"):
+                start = gr.Button("Generate", variant="primary", scale=3, min_width=120, elem_id="generate")
+                halt = gr.Button(
+                    "Stop", variant="stop", scale=1, min_width=80, interactive=False, elem_id="stop"
+                )
+            with gr.Row(elem_classes="seed"):
+                seed = gr.Number(
+                    FIRST_SEED,
+                    label="Seed",
+                    precision=0,
+                    minimum=0,
+                    maximum=MAX_SEED,
+                    scale=3,
+                    min_width=120,
+                    elem_id="seed",
+                )
+                dice = gr.Button("🎲 Random", scale=1, min_width=110, elem_id="dice")
+            with gr.Accordion("Advanced: negative prompt, steps, guidance, size", open=False, elem_id="advanced"):
+                negative = gr.Textbox("", label="Negative prompt", placeholder="what the picture should not show")
+                steps = gr.Slider(1, MAX_STEPS, defaults.steps, step=1, label="Steps", elem_id="steps")
+                guidance = gr.Slider(0, MAX_GUIDANCE, defaults.guidance, step=0.1, label="Guidance")
+                with gr.Row():
+                    sides = {"minimum": MIN_SIDE, "maximum": defaults.max_size, "step": SIDE_MULTIPLE}
+                    width = gr.Slider(value=defaults.width, label="Width", min_width=130, **sides)
+                    height = gr.Slider(value=defaults.height, label="Height", min_width=130, **sides)
+            examples = gr.Examples(
+                EXAMPLES, [prompt, words], label="Examples: one click makes the picture", elem_id="examples",
+                api_visibility="private", preload=False,
+            )  # fmt: skip
+
+        with gr.Column(scale=7, min_width=320, elem_classes="get"):
+            with gr.Row(elem_classes="pictures"):
+                image = gr.Image(
+                    label="Image",
+                    type="pil",
+                    format="png",
+                    interactive=False,
+                    buttons=["download", "fullscreen"],
+                    min_width=220,
+                    elem_id="image",
+                    alt_text="The generated picture",
+                )
+                annotated = gr.AnnotatedImage(
+                    label="Masks · point at a word", format="png", min_width=220, elem_id="annotated"
+                )
+            # Beneath the masks that they change, so that both are on the screen while a slider is dragged.
+            with gr.Row(elem_classes="live"):
+                tau = gr.Slider(
+                    0, 1, 0.4, step=0.01, label="Threshold τ", scale=5, min_width=200, elem_id="tau"
+                )
+                alpha = gr.Slider(
+                    0, 1, 0.85, step=0.01, label="Self-attention α", scale=5, min_width=200, elem_id="alpha"
+                )
+                crf = gr.Checkbox(True, label="dCRF", scale=2, min_width=90, elem_id="crf")
+            gallery = gr.Gallery(
+                label="Heatmaps",
+                columns=3,
+                height="auto",
+                object_fit="contain",
+                format="png",
+                interactive=False,
+                preview=False,
+                buttons=["download", "fullscreen"],
+                elem_id="gallery",
+            )
+            scale = gr.HTML(None, html_template=f"${{value ? `{SCALE}` : ''}}", elem_id="scale")
+            with gr.Accordion("Which steps, which resolutions, full attribution sentence", open=False, elem_id="which"):
+                with gr.Row():
+                    used = gr.Textbox(
+                        "all", label="Denoising steps", info="0 is the first: all, 0-9, or 3, 5, 8", min_width=150,
+                        elem_id="used",
+                    )  # fmt: skip
+                    which = gr.CheckboxGroup(
+                        grids, value=grids, label="Attention grids", info="as shares of the image's side",
+                        min_width=190, elem_id="grids",
+                    )  # fmt: skip
+                sentence = gr.Textbox(
+                    "",
+                    label="Full attribution sentence",
+                    info="Its tokens compete with one another. Words above are then looked up in it; "
+                    "without words every token gets a map.",
+                    placeholder="a photograph of a cat and a car",
+                    elem_id="sentence",
+                )
+            with gr.Row(elem_classes="end"):
+                with gr.Column(scale=4, min_width=200, elem_classes="facts"):
+                    facts = gr.HTML("", elem_id="facts")
+                    map_facts = gr.HTML("", elem_id="map-facts")
+                pack = gr.Button("Download all", scale=1, min_width=140, interactive=False, elem_id="pack")
+            archive = gr.DownloadButton("zip", visible="hidden", elem_id="archive")
+
+    left = [prompt, negative, seed, steps, guidance, width, height]
+    asked_by = [words, sentence, tau, alpha, crf, used, which, pick]
+    answers = [annotated, gallery, scale, map_facts]
+
+    def asked_for(made: Generation | None, request: gr.Request, *values) -> MapSettings:
+        *others, names = values
+        files = [desk.shelf.path(visitor(request), name) for name in names or ()]
+        return map_settings(made, *others, files)
+
+    def answers_of(made: Generation, asked: MapSettings) -> tuple:
+        maps, seconds = desk.answer(made, asked)
+        count = f"{len(maps.labels)} map{'s' if len(maps.labels) > 1 else ''}"
+        return (
+            annotation(made.image, maps),
+            gallery_items(made.image, maps),
+            measures(maps),
+            f"{count} from the recording in {seconds:.2f} s, the picture untouched",
+        )
+
+    # ---- the page: what is wrong is said before anything is queued, and beside the words while they are typed
+
+    def begin(request: gr.Request, *values):
+        try:
+            settings = image_settings(*values[: len(left)])
+            settings.validate(pipe)
+            attributions(pipe, asked_for(None, request, *values[len(left) :]))
+        except ValueError as error:
+            raise problem(error) from None
+        desk.begin(request)
+        return gr.Button(interactive=False), gr.Button(interactive=True), ""
+
+    def run(request: gr.Request, progress=gr.Progress(), *values):
+        try:
+            made_key, made = desk.make(image_settings(*values), request, progress)
+        except Stopped as stopped:
+            return gr.skip(), gr.skip(), html.escape(str(stopped)), gr.skip()
+        except ValueError as error:
+            raise problem(error) from None
+        return made_key, made.image, image_facts(made), gr.Button(interactive=True)
+
+    def finish():
+        return gr.Button(interactive=True), gr.Button(interactive=False)
+
+    def redraw(made_key, request: gr.Request, *values):
+        """Maps and masks anew. Nothing is said before there is an image: the empty states already do."""
+        made = desk.store.get(made_key)
+        if made is None:
+            return *[gr.skip()] * 4, html.escape(NO_IMAGE) if made_key else ""
+        try:
+            masks, *others = answers_of(made, asked_for(made, request, *values))
+            colors = plot.word_colors([label for _, label in masks[1]])
+            return gr.AnnotatedImage(value=masks, color_map=colors), *others, ""
+        except ValueError as error:
+            return *[gr.skip()] * 4, html.escape(str(error))
+
+    def wire(trigger: Callable) -> None:
+        quiet = {"show_progress": "hidden", "api_visibility": "private"}
+        begun = trigger(begin, left + asked_by, [start, halt, note], concurrency_limit=None, **quiet)
+        made = begun.success(
+            run,
+            left,
+            [key, image, facts, pack],
+            concurrency_id="model",
+            concurrency_limit=1,
+            show_progress_on=image,
+            api_visibility="private",
+        )
+        begun.success(None, js=SHOW_PICTURE, api_visibility="private")
+        made.then(finish, None, [start, halt], queue=False, **quiet)
+        made.success(redraw, [key, *asked_by], [*answers, note], **maps_queue, **quiet)
+
+    # The maps wait neither for the model nor, in the browser, for each other: the last change wins.
+    maps_queue = {"concurrency_id": "maps", "concurrency_limit": 1}
+    for trigger in (start.click, prompt.submit, examples.load_input_event.then):
+        wire(trigger)
+    halt.click(desk.stop, None, None, queue=False, api_name="stop", show_progress="hidden")
+
+    typed = gr.Button("Redraw", visible="hidden", elem_id="typed")
+    words_or_sentence = (words, sentence, used)
+    for box in words_or_sentence:
+        # change, not input: that one misses what is pasted or dictated
+        box.change(None, js=f"""() => {{
+            clearTimeout(window.ovamTyping);
+            window.ovamTyping = setTimeout(() => document.querySelector('#typed').click(), {WAIT_FOR_TYPING});
+        }}""", api_visibility="private")  # fmt: skip
+    gr.on(
+        [typed.click, *(box.submit for box in words_or_sentence), tau.change, alpha.change, crf.change, which.change, pick.change],
+        redraw,
+        [key, *asked_by],
+        [*answers, note],
+        trigger_mode="always_last",
+        show_progress="hidden",
+        api_visibility="private",
+        **maps_queue,
+    )
+
+    def brought(file, chosen, request: gr.Request):
+        """A visitor's token file: read, tried on this model, and kept to this visitor."""
+        try:
+            token = load(file)
+            attribution(pipe, token)
+            name = desk.shelf.add(visitor(request), token)
+        except ValueError as error:
+            raise problem(error) from None
+        return gr.Dropdown(choices=desk.shelf.names(visitor(request)), value=[*dict.fromkeys([*chosen, name])])
+
+    bring.upload(brought, [bring, pick], pick, show_progress="hidden", api_visibility="private", concurrency_limit=None)
+    dice.click(None, None, seed, js=f"() => Math.floor(Math.random() * {MAX_SEED + 1})", api_visibility="private")
+
+    def zip_of(made_key, request: gr.Request, *values):
+        try:
+            made = desk.find(made_key)
+            asked = asked_for(made, request, *values)
+            maps, _ = desk.answer(made, asked)
+        except ValueError as error:
+            raise problem(error) from None
+        name = f"ovam-seed-{made.settings.seed}.zip"
+        return str(save_zip(Path(tempfile.mkdtemp(prefix="ovam-")) / name, made, maps, asked))
+
+    pack.click(
+        zip_of, [key, *asked_by], archive, show_progress="minimal", api_visibility="private", **maps_queue
+    ).success(
+        None, js="() => setTimeout(() => document.querySelector('#archive').click(), 150)", api_visibility="private"
+    )
+
+    # ---- the API: the same work, where every fault is an error
+
+    # Parameters are written out: their names are the API's.
+    def api_generate(
+        prompt, negative_prompt, seed, steps, guidance, width, height, request: gr.Request, progress=gr.Progress()
+    ):
+        """Makes an image and records it; /attribute then answers about it. Returns the image and a line of facts."""
+        try:
+            settings = image_settings(prompt, negative_prompt, seed, steps, guidance, width, height)
+            made_key, made = desk.make(settings, request, progress)
+        except (ValueError, Stopped) as error:
+            raise problem(error) from None
+        return made_key, made.image, image_facts(made)
+
+    def api_attribute(made_key, words, sentence, tau, alpha, crf, steps, grids, tokens, request: gr.Request):
+        """Masks, overlays, measures and a line of facts for any words, from this session's last image."""
+        try:
+            made = desk.find(made_key)
+            return answers_of(made, asked_for(made, request, words, sentence, tau, alpha, crf, steps, grids, tokens))
+        except ValueError as error:
+            raise problem(error) from None
+
+    with gr.Row(visible=False):
+        for_programs = gr.Button("generate"), gr.Button("attribute")
+    for_programs[0].click(
+        api_generate, left, [key, image, facts], api_name="generate", concurrency_id="model", concurrency_limit=1
+    )
+    for_programs[1].click(api_attribute, [key, *asked_by], answers, api_name="attribute", **maps_queue)
+    return key, pick

@@ -1,0 +1,85 @@
+"""What the tests of the page share: the server, a headless Chromium, and a visitor's hands."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import app
+from ovam_core.pipeline import load_pipeline
+
+ARTIFACTS = Path(__file__).parent / "artifacts"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return load_pipeline("emoji-voc", "cpu")
+
+
+@pytest.fixture(scope="module")
+def address(pipe):
+    page = app.build(pipe, "a notice with <b>markup</b>")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gradio.networking.url_ok", lambda url: True)  # it gives up after 3 s, little on a busy machine
+        _, url, _ = app.launch(page, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    yield url
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser, address):
+    """Opens the page in a window; at the end nothing may have been asked of another machine, nor gone wrong."""
+    contexts, faults = [], []
+
+    def heard(request):
+        if not request.url.startswith((address, "data:", "blob:")):
+            faults.append(f"outside: {request.url}")
+
+    def open_page(width=1280, height=900, scheme="light"):
+        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(120_000)  # CI may have half of a core
+        page.on("request", heard)
+        page.on("pageerror", lambda error: faults.append(f"script: {error}"))
+        page.goto(address)
+        page.wait_for_selector("#generate")
+        page.wait_for_timeout(500)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not faults
+
+
+def shoot(page, name: str, full: bool = False) -> None:
+    ARTIFACTS.mkdir(exist_ok=True)
+    page.screenshot(path=ARTIFACTS / f"{name}.png", full_page=full)
+
+
+def set_steps(page, steps: int) -> None:
+    page.click("#advanced > button")
+    page.fill("#steps input[type=number]", str(steps))
+    page.press("#steps input[type=number]", "Tab")
+    page.click("#advanced > button")
+
+
+def sources(page, selector: str) -> list[str]:
+    return page.eval_on_selector_all(f"{selector} img", "all => all.map(one => one.src)")
