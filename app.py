@@ -18,6 +18,7 @@ except ImportError:
 import gradio as gr
 
 from ovam_core.pipeline import DEFAULT_HUB_MODEL, EMBEDDED, load_pipeline
+from tabs import export as export_tab
 from tabs import generate as generate_tab
 from tabs import optimize as optimize_tab
 from tabs.desk import Desk
@@ -81,6 +82,8 @@ def build(pipe: Any, notice: str = "") -> gr.Blocks:
                 picture, pick = generate_tab.build(desk)
             with gr.Tab("Optimize a token") as second:
                 optimize_tab.build(desk, second, picture, pick)
+            with gr.Tab("Batch mask export"):
+                export_tab.build(desk)
         page.unload(desk.leave)
     return page.queue(default_concurrency_limit=1, max_size=64)
 

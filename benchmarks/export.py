@@ -60,12 +60,11 @@ def timed(options: argparse.Namespace, processes: int) -> list[dict]:
             own += ["--" + name.replace("_", "-"), str(getattr(options, name))]
     launch = [sys.executable]
     if processes > 1:
-        launch += ["-m", "accelerate.commands.launch", "--num_processes", str(processes), "--num_machines", "1",
+        launch += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1",
                    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
     import torch
 
     if not torch.cuda.is_available():
-        launch += ["--cpu"] if processes > 1 else []
         own += ["--threads", str(options.threads or max(1, (os.cpu_count() or 1) // processes))]
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(

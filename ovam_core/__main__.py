@@ -154,8 +154,8 @@ def add_export(commands: argparse._SubParsersAction) -> None:
         "export",
         help="prompts to a segmentation data set on disk",
         description="Makes a data set of images and label maps: VOC layout, metadata.jsonl, more on request. Stopped at "
-        "any instant and started again, it goes on where it was. For several devices: accelerate launch --num_processes N "
-        "-m ovam_core export ...",
+        "any instant and started again, it goes on where it was. For several devices: accelerate launch --multi_gpu "
+        "--num_processes N -m ovam_core export ... (several CPU processes too: --cpu would start only one).",
     )
     which = batch.add_mutually_exclusive_group(required=True)
     which.add_argument("--prompts", metavar="FILE", help="lines of text, .csv, .tsv, .jsonl, or COCO captions .json")
@@ -236,6 +236,8 @@ def run_export(options: argparse.Namespace) -> None:
     clip = None if settings.clip is None else ClipScorer(settings.clip, pipe._execution_device)
     if process.rank == 0:
         print(planned.text(), flush=True)
+        if process.ranks > 1:
+            print(f"{process.ranks} processes share the work.", flush=True)
     if options.dry_run:
         if process.rank == 0:
             print(measure(pipe, work, settings, planned.done, clip).text())

@@ -63,7 +63,8 @@ class ExportSettings:
     by name, "library" by the tokens of the model, else a folder of them; a class without a token is asked by name.
     formats: of dataset.FORMATS, "voc" always there. heatmaps: keep them as float16 [classes, h, w] at latent size.
     batch_size: images made together. threads: of the CPU, where that makes the images: sums over two threads round
-    otherwise than over one, so several processes must not each choose for themselves; None leaves them. clip: hub id or folder of a CLIP model for its filter, None for no such filter.
+    otherwise than over one, so several processes must not each choose for themselves; None leaves them.
+    clip: hub id or folder of a CLIP model for its filter, None for no such filter.
     """
 
     steps: int

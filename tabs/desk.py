@@ -12,6 +12,7 @@ import gradio as gr
 
 from ovam_core.generate import GenerateSettings, Generation, Maps, MapSettings, ask, generate
 
+from .jobs import Jobs, limits
 from .shelf import Shelf
 from .store import Store
 
@@ -33,6 +34,8 @@ class Desk:
 
     def __init__(self, pipe: Any, store: Store, gpu: Callable = lambda function: function):
         self.pipe, self.store, self.shelf = pipe, store, Shelf(pipe.ovam_name)
+        self.limits = limits()
+        self.jobs = Jobs(self.limits.keep)
         self.stops: dict[str, threading.Event] = {}
         self._work = gpu(generate)
 
@@ -92,3 +95,4 @@ class Desk:
         self.stop(request)
         self.store.drop_owner(visitor(request))
         self.shelf.drop_owner(visitor(request))
+        self.jobs.drop_owner(visitor(request))

@@ -263,6 +263,7 @@ def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
                 preview=False,
                 buttons=["download", "fullscreen"],
                 elem_id="gallery",
+                elem_classes="gallery",
             )
             scale = gr.HTML(None, html_template=f"${{value ? `{SCALE}` : ''}}", elem_id="scale")
             with gr.Accordion("Which steps, which resolutions, full attribution sentence", open=False, elem_id="which"):

@@ -110,7 +110,6 @@ def grid_names(pipe: Any) -> list[str]:
         levels.add(len(down) - 1)
     return [f"1/{pipe.vae_scale_factor * 2**level}" for level in sorted(levels)]
 
-from gradio.events import Dependency
 
 class TokenList(gr.Dropdown):
     """A list whose names the visitor's shelf checks: Gradio knows only those that were there when the page was built."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import html
-import queue
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -30,6 +28,7 @@ from ovam_core.optimize import (
     read_mask,
 )
 
+from .beside import beside
 from .desk import Desk, problem, visitor
 from .generate import image_facts, whole
 
@@ -167,34 +166,12 @@ def curve_of(losses: list[float], settings: OptimizeSettings) -> str:
 def search(
     pipe: Any, made: Generation, labels: np.ndarray, name: str, settings: OptimizeSettings, should_stop: Callable[[], bool]
 ) -> Iterator[tuple[Epoch | Optimized, list[float]]]:
-    """Runs `optimize` beside the caller; gives its latest epoch every SHOW_EVERY seconds, at the end the result.
-
-    The second of each pair: the losses so far.
-    """
-    start = initial_embedding(pipe, [name])
-    latest: queue.SimpleQueue = queue.SimpleQueue()
-    result: list[Any] = []
-
-    def work() -> None:
-        try:
-            result.append(optimize([made.recording], [labels], start, settings, latest.put, should_stop))
-        except Exception as error:  # carried over to the caller's thread
-            result.append(error)
-
-    worker = threading.Thread(target=work, daemon=True)
-    worker.start()
-    losses: list[float] = []
-    while worker.is_alive():
-        worker.join(SHOW_EVERY)
-        epoch = None
-        while not latest.empty():
-            epoch = latest.get()
-            losses.append(epoch.loss)
-        if epoch is not None:
-            yield epoch, losses
-    if isinstance(result[0], Exception):
-        raise result[0]
-    yield result[0], result[0].losses
+    """Runs `optimize`; gives its latest epoch every SHOW_EVERY seconds, at the end the result, with the losses so far."""
+    start, losses = initial_embedding(pipe, [name]), []
+    work = lambda report: optimize([made.recording], [labels], start, settings, report, should_stop)  # noqa: E731
+    for epochs, found in beside(work, SHOW_EVERY):
+        losses += [epoch.loss for epoch in epochs]
+        yield (found or epochs[-1]), losses
 
 
 @torch.no_grad()

@@ -42,6 +42,18 @@ class Shelf:
             own[name] = tokens.save(free, token)
         return name
 
+    def folder(self, owner: str, target: Path) -> Path:
+        """Copies all tokens that the visitor may use into `target`, their own in place of shipped ones of the same class."""
+        target.mkdir(parents=True, exist_ok=True)
+        with self._lock:
+            own = dict(self._own.get(owner, {}))
+        chosen: dict[tuple[str, ...], Path] = {}
+        for path in (*self.shipped.values(), *own.values()):
+            chosen[tokens.load(path).names] = path
+        for number, path in enumerate(chosen.values()):
+            shutil.copyfile(path, target / f"{number:03d}{tokens.SUFFIX}")
+        return target
+
     def path(self, owner: str, name: str) -> Path:
         """Raises ValueError for a name that is not on this visitor's shelf: a client can send any."""
         with self._lock:

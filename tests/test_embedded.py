@@ -13,10 +13,10 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from ovam_core.heatmap import attribute
 from ovam_core.mask import make_masks
 from ovam_core.pipeline import embedded_folder, load_pipeline
 from ovam_core.recorder import record
-from ovam_core.heatmap import attribute
 from ovam_core.text import attribute_words
 from training import annotator, figures, world
 from training.nouns import VOC_CLASSES

@@ -333,7 +333,9 @@ def test_shares_of_several_processes(result, tmp_path):
 
 
 def test_accelerate_with_two_processes(result, tmp_path):
-    """The real launcher, two CPU processes, one model folder; against one process."""
+    """The real launcher, two CPU processes, one model folder; against one process. With --cpu accelerate starts only
+    one process, whatever --num_processes says; --multi_gpu starts two, and they find no GPU.
+    """
     model = tmp_path / "small"
     PIPE.save_pretrained(model)
     prompts = tmp_path / "prompts.jsonl"
@@ -351,13 +353,13 @@ def test_accelerate_with_two_processes(result, tmp_path):
     ]  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"
     assert main([*options, "--out", str(one), "--workers", "0"]) == 0
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--num_machines", "1",
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu", "--num_machines", "1",
               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "ovam_core"]  # fmt: skip
     ran = subprocess.run(
-        [*launch, *options, "--out", str(two)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=400
+        [*launch, *options, "--out", str(two), "--workers", "0"], cwd=ROOT, capture_output=True, text=True, check=False, timeout=400
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
-    assert ran.stdout.count("8 of 8 images") == 1
+    assert ran.stdout.count("2 processes share the work.") == ran.stdout.count("8 of 8 images") == 1
     assert differing(one, two) == []
     # Scheduler and weights went through files; the images are those of the pipeline in memory all the same.
     same = [name for name in tree(result) if name.startswith(("JPEGImages", "SegmentationClass", "heatmaps"))]

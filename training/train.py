@@ -118,6 +118,13 @@ def rate_at(progress: float, warmup: float = 0.02, floor: float = 0.03) -> float
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
+def steady_rate(progress: float, warmup: float = 0.01, decay: float = 0.2, floor: float = 0.05) -> float:
+    """Warm-up, a constant rate, and a linear fall over the last part: a run can go on from before the fall."""
+    if progress < warmup:
+        return progress / warmup
+    return max(floor, min(1.0, (1 - progress) / decay))
+
+
 def _render_latents(seed: int, recipe: Recipe, path: Path) -> tuple[np.ndarray, str]:
     torch.set_num_threads(1)  # this runs in a pool with a process a core
     image, _, caption = _render(seed, recipe)
@@ -206,7 +213,7 @@ def train_unet(recipe: Recipe, work: Path, minutes: float, clock: Clock) -> bool
         if done or clock.over():
             return done
         for group in optimizer.param_groups:
-            group["lr"] = recipe.unet_rate * rate_at(samples / recipe.unet_samples, warmup=0.01, floor=0.1)
+            group["lr"] = recipe.unet_rate * steady_rate(now / (minutes * 60))
         index = torch.from_numpy(batch).to(device())
         ids = torch.where(torch.rand(len(batch), 1, device=device()) < CAPTION_DROP, empty, tokens[index])
         clean = latents[index]

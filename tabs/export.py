@@ -1,0 +1,257 @@
+"""The third tab: prompts in, a segmentation data set out, as one zip."""
+
+from __future__ import annotations
+
+import html
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from ovam_core import plot
+from ovam_core.dataset import read_labels
+from ovam_core.export import ExportSettings, Progress, Summary, duration, export, plan
+from ovam_core.filters import Filters
+from ovam_core.generate import MAX_SEED, MAX_STEPS
+from ovam_core.pipeline import defaults_for
+from ovam_core.plot import VOC_CLASSES
+from ovam_core.prompts import KINDS, Prompt, Work, class_list, parse_prompts, read_prompts, template_prompts, work_list
+
+from .beside import beside
+from .desk import Desk, problem, visitor
+from .generate import whole
+from .jobs import Limits
+
+TEMPLATE, OWN = "A prompt for each class", "My own prompts"
+NAMES, TOKENS = "by name", "by token, where there is one"
+SHOW_EVERY = 0.5  # seconds between two looks at a running export
+SHOWN = 24  # pairs of image and mask in the gallery
+MAX_TEXT = 2_000_000  # characters of pasted prompts
+EXAMPLE = "A cat and a dog on grass\nA bus next to a bicycle on a road\nA sofa and a tv"
+
+
+# -------------------------------------------------------------------------------------------- from the page
+
+
+def prompts_of(way: str, template: str, names: list[str], text: str, file: str | None) -> tuple[list[Prompt], tuple | None]:
+    """The prompts and the class list (None: those that the prompts name). Raises ValueError, one sentence."""
+    classes = class_list(", ".join(names)) if names else None
+    if way == TEMPLATE:
+        classes = classes or tuple(VOC_CLASSES)
+        return template_prompts(template or "", classes), classes
+    if file:
+        return read_prompts(file), classes
+    if not (text or "").strip():
+        raise ValueError("There are no prompts; paste some, one a line, or upload a file.")
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"The prompts have {len(text):,} characters; at most {MAX_TEXT:,} can be pasted, upload a file.")
+    return parse_prompts(text), classes
+
+
+def within(limits: Limits, prompts: list[Prompt], images_per_prompt: Any) -> None:
+    """Raises ValueError where one visitor asks for too much."""
+    if len(prompts) > limits.prompts:
+        raise ValueError(f"{len(prompts):,} prompts are too many here; at most {limits.prompts:,}.")
+    if isinstance(images_per_prompt, int) and len(prompts) * images_per_prompt > limits.images:
+        raise ValueError(f"{len(prompts) * images_per_prompt:,} images are too many here; at most {limits.images:,}.")
+
+
+def described(work: Work, settings: ExportSettings, token_bytes: list[bytes]) -> str:
+    """What an export is, as text: the same text goes on in the same folder."""
+    own = asdict(settings) | {"tokens": settings.tokens and [one.hex() for one in token_bytes]}
+    return json.dumps([own, [asdict(item) for item in work.items]], sort_keys=True, default=str)
+
+
+# ---------------------------------------------------------------------------------------------- to the page
+
+
+def side_by_side(folder: Path, row: dict[str, Any]) -> tuple[Image.Image, str]:
+    """An image beside its label map in VOC's colours, and a caption."""
+    image = Image.open(folder / row["file_name"]).convert("RGB")
+    labels = plot.label_image(read_labels(folder / row["mask_file_name"])).convert("RGB")
+    both = Image.new("RGB", (2 * image.width, image.height))
+    both.paste(image)
+    both.paste(labels, (image.width, 0))
+    return plot.enlarge(both, 384), f"{', '.join(row['classes'])} · covers {row['coverage']:.0%}"
+
+
+def bar(done: int, total: int, new: int, seconds: float) -> str:
+    """How far it is, how fast, how long still."""
+    rate = new / seconds if new and seconds > 0 else 0.0
+    pace = f" · {rate * 60:.0f} a minute · {duration((total - done) / rate)} left" if rate and done < total else ""
+    return (
+        f'<div class="bar"><progress max="{total}" value="{done}" aria-label="images done"></progress>'
+        f"<span><b>{done:,}</b> of {total:,}{pace}</span></div>"
+    )
+
+
+def table(summary: Summary) -> str:
+    """Class, images, kept, dropped and why, as HTML."""
+    if not summary.rows:
+        return "<p>No image was finished.</p>"
+    heads = ("class", "images", "kept", "too small", "too large", "mean coverage")
+    rows = [
+        (html.escape(one["class"]), one["images"], one["kept"], one["small"], one["large"], f"{one['coverage']:.0%}")
+        for one in summary.by_class()
+    ]
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<table class="summary"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def ended(summary: Summary, seconds: float, over_time: bool) -> str:
+    done = len(summary.rows or ())
+    why = ""
+    if summary.stopped:
+        why = " The time for one run is over:" if over_time else " Stopped:"
+        why += " press Export again to go on where it was."
+    skipped = f" {len(summary.skipped):,} prompts were skipped." if summary.skipped else ""
+    return html.escape(
+        f"{done:,} of {summary.total:,} images, {summary.kept:,} kept by the filters; {summary.made:,} made in this run "
+        f"of {duration(seconds)}.{skipped}{why}"
+    )
+
+
+# -------------------------------------------------------------------------------------------------- the tab
+
+
+def build(desk: Desk) -> None:
+    """Lays the tab out and wires it, inside gr.Blocks."""
+    pipe, limits, defaults = desk.pipe, desk.limits, defaults_for(desk.pipe)
+
+    with gr.Row(elem_classes="columns"):
+        with gr.Column(scale=5, min_width=320, elem_classes="give"):
+            way = gr.Radio([TEMPLATE, OWN], value=TEMPLATE, show_label=False, container=False, elem_id="export-way")
+            template = gr.Textbox("A photograph of a {}", label="Prompt", info="{} is where the class goes.", max_lines=1, elem_id="template")
+            with gr.Group(visible=False) as own:
+                text = gr.Textbox("", label="Prompts, one a line", lines=5, max_lines=12, placeholder=EXAMPLE, elem_id="export-prompts")
+                file = gr.File(
+                    label="or a file: txt, csv, tsv, jsonl, COCO captions json", file_types=[f".{kind}" for kind in KINDS],
+                    height=110, elem_id="export-file",
+                )  # fmt: skip
+            classes = gr.Dropdown(
+                list(VOC_CLASSES), value=["cat", "dog"], multiselect=True, allow_custom_value=True, label="Classes",
+                info="Any words. None: all 20 VOC classes, or those that your prompts name.", elem_id="export-classes",
+            )  # fmt: skip
+            by = gr.Radio([NAMES, TOKENS], value=TOKENS if desk.shelf.shipped else NAMES, label="Ask for a class", elem_id="export-by")
+            with gr.Row():
+                each = gr.Number(2, label="Images a prompt", precision=0, minimum=1, maximum=limits.images, min_width=90, elem_id="each")
+                seed = gr.Number(0, label="First seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=90)
+            note = gr.HTML("", elem_id="export-note", elem_classes="note")
+            with gr.Row(elem_classes="buttons"):
+                start = gr.Button("Export data set", variant="primary", scale=3, min_width=120, elem_id="export")
+                halt = gr.Button("Stop: resume later", variant="stop", scale=2, min_width=120, interactive=False, elem_id="export-stop")
+            with gr.Accordion("Filters, formats, steps", open=False, elem_id="export-more"):
+                with gr.Row():
+                    low = gr.Slider(0, 1, 0.05, step=0.01, label="Least coverage", min_width=140, elem_id="low")
+                    high = gr.Slider(0, 1, 0.95, step=0.01, label="Most coverage", min_width=140)
+                formats = gr.CheckboxGroup(["coco", "parquet"], value=[], label="Beside the VOC layout", info="coco: instances with RLE")
+                with gr.Row():
+                    steps = gr.Slider(1, MAX_STEPS, defaults.steps, step=1, label="Steps", min_width=140, elem_id="export-steps")
+                    crf = gr.Checkbox(True, label="dCRF", min_width=80)
+
+        with gr.Column(scale=7, min_width=320, elem_classes="get"):
+            state = gr.HTML(NOTHING_YET, elem_id="export-state")
+            gallery = gr.Gallery(
+                label="Image and label map", columns=3, height="auto", object_fit="contain", format="png", interactive=False,
+                preview=False, buttons=["fullscreen"], elem_id="exported", elem_classes="gallery",
+            )  # fmt: skip
+            result = gr.HTML("", elem_id="export-table")
+            with gr.Row(elem_classes="end"):
+                facts = gr.HTML("", elem_id="export-facts", elem_classes="facts")
+                download = gr.DownloadButton("Download zip", interactive=False, scale=1, min_width=150, elem_id="export-download")
+
+    quiet = {"show_progress": "hidden", "api_visibility": "private"}
+    given = [way, template, text, file, classes, by, each, seed, low, high, formats, steps, crf]
+
+    def asked(owner: str, chosen, pattern, pasted, uploaded, names, ask_by, images, first, least, most, kinds, number, refine):
+        """Work and settings; everything that can be wrong is said here."""
+        prompts, wanted = prompts_of(chosen, pattern, names or [], pasted, uploaded)
+        within(limits, prompts, whole(images))
+        shelf = None
+        if ask_by == TOKENS and desk.shelf.names(owner):
+            shelf = str(desk.shelf.folder(owner, Path(tempfile.mkdtemp(prefix="ovam-shelf-"))))
+        settings = ExportSettings.for_model(
+            pipe, steps=whole(number), crf=bool(refine), tokens=shelf, formats=("voc", *(kinds or ())),
+            filters=Filters(min_coverage=least, max_coverage=most),
+        )  # fmt: skip
+        settings.validate(pipe)
+        work = work_list(prompts, wanted, whole(images), whole(first), check=settings.check(pipe))
+        if len(work.items) > limits.images:
+            raise ValueError(f"{len(work.items):,} images are too many here; at most {limits.images:,}.")
+        return work, settings
+
+    def begin(request: gr.Request, *values):
+        try:
+            work, settings = asked(visitor(request), *values)
+            forget(settings)
+        except ValueError as error:
+            raise problem(error) from None
+        desk.begin(request)
+        return gr.Button(interactive=False), gr.Button(interactive=True), "", bar(0, len(work.items), 0, 0.0)
+
+    def run(request: gr.Request, *values):
+        settings, owner = None, visitor(request)
+        begun, stop = time.monotonic(), desk.flag(request)
+        out_of_time: Callable[[], bool] = lambda: time.monotonic() - begun > limits.seconds  # noqa: E731
+        try:
+            work, settings = asked(owner, *values)
+            bodies = [path.read_bytes() for path in sorted(Path(settings.tokens).iterdir())] if settings.tokens else []
+            folder = desk.jobs.folder(owner, described(work, settings, bodies))
+            planned = plan(pipe, work, settings, folder)
+            if planned.largest_bytes > limits.megabytes * 1e6:
+                raise ValueError(f"This would be up to {planned.largest_bytes / 1e6:,.0f} MB; at most {limits.megabytes:,} here.")
+            # Workers would each import this whole page, for a few hundredths of a second an image.
+            work_it = lambda report: export(  # noqa: E731
+                pipe, work, settings, folder, workers=0, on_image=report,
+                should_stop=lambda: stop.is_set() or out_of_time(),
+            )  # fmt: skip
+            shown: list[tuple[Image.Image, str]] = []
+            yield bar(planned.done, planned.images, 0, 0.0), gr.skip(), "", "", gr.DownloadButton(interactive=False)
+            for reports, summary in beside(work_it, SHOW_EVERY):
+                shown = [side_by_side(folder, one.row) for one in reversed(reports)][:SHOWN] + shown
+                shown = shown[:SHOWN]
+                last: Progress | None = reports[-1] if reports else None
+                if last is not None:
+                    moment = bar(last.done, last.total, last.done - planned.done, time.monotonic() - begun)
+                    yield moment, shown, *[gr.skip()] * 3
+            over = out_of_time() and not stop.is_set()
+            packed = desk.jobs.pack(owner) if summary.rows else None
+            yield (
+                bar(len(summary.rows or ()), summary.total, 0, 0.0), gr.skip(), table(summary),
+                ended(summary, time.monotonic() - begun, over),
+                gr.DownloadButton(value=packed and str(packed), interactive=packed is not None),
+            )  # fmt: skip
+        except ValueError as error:
+            raise problem(error) from None
+        finally:
+            stop.set()  # a visitor who left ends the export too
+            desk.end(request)
+            forget(settings)
+
+    def choose(chosen):
+        return gr.Textbox(visible=chosen == TEMPLATE), gr.Group(visible=chosen == OWN), [] if chosen == OWN else gr.skip()
+
+    way.change(choose, way, [template, own, classes], **quiet)
+    begun = start.click(begin, given, [start, halt, note, state], concurrency_limit=None, **quiet)
+    ran = begun.success(
+        run, given, [state, gallery, result, facts, download], concurrency_id="model", concurrency_limit=1, **quiet
+    )
+    ran.then(lambda: (gr.Button(interactive=True), gr.Button(interactive=False)), None, [start, halt], queue=False, **quiet)
+    halt.click(desk.stop, None, None, queue=False, **quiet)
+
+
+NOTHING_YET = "<p>Images and label maps will fill this side as they are made; the data set is one zip at the end.</p>"
+
+
+def forget(settings: ExportSettings | None) -> None:
+    """The copies of the tokens are of no further use."""
+    if settings is not None and settings.tokens:
+        shutil.rmtree(settings.tokens, ignore_errors=True)

@@ -1,0 +1,178 @@
+"""The third tab: bounds on the server, the disk it uses, and an export stopped and gone on with in a browser."""
+
+from __future__ import annotations
+
+import json
+import time
+import zipfile
+
+import numpy as np
+import pytest
+from page import shoot
+from PIL import Image
+
+from ovam_core.prompts import Prompt
+from tabs.beside import beside
+from tabs.export import OWN, TEMPLATE, bar, prompts_of, within
+from tabs.jobs import HOSTED, LOCAL, Jobs, Limits, limits
+
+
+def test_beside_hands_on_reports_then_the_result():
+    def work(report):
+        for number in range(3):
+            report(number)
+            time.sleep(0.05)
+        return "done"
+
+    seen = list(beside(work, 0.01))
+    assert [one for reports, _ in seen for one in reports] == [0, 1, 2]
+    assert [result for _, result in seen][-1] == "done" and all(result is None for _, result in seen[:-1])
+
+
+def test_beside_raises_what_the_work_raises():
+    def work(report):
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        list(beside(work, 0.01))
+
+
+def test_jobs_go_on_in_the_same_folder_and_free_the_disk():
+    now = [0.0]
+    jobs = Jobs(keep=100.0, clock=lambda: now[0])
+    first = jobs.folder("ann", "one")
+    first.mkdir()
+    (first / "file").write_text("kept")
+    assert jobs.folder("ann", "one") == first and (first / "file").exists()
+    other = jobs.folder("bob", "one")
+    assert other != first
+    second = jobs.folder("ann", "two")
+    assert second != first and not first.exists()
+    now[0] = 101.0
+    jobs.sweep()
+    assert not second.parent.exists() and not other.parent.exists()
+    third = jobs.folder("ann", "two")
+    jobs.drop_owner("ann")
+    assert not third.parent.exists()
+
+
+def test_a_hosted_page_is_bounded_more_tightly(monkeypatch):
+    monkeypatch.delenv("SPACE_ID", raising=False)
+    assert limits() is LOCAL
+    monkeypatch.setenv("SPACE_ID", "someone/ovam")
+    assert limits() is HOSTED and HOSTED.images < LOCAL.images
+
+
+def test_bounds():
+    small = Limits(prompts=2, images=3, megabytes=1, seconds=1)
+    within(small, [Prompt("a cat")], 3)
+    with pytest.raises(ValueError, match="3 prompts are too many"):
+        within(small, [Prompt("a cat")] * 3, 1)
+    with pytest.raises(ValueError, match="4 images are too many"):
+        within(small, [Prompt("a cat")] * 2, 2)
+
+
+def test_prompts_by_each_way(tmp_path):
+    prompts, classes = prompts_of(TEMPLATE, "a {}", ["cat", "dog"], "ignored", None)
+    assert [one.text for one in prompts] == ["a cat", "a dog"] and classes == ("cat", "dog")
+    assert len(prompts_of(TEMPLATE, "a {}", [], "", None)[0]) == 20
+    prompts, classes = prompts_of(OWN, "", [], "a cat\n\na dog", None)
+    assert [one.text for one in prompts] == ["a cat", "a dog"] and classes is None
+    table = tmp_path / "prompts.csv"
+    table.write_text("prompt,classes\na kitten,cat\n")
+    assert prompts_of(OWN, "", [], "", str(table))[0][0].classes == ("cat",)
+
+
+@pytest.mark.parametrize(
+    ("way", "template", "names", "text", "said"),
+    [
+        (OWN, "", [], "", "no prompts"),
+        (OWN, "", [], "x" * 2_000_001, "2,000,001"),
+        (TEMPLATE, "a photograph", ["cat"], "", "{}"),
+        (TEMPLATE, "a {}", ["x" * 200], "", "."),
+    ],
+)
+def test_bad_prompts(way, template, names, text, said):
+    with pytest.raises(ValueError, match=said):
+        prompts_of(way, template, names, text, None)
+
+
+def test_the_bar_says_how_far_how_fast_how_long():
+    assert "<b>5</b> of 20 · 60 a minute · 15 s left" in bar(5, 20, 2, 2.0)
+    assert "a minute" not in bar(20, 20, 5, 5.0)
+
+
+# ---------------------------------------------------------------------------------------------- the browser
+
+
+def open_tab(page) -> None:
+    page.get_by_role("tab", name="Batch mask export").click()
+    page.wait_for_selector("#export")
+
+
+def set_number(page, selector: str, value: int) -> None:
+    page.fill(f"{selector} input[type=number]", str(value))
+    page.press(f"{selector} input[type=number]", "Tab")
+
+
+def test_an_export_stopped_and_gone_on_with(visit, tmp_path):
+    page = visit()
+    open_tab(page)
+    assert page.is_disabled("#export-stop") and page.is_disabled("#export-download")
+    shoot(page, "export-empty", full=True)
+    page.click("#export-more > button")
+    set_number(page, "#export-steps", 12)
+    set_number(page, "#low", 0)
+    set_number(page, "#each", 6)
+    page.click("#export")
+    page.wait_for_selector("#exported img")
+    page.click("#export-stop")
+    page.wait_for_selector("#export-facts:has-text('Stopped')")
+    page.wait_for_selector("#export:not([disabled])")
+    before = int(page.inner_text("#export-state b"))
+    assert 1 <= before < 12
+    page.click("#export")
+    page.wait_for_selector("#export-facts:has-text('12 of 12')")
+    assert f"{12 - before} made in this run" in page.inner_text("#export-facts")
+    page.wait_for_selector("#export-download:not([disabled])")
+    page.wait_for_timeout(500)
+    shoot(page, "export", full=True)
+    with page.expect_download() as download:
+        page.click("#export-download")
+    download.value.save_as(tmp_path / "data.zip")
+    with zipfile.ZipFile(tmp_path / "data.zip") as archive:
+        assert archive.testzip() is None and not [name for name in archive.namelist() if name.startswith(".")]
+        archive.extractall(tmp_path / "data")
+    rows = [json.loads(line) for line in (tmp_path / "data" / "metadata.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["A photograph of a cat"] * 6 + ["A photograph of a dog"] * 6
+    for row in rows:
+        assert Image.open(tmp_path / "data" / row["file_name"]).size == (128, 128)
+        labels = Image.open(tmp_path / "data" / row["mask_file_name"])
+        assert labels.mode == "P" and set(np.unique(np.asarray(labels))) <= {0, *row["class_ids"]}
+
+
+def test_own_prompts_and_a_mistake(visit):
+    page = visit()
+    open_tab(page)
+    page.click("#export-way label:has-text('My own')")
+    page.wait_for_selector("#export-prompts textarea")
+    page.click("#export")
+    page.wait_for_selector(".toast-body:has-text('no prompts')")
+    assert page.is_enabled("#export")
+    page.click("#export-more > button")
+    set_number(page, "#export-steps", 4)
+    page.fill("#export-prompts textarea", "A cat and a dog on grass\n<b>nothing</b> known here")
+    set_number(page, "#each", 1)
+    page.click("#export")
+    page.wait_for_selector("#export-facts:has-text('1 of 1')")
+    assert "1 prompts were skipped" in page.inner_text("#export-facts")
+    assert page.locator("#export-table tbody tr").count() == 2
+
+
+@pytest.mark.parametrize(("name", "width"), [("narrow", 390), ("wide", 1280)])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits(visit, name, width, scheme):
+    page = visit(width, 844, scheme)
+    open_tab(page)
+    shoot(page, f"export-{name}-{scheme}", full=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
