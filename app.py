@@ -10,11 +10,6 @@ from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported
 
-try:
-    import spaces  # ZeroGPU; must come before torch touches CUDA
-except ImportError:
-    spaces = None
-
 import gradio as gr
 
 from ovam_core.pipeline import DEFAULT_HUB_MODEL, EMBEDDED, load_pipeline
@@ -73,8 +68,7 @@ def head(pipe: Any, notice: str) -> str:
 
 def build(pipe: Any, notice: str = "") -> gr.Blocks:
     """The whole page around one pipeline."""
-    gpu = spaces.GPU if spaces is not None else lambda function: function
-    desk = Desk(pipe, Store(), gpu)
+    desk = Desk(pipe, Store())
     with gr.Blocks(title="OVAM", analytics_enabled=False, delete_cache=(3600, 7200)) as page:
         gr.HTML(head(pipe, notice), elem_id="head")
         with gr.Tabs():

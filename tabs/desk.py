@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
@@ -32,18 +31,17 @@ def visitor(request: gr.Request) -> str:
 class Desk:
     """The one model and what visitors have made with it; a visitor is a session of the page, or of the API."""
 
-    def __init__(self, pipe: Any, store: Store, gpu: Callable = lambda function: function):
+    def __init__(self, pipe: Any, store: Store):
         self.pipe, self.store, self.shelf = pipe, store, Shelf(pipe.ovam_name)
         self.limits = limits()
         self.jobs = Jobs(self.limits.keep)
         self.stops: dict[str, threading.Event] = {}
-        self._work = gpu(generate)
 
     def make(self, settings: GenerateSettings, request: gr.Request, progress: gr.Progress) -> tuple[str, Generation]:
         """Generates, keeps the recording, and returns its id with it. Raises Stopped, ValueError."""
         session, stop = visitor(request), self.flag(request)
         try:
-            made = self._work(
+            made = generate(
                 self.pipe,
                 settings,
                 on_step=lambda done, total: progress((done, total), desc="Denoising", unit="steps"),

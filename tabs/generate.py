@@ -111,15 +111,6 @@ def grid_names(pipe: Any) -> list[str]:
     return [f"1/{pipe.vae_scale_factor * 2**level}" for level in sorted(levels)]
 
 
-class TokenList(gr.Dropdown):
-    """A list whose names the visitor's shelf checks: Gradio knows only those that were there when the page was built."""
-
-    is_template = True  # looks like its base class in the browser
-
-    def preprocess(self, payload: Any) -> Any:
-        return payload
-
-
 # -------------------------------------------------------------------------------------------- to the page
 
 
@@ -190,11 +181,13 @@ def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
                 elem_id="words",
             )
             with gr.Row(elem_classes="tokens"):
-                pick = TokenList(
+                pick = gr.Dropdown(
                     list(desk.shelf.shipped), value=[], multiselect=True, max_choices=MAX_TOKENS, scale=4, min_width=180,
                     label="Tokens", info="Learned from one mask each; they cut out their class more exactly.",
                     elem_id="tokens",
                 )  # fmt: skip
+                # The visitor's shelf checks the names; Gradio knows only those that were there when the page was built.
+                pick.preprocess = lambda names: names
                 bring = gr.UploadButton(
                     "Add a file", file_types=[SUFFIX], scale=1, min_width=96, size="sm", elem_id="bring"
                 )

@@ -64,6 +64,7 @@ class Jobs:
     def pack(self, owner: str) -> Path:
         """All of the visitor's data set in one zip beside it."""
         with self._lock:
+            self._jobs[owner].used = self.clock()
             home = self._jobs[owner].folder
         target = home / "dataset.zip"
         zip_folder(home / "dataset", target)
