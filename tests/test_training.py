@@ -10,7 +10,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from training import annotator, train, world
+from ovam_core.pipeline import load_pipeline
+from training import annotator, figures, train, world
 from training.patches import DEVIATION, PatchSpace
 from training.recipes import CPU, FULL
 
@@ -81,3 +82,29 @@ def test_annotator_reads_only_labels_and_measures_iou():
     assert iou[3] == pytest.approx(0.5)
     assert iou[0] == pytest.approx(8 / 12)
     assert torch.isnan(torch.tensor(iou[1]))
+
+
+def test_the_figures_noise_a_scene_as_the_training_did():
+    """Eq. 4 of DDPM with the schedule's own sums, whatever sampler the pipeline carries."""
+    pipe = load_pipeline("emoji-voc", "cpu")
+    made = world.scene(world.HELD_OUT, 128)
+    seen = []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, given: seen.append(given))
+    figures.record_scene(pipe, made.image, made.caption, times=(100, 300))
+    hook.remove()
+    noisy, times = seen[0][:2]
+    pixels = torch.from_numpy(made.image.transpose(2, 0, 1)[None]).float() / 127.5 - 1
+    with torch.no_grad():
+        clean = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
+    noise = torch.randn(noisy.shape, generator=torch.Generator().manual_seed(0))
+    kept = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)[times][:, None, None, None]
+    assert times.tolist() == [100, 300]
+    assert torch.allclose(noisy, kept.sqrt() * clean + (1 - kept).sqrt() * noise, atol=1e-4)
+
+
+def test_min_snr_weights():
+    scheduler = train.model.train_scheduler()
+    weights = train.min_snr_weights(scheduler)
+    signal = scheduler.alphas_cumprod.double().numpy()
+    expected = np.minimum(signal / (1 - signal), 5) * (1 - signal)  # min(SNR, 5) / (SNR + 1)
+    assert np.allclose(weights, expected / expected.mean(), rtol=1e-4)

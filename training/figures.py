@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import DDIMScheduler
 from einops import rearrange
 from PIL import Image
 
 from ovam_core.heatmap import attribute, resize
 from ovam_core.mask import self_attention_map
-from ovam_core.pipeline import defaults_for, load_pipeline
+from ovam_core.pipeline import EMBEDDED, defaults_for, load_pipeline
 from ovam_core.recorder import Recording, record
 from ovam_core.text import attribute_words
 from training import annotator, world
@@ -43,8 +44,10 @@ def record_scene(pipe, image: np.ndarray, caption: str, times=TIMES, seed: int =
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
     moments = torch.tensor(times, device=pipe.device)
     context = pipe.encode_prompt(caption, pipe.device, 1, False)[0].expand(len(times), -1, -1)
+    # The sampler's own add_noise counts on a schedule of inference steps and would take another moment's noise.
+    noisy = DDIMScheduler.from_config(pipe.scheduler.config).add_noise(latents, noise, moments)
     with record(pipe, branch="all") as recorder:
-        pipe.unet(pipe.scheduler.add_noise(latents, noise, moments), moments, context)
+        pipe.unet(noisy, moments, context)
     return recorder.recordings
 
 
@@ -131,6 +134,7 @@ def card(figures: dict, training: dict, marks: dict) -> str:
         if full
         else "**The shipped weights are from the CPU recipe, not from the full GPU recipe**: 20 VOC classes, 128 x 128 pixels."
     )
+    grids = " and ".join(f"{side} x {side}" for side in training["attention_grids"])
     weakest = sorted(figures["drawn_by_class"], key=figures["drawn_by_class"].get)[:5]
     classes = ", ".join(f"{name} {figures['drawn_by_class'][name]:.0%}" for name in VOC_CLASSES)
     return f"""---
@@ -141,7 +145,7 @@ library_name: diffusers
 # emoji-voc
 
 A latent diffusion model small enough to ship with the code that reads its attention. An ordinary
-`StableDiffusionPipeline` folder (`AutoencoderKL`, `UNet2DConditionModel` with cross-attention at three resolutions,
+`StableDiffusionPipeline` folder (`AutoencoderKL`, `UNet2DConditionModel` with cross-attention on grids of {grids},
 `CLIPTextModel`, `CLIPTokenizer`), trained here from nothing. It is a demonstrator and a test bed, not a
 picture maker.
 
@@ -154,7 +158,7 @@ picture maker.
 | UNet | {training["unet_parameters"] / 1e6:.1f} M parameters, {training["unet_samples"]:,} samples in {training["unet_minutes"]:.0f} minutes, drawn from {training["scenes"]:,} scenes |
 | autoencoder | {training["vae_parameters"] / 1e6:.1f} M parameters, {training["vae_images"]:,} crops in {training["vae_minutes"]:.0f} minutes |
 | text encoder | CLIP with no layers: token and position embeddings and the final norm, trained with the UNet |
-| objective | v-prediction, 10 % empty captions, EMA; bfloat16 autocast |
+| objective | v-prediction, min-SNR weights, 10 % empty captions, EMA; bfloat16 autocast |
 
 **Data.** Scenes of 1 to 3 Noto Color Emoji pictures over {len(world.backgrounds.BACKGROUNDS)} procedural backgrounds, rendered by `training/world.py`
 with captions. No mask ever supervised the diffusion model, its attention least of all: what the maps show emerged.
@@ -196,7 +200,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=CARD)
     options = parser.parse_args()
     torch.set_num_threads(2)
-    pipe = load_pipeline(str(options.model), "cpu")
+    pipe = load_pipeline(EMBEDDED if options.model == CARD else str(options.model), "cpu")
     figures = {"seeds": options.seeds, "scenes": options.scenes, "threads": torch.get_num_threads()}
     figures |= which_of_two(pipe, options.scenes) | received_attention(pipe, options.scenes)
     print({name: round(float(value), 3) for name, value in figures.items()}, flush=True)

@@ -63,10 +63,11 @@ def autoencoder(recipe: Recipe) -> AutoencoderKL:
 
 
 def unet(recipe: Recipe) -> UNet2DConditionModel:
-    """Cross-attention at all three resolutions, the middle block included."""
+    """Cross-attention at every resolution, the middle block included."""
+    levels = len(recipe.unet_widths)
     return UNet2DConditionModel(
         sample_size=recipe.latent_size, in_channels=recipe.latent_channels, out_channels=recipe.latent_channels,
-        down_block_types=("CrossAttnDownBlock2D",) * 3, up_block_types=("CrossAttnUpBlock2D",) * 3,
+        down_block_types=("CrossAttnDownBlock2D",) * levels, up_block_types=("CrossAttnUpBlock2D",) * levels,
         block_out_channels=recipe.unet_widths, layers_per_block=recipe.unet_layers,
         attention_head_dim=recipe.heads, cross_attention_dim=recipe.text_width, norm_num_groups=16,
     )  # fmt: skip

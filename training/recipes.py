@@ -16,7 +16,7 @@ class Recipe:
     size: int  # pixels
     vae_widths: tuple[int, ...]
     latent_channels: int
-    unet_widths: tuple[int, int, int]
+    unet_widths: tuple[int, ...]  # one a resolution, cross-attention at each
     unet_layers: int
     heads: int
     text_width: int
@@ -41,9 +41,9 @@ CPU = Recipe(
     name="cpu", nouns=VOC_NOUNS, counts=(0.2, 0.45, 0.35), size=128,
     vae_widths=(16, 32, 64, 96), latent_channels=8,
     unet_widths=(96, 160, 160), unet_layers=1, heads=4, text_width=256, max_tokens=20,
-    scenes=30_000, vae_scenes=6_000, vae_minutes=9, vae_batch=16, vae_rate=2e-3,
+    scenes=30_000, vae_scenes=6_000, vae_minutes=7, vae_batch=16, vae_rate=2e-3,
     unet_minutes=150, unet_batch=32, unet_rate=8e-4,
-    annotator_scenes=6_000, annotator_minutes=5,
+    annotator_scenes=6_000, annotator_minutes=4,
 )  # fmt: skip
 
 FULL = Recipe(

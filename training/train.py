@@ -160,8 +160,8 @@ def load_latents(work: Path) -> tuple[torch.Tensor, list[str]]:
 def min_snr_weights(scheduler, limit: float = 5.0) -> torch.Tensor:
     """Loss weights of v-prediction by time, float32 [T] with a mean of 1: min(SNR, limit) / (SNR + 1) (Hang et al., 2023).
 
-    With every time alike the noisy ones, where layout is decided and no object stands out yet, drown the times at
-    which a word must find its object: after 64,000 samples the maps were near chance, with these weights after 16,000 not.
+    With every time alike the noisy ones, where layout is decided and no object stands out yet, drown the times at which a
+    word must find its object.
     """
     signal = scheduler.alphas_cumprod
     ratio = signal / (1 - signal)
@@ -364,6 +364,7 @@ def write_pipeline(recipe: Recipe, work: Path, out: Path) -> None:
         "recipe": recipe.name, "unet_samples": state["samples"], "unet_minutes": round(state["spent"] / 60, 1),
         "vae_images": torch.load(work / "vae.pt", weights_only=True, map_location="cpu")["samples"],
         "vae_minutes": recipe.vae_minutes, "scenes": recipe.scenes, "size": recipe.size,
+        "attention_grids": [recipe.latent_size // 2**level for level in range(len(recipe.unet_widths))],
         "latent_size": recipe.latent_size, "latent_channels": recipe.latent_channels, "device": device().type,
         "unet_parameters": model.parameters(unet), "vae_parameters": model.parameters(vae),
     }  # fmt: skip
