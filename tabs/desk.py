@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import html
+import math
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
@@ -21,6 +23,21 @@ NO_IMAGE = "There is no recorded image in this session (any more); generate one 
 def problem(error: Exception) -> gr.Error:
     """A ValueError of ours as a message of the page; gradio renders HTML, and the sentence may quote the visitor."""
     return gr.Error(html.escape(str(error), quote=False), print_exception=False)
+
+
+def only_numbers(*fields: gr.Slider) -> None:
+    """A client may send text, "NaN" for one, at which a slider itself only fails: say what is wrong instead."""
+
+    def checked(field: gr.Slider, read: Callable) -> Callable:
+        def preprocess(value: Any) -> Any:
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise gr.Error(f"{field.label} is {html.escape(str(value)[:40])}; give a number.", print_exception=False)
+            return read(value)
+
+        return preprocess
+
+    for field in fields:
+        field.preprocess = checked(field, field.preprocess)
 
 
 def visitor(request: gr.Request) -> str:

@@ -25,7 +25,7 @@ from ovam_core.plot import VOC_CLASSES
 from ovam_core.prompts import KINDS, Prompt, Work, class_list, parse_prompts, read_prompts, template_prompts, work_list
 
 from .beside import beside
-from .desk import Desk, problem, visitor
+from .desk import Desk, only_numbers, problem, visitor
 from .generate import whole
 from .jobs import Limits
 
@@ -169,6 +169,7 @@ def build(desk: Desk) -> None:
                 download = gr.DownloadButton("Download zip", interactive=False, scale=1, min_width=150, elem_id="export-download")
 
     quiet = {"show_progress": "hidden", "api_visibility": "private"}
+    only_numbers(low, high, steps)
     given = [way, template, text, file, classes, by, each, seed, low, high, formats, steps, crf]
 
     def asked(owner: str, chosen, pattern, pasted, uploaded, names, ask_by, images, first, least, most, kinds, number, refine):

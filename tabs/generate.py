@@ -33,7 +33,7 @@ from ovam_core.generate import (
 from ovam_core.pipeline import defaults_for
 from ovam_core.tokens import SUFFIX, attribution, load
 
-from .desk import NO_IMAGE, Desk, problem, visitor
+from .desk import NO_IMAGE, Desk, only_numbers, problem, visitor
 
 EXAMPLES = [
     ["A photograph of a cat and a car on grass", "cat, car, animal"],
@@ -284,6 +284,7 @@ def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
                 pack = gr.Button("Download all", scale=1, min_width=140, interactive=False, elem_id="pack")
             archive = gr.DownloadButton("zip", visible="hidden", elem_id="archive")
 
+    only_numbers(steps, guidance, width, height, tau, alpha)
     left = [prompt, negative, seed, steps, guidance, width, height]
     asked_by = [words, sentence, tau, alpha, crf, used, which, pick]
     answers = [annotated, gallery, scale, map_facts]

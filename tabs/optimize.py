@@ -29,7 +29,7 @@ from ovam_core.optimize import (
 )
 
 from .beside import beside
-from .desk import Desk, problem, visitor
+from .desk import Desk, only_numbers, problem, visitor
 from .generate import image_facts, whole
 
 PAINT, STROKES, UPLOAD = "Paint the object", "A few strokes", "Upload a mask"
@@ -255,6 +255,7 @@ def build(desk: Desk, tab: gr.Tab, from_generate: gr.State, pick: gr.Dropdown) -
                 preview=False, buttons=["fullscreen"], elem_id="tried", elem_classes="gallery",
             )  # fmt: skip
 
+    only_numbers(epochs)
     token_name = gr.State(None)
     private = {"api_visibility": "private"}
     quiet = {"show_progress": "hidden", **private}
