@@ -204,6 +204,8 @@ def main() -> None:
     figures = {"seeds": options.seeds, "scenes": options.scenes, "threads": torch.get_num_threads()}
     figures |= which_of_two(pipe, options.scenes) | received_attention(pipe, options.scenes)
     print({name: round(float(value), 3) for name, value in figures.items()}, flush=True)
+    if not annotator.FOLDER.exists():
+        parser.exit(2, "The other figures need the annotator in training/annotator: python -m training.train makes it.\n")
     figures |= drawn(pipe, annotator.load(), options.seeds, options.model / "contact-sheet.jpg")
     figures = {name: value if isinstance(value, dict) else float(value) for name, value in figures.items()}
     for name in ("seeds", "scenes", "threads"):

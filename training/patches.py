@@ -27,8 +27,7 @@ class PatchSpace:
     def fit(cls, images: np.ndarray, recipe: Recipe) -> PatchSpace:
         """Components of uint8 [N, S, S, 3], scaled most of the way to equal deviations and to DEVIATION over all.
 
-        Untouched ones would drown what tells a cat from a dog under colour and place, and leave words little to say. On a
-        grid this coarse a deviation of 1 would show an object through most of the noise, again without its word.
+        Untouched ones would drown what tells a cat from a dog under colour and place.
         """
         side = recipe.size // recipe.latent_size
         patches = rearrange(images, "n (h a) (w b) c -> (n h w) (c a b)", a=side, b=side)

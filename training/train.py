@@ -158,11 +158,7 @@ def load_latents(work: Path) -> tuple[torch.Tensor, list[str]]:
 
 
 def min_snr_weights(scheduler, limit: float = 5.0) -> torch.Tensor:
-    """Loss weights of v-prediction by time, float32 [T] with a mean of 1: min(SNR, limit) / (SNR + 1) (Hang et al., 2023).
-
-    With every time alike the noisy ones, where layout is decided and no object stands out yet, drown the times at which a
-    word must find its object.
-    """
+    """Loss weights of v-prediction by time, float32 [T] with a mean of 1: min(SNR, limit) / (SNR + 1) (Hang et al., 2023)."""
     signal = scheduler.alphas_cumprod
     ratio = signal / (1 - signal)
     weights = ratio.clamp(max=limit) / (ratio + 1)
