@@ -31,6 +31,7 @@ THRESHOLDS = np.linspace(0.02, 0.98, 49)
 CANDIDATES = {
     "paper": RECIPES["paper"],
     "fast": RECIPES["fast"],
+    **{f"momentum {rate}": OptimizeSettings("", 100, "momentum", rate, stay=0.0) for rate in (10.0, 30.0)},
     **{f"adam {rate}": OptimizeSettings("", 100, "adam", rate, stay=0.0) for rate in (0.03, 0.1, 0.3)},
     **{f"lbfgs, stay {stay}": OptimizeSettings("", 100, "lbfgs", 1.0, stay=stay) for stay in (0.0, 0.001, 0.01, 0.1, 1.0)},
 }

@@ -1,4 +1,7 @@
-"""`python -m ovam_core generate | optimize | tokens | export`: the command line. Bad input: one sentence, exit status 2."""
+"""`python -m ovam_core generate | photo | optimize | tokens | export | evaluate`: the command line.
+
+Bad input: one sentence, exit status 2.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import diffusers
 import transformers
 from tqdm import tqdm
 
-from .annotated import METADATA, Example, by_class, learn, read_folder
+from .annotated import METADATA, Example, by_class, learn, photo_settings, read_folder
 from .dataset import FORMATS, SHEET
 from .export import LIBRARY, ExportSettings, Progress, export, launched, measure, plan
 from .filters import ClipScorer, Filters
@@ -29,14 +32,25 @@ from .generate import (
     parse_numbers,
     save,
 )
+from .methods import ALL_METHODS, OVAM
 from .optimize import RECIPES, Epoch
+from .photo import PhotoSettings, caption_of, photograph, read_photo
 from .pipeline import EMBEDDED, load_pipeline
 from .prompts import class_list, read_prompts, template_prompts, work_list
-from .tokens import BRANCHES, export_npy, fetch_voc_sd15, file_name, folder_for, import_file
+from .tokens import (
+    BRANCHES,
+    export_npy,
+    fetch_voc_sd15,
+    file_name,
+    folder_for,
+    import_file,
+)
 from .tokens import load as load_token
 from .tokens import save as save_token
+from .voc import GROUND_TRUTH, RESULTS, EvaluateSettings, evaluate, read_voc
 
 MAX_GRID = 4096  # no attention grid is wider
+MAX_NOISE = 999  # the last timestep of the training schedules
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,7 +62,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar. Every option is None unless given, so that --settings can stand below them."""
-    top = Parser(prog="python -m ovam_core", description=__doc__)
+    top = Parser(prog="python -m ovam_core", description=__doc__.splitlines()[0])
     commands = top.add_subparsers(dest="command", required=True, parser_class=Parser)
     one = commands.add_parser(
         "generate",
@@ -68,15 +82,17 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--guidance", type=float, help="guidance scale")
     one.add_argument("--negative-prompt", metavar="TEXT")
     one.add_argument("--size", metavar="WxH", help="pixels, multiples of 8, for example 128x96")
-    one.add_argument("--tau", type=float, help="threshold of the masks, 0 to 1 (0.4; tokens: their own)")
-    one.add_argument("--alpha", type=float, help="floor of the self-attention map, 0 to 1 (0.85; tokens: their own)")
+    one.add_argument("--tau", type=float, help="threshold of the masks, 0 to 1 (the model's; tokens: their own)")
+    one.add_argument("--alpha", type=float, help="floor of the self-attention map, 0 to 1 (the model's; tokens: their own)")
     one.add_argument("--no-crf", action="store_true", default=None, help="masks without the dense CRF")
     one.add_argument("--timesteps", metavar="LIST", help="denoising steps to use for the maps, for example 0-9,14")
     one.add_argument("--resolutions", metavar="LIST", nargs="+", help="attention grids to use, for example 16,8")
     one.set_defaults(run=run_generate)
+    add_photo(commands)
     add_optimize(commands)
     add_tokens(commands)
     add_export(commands)
+    add_evaluate(commands)
     return top
 
 
@@ -95,6 +111,16 @@ def given(**values: object) -> dict:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def given_maps(options: argparse.Namespace) -> dict:
+    """The options about maps and masks that were given, as fields of MapSettings."""
+    found = given(tau=options.tau, alpha=options.alpha, crf=None if options.no_crf is None else False)
+    if options.resolutions is not None:
+        found["resolutions"] = parse_numbers(",".join(options.resolutions), "resolutions", MAX_GRID)
+    if options.token is not None:
+        found["tokens"] = tuple(options.token)
+    return found
+
+
 def run_generate(options: argparse.Namespace) -> None:
     """Reads everything, refuses what is wrong, and only then spends time on an image."""
     about_image = given(
@@ -106,13 +132,9 @@ def run_generate(options: argparse.Namespace) -> None:
     )
     if options.size is not None:
         about_image["width"], about_image["height"] = parse_size(options.size)
-    about_maps = given(tau=options.tau, alpha=options.alpha, crf=None if options.no_crf is None else False)
+    about_maps = given_maps(options)
     if options.timesteps is not None:
         about_maps["steps"] = parse_numbers(options.timesteps, "timesteps")
-    if options.resolutions is not None:
-        about_maps["resolutions"] = parse_numbers(",".join(options.resolutions), "resolutions", MAX_GRID)
-    if options.token is not None:
-        about_maps["tokens"] = tuple(options.token)
     words = None if options.words is None else ", ".join(options.words)
 
     if options.settings is not None:
@@ -134,6 +156,7 @@ def run_generate(options: argparse.Namespace) -> None:
 
     if asked.tokens:  # a number that is given holds for all
         asked = replace(asked, **given(token_tau=options.tau, token_alpha=options.alpha))
+    asked = asked.filled(pipe)
     wanted.validate(pipe)
     attributions(pipe, asked)  # a word that the encoder refuses is better known before the image than after it
     make_folder(options.out)
@@ -143,6 +166,95 @@ def run_generate(options: argparse.Namespace) -> None:
     for label, peak in zip(maps.labels, maps.peaks, strict=True):
         print(f"{label}: peak {peak:.2f}")
     print(f"seed {wanted.seed}, {wanted.steps} steps, {made.seconds:.1f} s on {made.device}: {options.out}")
+
+
+# --------------------------------------------------------------------------------------- photographs
+
+
+def add_photo(commands: argparse._SubParsersAction) -> None:
+    """The grammar of `photo`."""
+    one = commands.add_parser(
+        "photo",
+        help="the heatmap and mask of any word in a photograph",
+        description="Noises a photograph, looks at it in one forward pass, and writes it with a heatmap, an overlay and a mask "
+        "for each word, all at its own size.",
+    )
+    one.add_argument("image", metavar="IMAGE", help="the photograph: JPEG, PNG, or what else Pillow reads")
+    one.add_argument("--caption", metavar="TEXT", help="what it shows (lists the words); '' for none")
+    one.add_argument("--words", nargs="+", metavar="WORD", help="words to look for; quote phrases: 'red bus'")
+    one.add_argument("--attribution", metavar="SENTENCE", help="a full sentence to attribute; --words picks from it")
+    one.add_argument("--token", nargs="+", metavar="FILE", help="token files whose classes to look for")
+    one.add_argument("--out", required=True, metavar="DIR", help="folder for the files")
+    one.add_argument("--settings", metavar="FILE", help="a settings.json of this command to use again; other options change it")
+    one.add_argument("--model", help="emoji-voc, a diffusers hub id or a folder")
+    one.add_argument("--device", help="cuda, mps or cpu")
+    add_noise(one)
+    one.add_argument("--seed", type=int, help="of the noise (0)")
+    one.add_argument("--tau", type=float, help="threshold of the masks, 0 to 1 (the model's; tokens: their own)")
+    one.add_argument("--alpha", type=float, help="floor of the self-attention map, 0 to 1 (the model's; tokens: their own)")
+    one.add_argument("--no-crf", action="store_true", default=None, help="masks without the dense CRF")
+    one.add_argument("--resolutions", metavar="LIST", nargs="+", help="attention grids to use, for example 16,8")
+    one.set_defaults(run=run_photo)
+
+
+def add_noise(one: argparse.ArgumentParser) -> None:
+    """Options of every command that looks at photographs."""
+    one.add_argument("--timesteps", metavar="LIST", help="noise on a photograph, 0 to 999, one pass each: 100 or 100,200 (100)")
+    one.add_argument("--size", metavar="WxH", help="pixels in which the model sees it (its own area, the photograph's shape)")
+
+
+def given_noise(options: argparse.Namespace) -> dict:
+    """What `add_noise` added, as fields of PhotoSettings."""
+    found = {}
+    if options.timesteps is not None:
+        found["timesteps"] = parse_numbers(options.timesteps, "timesteps", MAX_NOISE)
+    if options.size is not None:
+        found["width"], found["height"] = parse_size(options.size)
+    return given(**found)
+
+
+def run_photo(options: argparse.Namespace) -> None:
+    """Reads everything, refuses what is wrong, and only then loads the model."""
+    about_photo = given(caption=options.caption, seed=options.seed) | given_noise(options)
+    about_maps = given_maps(options)
+    words = None if options.words is None else ", ".join(options.words)
+    photo = read_photo(options.image)
+    if options.settings is not None:
+        wanted, asked, model, device = load_settings(options.settings, PhotoSettings)
+        wanted, asked = replace(wanted, **about_photo), replace(asked, **about_maps)
+        if words is not None or options.attribution is not None:
+            fresh = MapSettings.from_text(words or "", options.attribution or "")
+            asked = replace(asked, words=fresh.words, sentence=fresh.sentence)
+        model, device = options.model or model, options.device or device
+    else:
+        asked = MapSettings.from_text(words or "", options.attribution or "", **about_maps)
+        wanted = PhotoSettings(**{"caption": default_caption(asked), **about_photo})
+        model, device = options.model, options.device
+    asked.validate()
+    if asked.tokens:  # a number that is given holds for all
+        asked = replace(asked, **given(token_tau=options.tau, token_alpha=options.alpha))
+    pipe = load_pipeline(model, device)
+    asked = asked.filled(pipe)
+    wanted.validate(pipe)
+    attributions(pipe, asked)
+    make_folder(options.out)
+    made = photograph(pipe, photo, wanted)
+    maps = ask(pipe, made, asked)
+    save(options.out, made, maps, asked)
+    for label, peak in zip(maps.labels, maps.peaks, strict=True):
+        print(f"{label}: peak {peak:.2f}")
+    height, width = made.recording.image_size
+    print(f"'{wanted.caption}', seen as {width}x{height}, {made.seconds:.1f} s on {made.device}: {options.out}")
+
+
+def default_caption(asked: MapSettings) -> str:
+    """What to tell the model of a photograph: the sentence, or that it shows the words; nothing, for tokens that
+    were found without a text.
+    """
+    if branch_for(asked) == "unconditional":
+        return ""
+    names = [name for path in asked.tokens for name in load_token(path).names]
+    return asked.sentence or caption_of(list(dict.fromkeys([*asked.words, *names])))
 
 
 # ---------------------------------------------------------------------------------------------- export
@@ -174,8 +286,8 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     batch.add_argument("--size", metavar="WxH", help="pixels, multiples of 8, for example 128x96")
     batch.add_argument("--batch-size", metavar="N", type=int, help="images made together (4 on a GPU, else 1)")
     batch.add_argument("--threads", metavar="N", type=int, help="CPU threads a process (all cores); part of the settings")
-    batch.add_argument("--tau", type=float, help="threshold, 0 to 1 (0.4; a token's own)")
-    batch.add_argument("--alpha", type=float, help="floor of the self-attention map, 0 to 1 (0.85; a token's own)")
+    batch.add_argument("--tau", type=float, help="threshold, 0 to 1 (the model's; a token's own)")
+    batch.add_argument("--alpha", type=float, help="floor of the self-attention map, 0 to 1 (the model's; a token's own)")
     batch.add_argument("--no-crf", action="store_true", help="masks without the dense CRF")
     batch.add_argument("--uncertain", metavar="U", type=float, help="label pixels this close to the threshold 255 (0)")
     batch.add_argument("--timesteps", metavar="LIST", help="denoising steps to use for the maps, for example 0-9,14")
@@ -265,6 +377,76 @@ def run_export(options: argparse.Namespace) -> None:
         print(f"{summary.timings.total:.1f} s: {options.out}, to look at: {os.path.join(options.out, SHEET)}")
 
 
+# -------------------------------------------------------------------------------------------- evaluate
+
+
+def add_evaluate(commands: argparse._SubParsersAction) -> None:
+    """The grammar of `evaluate`."""
+    one = commands.add_parser(
+        "evaluate",
+        help="IoU of a method over a data set of photographs in VOC layout",
+        description="Runs a method over the photographs of a data set in VOC layout, with a caption that lists the objects, and "
+        "prints IoU a class and mIoU from one confusion matrix. Stopped at any instant and started again with the same --out, it goes "
+        "on where it was. For several devices: accelerate launch --multi_gpu --num_processes N -m ovam_core evaluate ...",
+    )
+    one.add_argument("--voc", required=True, metavar="DIR", help="folder with JPEGImages, SegmentationClass, ImageSets")
+    one.add_argument("--split", default="val", help="list in ImageSets/Segmentation (val)")
+    one.add_argument("--method", default=OVAM.name.lower(), metavar="NAME", help=f"{'; '.join(ALL_METHODS).lower()} (ovam)")
+    one.add_argument(
+        "--classes-from", default=GROUND_TRUTH, metavar="gt|FILE",
+        help="what to ask for: the classes of the truth, or JSON of captions or class lists by image name (gt)",
+    )  # fmt: skip
+    one.add_argument("--tokens", metavar="DIR", nargs="?", const=LIBRARY, help="ask by class token: the model's own, or DIR's")
+    one.add_argument("--template", metavar="TEXT", help="attribution prompt of a class: 'a photograph of a {}' ({})")
+    one.add_argument("--out", metavar="DIR", help="folder for label maps and results, in which the run can go on")
+    one.add_argument("--limit", metavar="N", type=int, help="at most this many images")
+    one.add_argument("--model", help="emoji-voc, a diffusers hub id or a folder")
+    one.add_argument("--device", help="cuda, mps or cpu")
+    add_noise(one)
+    one.add_argument("--seed", type=int, help="of the first photograph's noise; the next has the next (0)")
+    one.add_argument("--tau", type=float, help="threshold, 0 to 1 (the method's)")
+    one.add_argument("--alpha", type=float, help="floor of the self-attention map, 0 to 1 (the method's)")
+    one.add_argument("--no-crf", action="store_true", default=None, help="masks without the dense CRF")
+    one.add_argument("--threads", metavar="N", type=int, help="CPU threads a process (all cores); part of the settings")
+    one.add_argument("--workers", metavar="N", type=int, help="processes for dense CRF and files; 0 for none beside")
+    one.set_defaults(run=run_evaluate)
+
+
+def run_evaluate(options: argparse.Namespace) -> None:
+    """Reads and refuses, then evaluates; the first of several processes speaks."""
+    if options.workers is not None and not 0 <= options.workers <= 64:
+        raise ValueError(f"The number of workers is {options.workers}; choose a whole number from 0 to 64.")
+    noise = given_noise(options)
+    data = read_voc(options.voc, options.split, options.classes_from, options.limit)
+    process, device = launched(options.device)
+    pipe = load_pipeline(options.model, device)
+    settings = EvaluateSettings.for_model(
+        pipe,
+        options.method,
+        seed=options.seed,
+        tau=options.tau,
+        alpha=options.alpha,
+        crf=None if options.no_crf is None else False,
+        tokens=options.tokens,
+        template=options.template,
+        threads=options.threads,
+        **noise,
+    )
+    hidden = process.rank > 0
+    with tqdm(unit="image", disable=hidden, mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
+
+        def on_image(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        result = evaluate(pipe, data, settings, options.out, process=process, workers=options.workers, on_image=on_image)
+    if result is None:
+        return
+    print(result.text())
+    if options.out is not None:
+        print(f"{settings.method} on {len(data.names)} images, also as JSON: {os.path.join(options.out, RESULTS)}")
+
+
 # --------------------------------------------------------------------------------- optimize and tokens
 
 
@@ -273,13 +455,16 @@ def add_optimize(commands: argparse._SubParsersAction) -> None:
     one = commands.add_parser(
         "optimize",
         help="a class token from one mask, or from many",
-        description="Learns the token of a class from a generated image and a mask of it (--prompt, --seed, --mask), from "
-        "several (--image-set), or one token a class from a whole folder (--annotated).",
+        description="Learns the token of a class from a generated image and a mask of it (--prompt, --seed, --mask), from a "
+        "photograph and a mask of it (--photo, --mask), from several of both (--image-set), or one token a class from a "
+        "whole folder (--annotated).",
     )
     one.add_argument("--prompt", help="what the annotated image was made from")
-    one.add_argument("--seed", type=int, help="the annotated image's seed (0)")
+    one.add_argument("--seed", type=int, help="the annotated image's seed, or that of the noise on a photograph (0)")
     one.add_argument("--mask", metavar="FILE", help="the mask: any picture of the image's shape, black is background")
-    one.add_argument("--image-set", metavar="DIR", help="folder with metadata.jsonl: prompt, seed, mask, class a line")
+    one.add_argument("--photo", metavar="FILE", help="a photograph in place of a generated image")
+    one.add_argument("--caption", metavar="TEXT", help="what the photograph shows (names the class)")
+    one.add_argument("--image-set", metavar="DIR", help="folder with metadata.jsonl: prompt and seed, or photo; mask, class a line")
     one.add_argument("--annotated", metavar="DIR", help="the same, but one token for each class in it")
     one.add_argument("--class", dest="classes", nargs="+", metavar="NAME", help="class of mask value 1, 2, ...")
     one.add_argument("--out", required=True, metavar="PATH", help="token file; with --annotated, a folder")
@@ -288,13 +473,13 @@ def add_optimize(commands: argparse._SubParsersAction) -> None:
     one.add_argument("--negative-prompt", metavar="TEXT")
     one.add_argument("--steps", type=int, help="denoising steps")
     one.add_argument("--guidance", type=float, help="guidance scale")
-    one.add_argument("--size", metavar="WxH", help="pixels, multiples of 8")
+    add_noise(one)
     one.add_argument("--recipe", choices=list(RECIPES), default="fast", help="fast, or the paper's own")
     one.add_argument("--epochs", type=int, help="epochs instead of the recipe's")
     one.add_argument("--stay", type=float, metavar="W", help="weight on staying near the class name's embedding")
     one.add_argument("--branch", choices=list(BRANCHES), default="conditional", help="half of the guided batch")
-    one.add_argument("--tau", type=float, help="threshold that the token file recommends (0.8)")
-    one.add_argument("--alpha", type=float, help="self-attention floor that the token file recommends (0.95)")
+    one.add_argument("--tau", type=float, help="threshold that the token file recommends (the model's)")
+    one.add_argument("--alpha", type=float, help="self-attention floor that the token file recommends (the model's)")
     one.set_defaults(run=run_optimize)
 
 
@@ -340,18 +525,26 @@ def run_optimize(options: argparse.Namespace) -> None:
         steps=options.steps,
         guidance=options.guidance,
     )
-    if options.size is not None:
-        about_image["width"], about_image["height"] = parse_size(options.size)
-    if options.mask is not None and (options.prompt is None or options.classes is None):
-        raise ValueError("With --mask the prompt and the class are needed; add --prompt and --class.")
-    if options.mask is None and (options.prompt is not None or about_image):
+    about_image |= given_noise(options) | given(caption=options.caption)
+    if options.mask is None and (options.prompt is not None or options.photo is not None or about_image):
         raise ValueError(f"What makes the images stands in the folder's {METADATA}; leave those options out.")
+    if options.photo is not None:
+        check_photo(options)
+    elif options.mask is not None:
+        if options.prompt is None or options.classes is None:
+            raise ValueError("With --mask the prompt and the class are needed; add --prompt and --class.")
+        if options.timesteps is not None or options.caption is not None:
+            raise ValueError("--timesteps and --caption belong to a photograph; add --photo, or leave them out.")
 
     pipe = load_pipeline(options.model, options.device)
     if options.mask is not None:
-        image = GenerateSettings.for_model(pipe, options.prompt, **about_image)
+        classes = tuple(options.classes)
+        if options.photo is not None:
+            image, file = photo_settings(classes, **about_image), Path(options.photo)
+        else:
+            image, file = GenerateSettings.for_model(pipe, options.prompt, **about_image), None
         image.validate(pipe)
-        sets = {options.out: [Example(image, Path(options.mask), tuple(options.classes))]}
+        sets = {options.out: [Example(image, Path(options.mask), classes, file)]}
     elif options.image_set is not None:
         sets = {options.out: read_folder(options.image_set, pipe)}
         if options.classes is not None:
@@ -374,6 +567,16 @@ def run_optimize(options: argparse.Namespace) -> None:
         save_token(path, token)
         why = f" ({found.reason})" if found.reason else ""
         print(f"{', '.join(token.names)}: loss {found.loss:.4f} after {found.epochs} epochs, {found.seconds:.1f} s{why}: {path}")
+
+
+def check_photo(options: argparse.Namespace) -> None:
+    """Raises ValueError for options that do not go with --photo."""
+    if options.mask is None or options.classes is None:
+        raise ValueError("With --photo the mask and the class are needed; add --mask and --class.")
+    if any(x is not None for x in (options.prompt, options.negative_prompt, options.steps, options.guidance)):
+        raise ValueError("A photograph has no prompt, steps or guidance; leave those options out, and see --caption.")
+    if options.branch == "unconditional" and options.caption:
+        raise ValueError("The unconditional half sees no text; leave --caption or --branch out.")
 
 
 def run_tokens_list(options: argparse.Namespace) -> None:

@@ -1,19 +1,23 @@
-"""From annotated generations to token files: a folder of prompts, seeds and masks, or one of each.
+"""From annotated images to token files: a folder of prompts, seeds and masks, or of photographs and masks, or one of each.
 
-The recording comes from generating, so an annotated image is kept as what makes it again, with the mask drawn on it:
+The recording comes from generating, so an annotated image is kept as what makes it again, with the mask drawn on it; a
+photograph is kept itself, and is recorded in one forward pass (photo.py):
 
     FOLDER/metadata.jsonl     one JSON object a line; of these keys only prompt, seed, mask and class are needed:
         {"prompt": "A photograph of a cat", "seed": 3, "mask": "cat.png", "class": "cat", "file_name": "cat.jpg",
          "negative_prompt": "", "steps": 30, "guidance": 7.5, "width": 512, "height": 512}
     FOLDER/cat.png            the mask (see `read_mask`); "class" may be a list, its masks then hold labels 1, 2, ...
     FOLDER/cat.jpg            the image, if it is kept: it must be the one that is generated again
+
+        {"photo": "tom.jpg", "mask": "tom.png", "class": "cat", "caption": "A photograph of a cat", "timesteps": [100]}
+    FOLDER/tom.jpg            a photograph; caption, timesteps, seed, width and height may be left out
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +35,33 @@ from .optimize import (
     optimize,
     read_mask,
 )
+from .photo import PhotoSettings, caption_of, fitted_size, photograph, read_photo
+from .pipeline import defaults_for
 from .tokens import BACKGROUND, Token
 
 METADATA = "metadata.jsonl"
 MAX_METADATA = 64 << 20
 SAME_IMAGE = 8.0  # mean difference of 255: JPEG and other devices stay below, another picture does not
 SETTINGS = ("negative_prompt", "steps", "guidance", "width", "height")
+PHOTO_SETTINGS = ("caption", "timesteps", "seed", "width", "height")
 
 
 @dataclass(frozen=True)
 class Example:
-    """One annotated generation: what makes the image, the mask's file, its classes, the image's file if it is kept."""
+    """One annotated image: its settings, the mask's file, its classes, and the image's file.
 
-    image: GenerateSettings
+    image: what makes the image, `file` then being None or the image if it is kept; or what a photograph is recorded with,
+    `file` then being the photograph.
+    """
+
+    image: GenerateSettings | PhotoSettings
     mask: Path
     classes: tuple[str, ...]
     file: Path | None = None
+
+    @property
+    def is_photo(self) -> bool:
+        return isinstance(self.image, PhotoSettings)
 
 
 def read_folder(folder: str | Path, pipe: Any) -> list[Example]:
@@ -78,18 +93,33 @@ def read_folder(folder: str | Path, pipe: Any) -> list[Example]:
 
 
 def _example(folder: Path, row: dict, pipe: Any) -> Example:
-    given = {key: row[key] for key in SETTINGS if row.get(key) is not None}
-    image = GenerateSettings.for_model(pipe, row["prompt"], seed=row["seed"], **given)
+    classes = _classes(row)
+    if row.get("photo") is not None:
+        image, file = photo_settings(classes, **{key: row.get(key) for key in PHOTO_SETTINGS}), row["photo"]
+    else:
+        given = {key: row[key] for key in SETTINGS if row.get(key) is not None}
+        image, file = GenerateSettings.for_model(pipe, row["prompt"], seed=row["seed"], **given), row.get("file_name")
     image.validate(pipe)
+    mask = _inside(folder, row["mask"])
+    return Example(image, mask, classes, None if file is None else _inside(folder, file))
+
+
+def _classes(row: dict) -> tuple[str, ...]:
     named = row.get("class", row.get("classes"))
     if named is None:
         raise KeyError("class")
     classes = (named,) if isinstance(named, str) else tuple(named)
     if not classes or not all(isinstance(name, str) and name.strip() for name in classes):
         raise ValueError("the class must be a name, or a list of names.")
-    file = row.get("file_name")
-    mask = _inside(folder, row["mask"])
-    return Example(image, mask, classes, None if file is None else _inside(folder, file))
+    return classes
+
+
+def photo_settings(classes: Sequence[str], **given: Any) -> PhotoSettings:
+    """Settings of a photograph of these classes; a caption that is not given, or None, names them."""
+    given = {key: value for key, value in given.items() if value is not None}
+    if isinstance(given.get("timesteps"), list):
+        given["timesteps"] = tuple(given["timesteps"])
+    return PhotoSettings(**{"caption": caption_of(classes), **given})
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -142,26 +172,54 @@ def learn(
     on_epoch: Callable[[Epoch], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> tuple[Token, Optimized]:
-    """Generates the images of the examples again and finds one token for all of them (Eq. 6).
+    """Generates the images of the examples again, or records their photographs, and finds one token for all (Eq. 6).
 
-    All examples must name the same classes. tau, alpha: for the token's masks, default the paper's. on_image: called
-    with (images done, images in all). Raises ValueError as `read_mask`, `check_same` and `optimize` do.
+    All examples must name the same classes. branch: half of the guided batch; the unconditional one of a photograph is a
+    pass without a caption. tau, alpha: for the token's masks, default the model's. on_image: called with (images done,
+    images in all). Raises ValueError as `read_mask`, `read_photo`, `check_same` and `optimize` do.
     """
     classes = examples[0].classes
     if any(example.classes != classes for example in examples):
         raise ValueError("The rows of an image set must all name the same class; use --annotated for one token a class.")
     start = initial_embedding(pipe, classes)
     # Masks are read before any time is spent on images.
-    targets = [read_mask(one.mask, (one.image.height, one.image.width), len(classes)) for one in examples]
+    targets = [_target(pipe, one) for one in examples]
     made = []
     for number, one in enumerate(examples):
         if on_image is not None:
             on_image(number, len(examples))
-        made.append(generate(pipe, one.image, branch=branch))
-        if one.file is not None:
-            check_same(made[-1], one.file)
+        made.append(_make(pipe, one, branch))
+    if len({one.recording.branch for one in made}) > 1:
+        raise ValueError("Some captions are empty and others are not; give every photograph a caption, or none.")
     found = optimize([one.recording for one in made], targets, start, settings, on_epoch, should_stop)
     return token_of(made, classes, found, settings, tau, alpha), found
+
+
+def _target(pipe: Any, example: Example) -> np.ndarray:
+    """The mask as labels, uint8 `[H, W]`: at the size of the generated image, or at which the model sees the photograph."""
+    if not example.is_photo:
+        return read_mask(example.mask, (example.image.height, example.image.width), len(example.classes))
+    photo = read_photo(example.file)
+    return photo_target(pipe, photo, read_mask(example.mask, (photo.height, photo.width), len(example.classes)), example.image)
+
+
+def photo_target(pipe: Any, photo: Image.Image, labels: np.ndarray, settings: PhotoSettings) -> np.ndarray:
+    """Labels uint8 at a photograph's size, brought to the size at which the model sees it: what `optimize` takes.
+
+    The maps hold no more than that, and the time of an epoch grows with the pixels of its target.
+    """
+    height, width = settings.size or fitted_size(pipe, photo)
+    return np.asarray(Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST))
+
+
+def _make(pipe: Any, example: Example, branch: str) -> Generation:
+    if example.is_photo:
+        settings = example.image if branch == "conditional" else replace(example.image, caption="")
+        return photograph(pipe, example.file, settings)
+    made = generate(pipe, example.image, branch=branch)
+    if example.file is not None:
+        check_same(made, example.file)
+    return made
 
 
 def token_of(
@@ -175,18 +233,23 @@ def token_of(
     """The result of `optimize` as a token that says how it came to be."""
     first = made[0].settings
     how = asdict(settings) | {"epochs": found.epochs, "images": len(made)}
-    chosen = {name: value for name, value in (("tau", tau), ("alpha", alpha)) if value is not None}
-    image = {key: value for key, value in asdict(first).items() if key not in ("prompt", "seed", "steps")}
+    own = defaults_for(made[0].model)
+    if isinstance(first, PhotoSettings):
+        prompt, steps, kind = first.caption, None, "photo"
+    else:
+        prompt, steps, kind = first.prompt, first.steps, "image"
+    about = {key: value for key, value in asdict(first).items() if key not in ("prompt", "caption", "seed", "steps")}
     return Token(
         embedding=found.embedding,
         classes=(BACKGROUND, *classes),
         model=made[0].model,
         branch=made[0].recording.branch,
-        steps=first.steps,
-        prompt=first.prompt,
+        steps=steps,
+        prompt=prompt,
         seed=first.seed,
         init=" | ".join(PROMPT.format(name) for name in classes),
         loss=found.loss,
-        settings=json.dumps({"image": image, "optimization": how}, sort_keys=True),
-        **chosen,
+        settings=json.dumps({kind: about, "optimization": how}, sort_keys=True),
+        tau=own.token_tau if tau is None else tau,
+        alpha=own.token_alpha if alpha is None else alpha,
     )

@@ -153,13 +153,17 @@ def encode(job: Job) -> tuple[dict[str, bytes], dict[str, Any]]:
 
 def write_job(job: Job) -> dict[str, Any]:
     """Writes the files of an image, its row last; returns the row. Runs in a worker process. Raises OSError."""
-    folder = Path(job.folder)
     files, row = encode(job)
+    write_done(Path(job.folder), job.item.index, files, row)
+    return row
+
+
+def write_done(folder: Path, index: int, files: dict[str, bytes], row: dict[str, Any]) -> None:
+    """Writes the files of image number `index`, by path within the folder, then the row that says it is done. Raises OSError."""
     for path, data in files.items():
         write(folder / path, data)
     state = {"row": row, "bytes": {path: len(data) for path, data in files.items()}}
-    write(folder / ITEMS / f"{job.item.index:06d}.json", _json(state))
-    return row
+    write(folder / ITEMS / f"{index:06d}.json", _json(state))
 
 
 def read_done(folder: Path, item: Item) -> dict[str, Any] | None:
@@ -198,36 +202,36 @@ def write(path: Path, data: bytes) -> None:
         raise
 
 
-def disk_sentence(error: OSError, folder: Path | str) -> str:
-    """What to tell a person whose export met an error of the file system."""
+def disk_sentence(error: OSError, folder: Path | str, run: str = "export") -> str:
+    """What to tell a person whose export, or other run, met an error of the file system."""
     if error.errno in NO_SPACE:
         return (
-            f"The disk of '{folder}' is full; free some space and start the same export again, it goes on where it was."
+            f"The disk of '{folder}' is full; free some space and start the same {run} again, it goes on where it was."
         )
     reason = (error.strerror or str(error) or "not possible").lower()
-    return f"Cannot write to '{folder}': {reason}; when that is mended, start the same export again."
+    return f"Cannot write to '{folder}': {reason}; when that is mended, start the same {run} again."
 
 
-def check_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Raises ValueError where the folder holds an export of other settings, or other things; changes nothing."""
+def check_folder(folder: Path, settings: dict[str, Any], run: str = "export") -> None:
+    """Raises ValueError where the folder holds a run of other settings, or other things; changes nothing."""
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise ValueError(f"'{folder}' is a file; choose a folder for the export.")
+        raise ValueError(f"'{folder}' is a file; choose a folder for the {run}.")
     try:
         there = json.loads((folder / SETTINGS).read_bytes())
     except FileNotFoundError:
         if any(path.name != STATE for path in folder.iterdir()):
-            raise ValueError(f"The folder '{folder}' is not empty and holds no export; choose another.") from None
+            raise ValueError(f"The folder '{folder}' is not empty and holds no {run}; choose another.") from None
         return
     except (OSError, ValueError):
-        raise ValueError(f"The settings of the export in '{folder}' cannot be read; choose another folder.") from None
+        raise ValueError(f"The settings of the {run} in '{folder}' cannot be read; choose another folder.") from None
     if not isinstance(there, dict):
-        raise ValueError(f"The settings of the export in '{folder}' cannot be read; choose another folder.")
+        raise ValueError(f"The settings of the {run} in '{folder}' cannot be read; choose another folder.")
     for name in [*settings, *(there.keys() - settings.keys())]:
         if there.get(name) != settings.get(name):
             raise ValueError(
-                f"The folder '{folder}' holds an export with another setting of '{name.replace('_', ' ')}' "
+                f"The folder '{folder}' holds an {run} with another setting of '{name.replace('_', ' ')}' "
                 f"({_short(there.get(name))} there, {_short(settings.get(name))} now); use the same or another folder."
             )
 
@@ -262,23 +266,23 @@ def clear_parts(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path):
+def locked(folder: Path, run: str = "export"):
     """Holds the folder, made if need be, for this process; the lock goes with the process, however it ends.
 
-    Raises ValueError where another export is running in the folder, and where it cannot be made.
+    Raises ValueError where another run is going on in the folder, and where it cannot be made.
     """
     try:
         (folder / STATE).mkdir(parents=True, exist_ok=True)
         file = open(folder / LOCK, "wb")
     except OSError as error:
-        raise ValueError(disk_sentence(error, folder)) from None
+        raise ValueError(disk_sentence(error, folder, run)) from None
     with file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise ValueError(
-                    f"Another export is running in '{folder}'; wait for its end or choose another folder."
+                    f"Another {run} is running in '{folder}'; wait for its end or choose another folder."
                 ) from None
         yield
 

@@ -1,7 +1,8 @@
 """How good masks are (section 4.1): counts of pixels per mask, IoU accumulated over a set, mIoU, its interval, tables.
 
 Counts are int64 `[..., 3]`: true positives, false positives, false negatives. One row a mask; `classes` names the class of
-each row and `images` the image, so that a set can be drawn again image by image.
+each row and `images` the image, so that a set can be drawn again image by image. Label maps, whose classes share the
+pixels, are counted in one confusion matrix.
 """
 
 from __future__ import annotations
@@ -19,6 +20,29 @@ def confusion(predicted: np.ndarray, truth: np.ndarray, ignore: np.ndarray | Non
     seen = np.ones_like(truth) if ignore is None else ~np.asarray(ignore, bool)
     counts = (predicted & truth & seen).sum(), (predicted & ~truth & seen).sum(), (~predicted & truth & seen).sum()
     return np.array(counts, dtype=np.int64)
+
+
+def confusion_matrix(predicted: np.ndarray, truth: np.ndarray, labels: int, ignore: int = 255) -> np.ndarray:
+    """Pixels of each pair of labels, int64 `[labels, labels]`: rows are the truth, columns the prediction.
+
+    predicted, truth: whole numbers `[H, W]` below `labels`, 0 the background; pixels whose truth is `ignore` count
+    nowhere. Matrices of several images add up to that of the set. Raises ValueError for other shapes and other labels.
+    """
+    predicted, truth = np.asarray(predicted), np.asarray(truth)
+    if predicted.shape != truth.shape:
+        raise ValueError(f"The labels are {list(predicted.shape)} and the truth {list(truth.shape)}: make them one size.")
+    seen = truth != ignore
+    rows, columns = truth[seen].astype(np.int64), predicted[seen].astype(np.int64)
+    highest = max(rows.max(initial=0), columns.max(initial=0))
+    if highest >= labels:
+        raise ValueError(f"A label map holds the label {highest}, but the labels are 0 to {labels - 1}.")
+    return np.bincount(rows * labels + columns, minlength=labels**2).reshape(labels, labels)
+
+
+def matrix_counts(matrix: np.ndarray) -> np.ndarray:
+    """The counts of each label, int64 `[labels, 3]`, for `iou`: true positives, false positives, false negatives."""
+    right = np.diagonal(matrix)
+    return np.stack([right, matrix.sum(axis=0) - right, matrix.sum(axis=1) - right], axis=1)
 
 
 def sweep(heatmap: np.ndarray, truth: np.ndarray, thresholds: np.ndarray, ignore: np.ndarray | None = None) -> np.ndarray:

@@ -38,17 +38,18 @@ from PIL import Image
 
 from . import dataset, tokens
 from .dataset import Job
+from .families import family_of
 from .filters import ClipScorer, Filters, reason_kinds
 from .generate import GenerateSettings, Stopped
 from .heatmap import attribute, resize
 from .mask import binary_masks, self_attention_map
+from .pipeline import defaults_for
 from .prompts import Item, Skipped, Work, match_class
 from .recorder import Recording, record
 from .text import Attribution, attribute_words
 
 MAX_BATCH = 256
 LIBRARY = "library"  # ExportSettings.tokens: the tokens that ship for the model
-TAU_WORDS, ALPHA_WORDS = 0.4, 0.85
 QUEUE = 3  # jobs a worker has before it, at most: what is made waits in memory
 
 
@@ -57,7 +58,7 @@ class ExportSettings:
     """Everything besides the work list that the bytes of a data set depend on. `for_model` fills in the model's own.
 
     steps, guidance, width, height: as in GenerateSettings. tau, alpha: threshold of Eq. 9 and floor of Eq. 8 for
-    all classes, 0 to 1; None: 0.4 and 0.85 for words, a token's own for tokens. crf: dense CRF. uncertain: pixels
+    all classes, 0 to 1; None: the model's for words, a token's own for tokens. crf: dense CRF. uncertain: pixels
     whose strongest class lies this close to its threshold get 255, in units of the map's maximum, 0 to 1; 0 for none.
     timesteps, resolutions: denoising steps and attention grids to use, None for all. tokens: None asks for classes
     by name, "library" by the tokens of the model, else a folder of them; a class without a token is asked by name.
@@ -277,7 +278,7 @@ def measure(pipe: Any, work: Work, settings: ExportSettings, done: int = 0, clip
     """Makes the first batch, in memory, to say how long the rest takes. done: images that need not be made."""
     asked = questions(pipe, work, settings)
     begun = time.perf_counter()
-    with _repeatable(settings.threads):
+    with repeatable(settings.threads):
         jobs = make_jobs(pipe, work.items[: settings.batch_size], "", asked, work, settings, clip)
     seconds = (time.perf_counter() - begun) / len(jobs)
     sizes = [sum(map(len, dataset.encode(job)[0].values())) for job in jobs]
@@ -285,8 +286,13 @@ def measure(pipe: Any, work: Work, settings: ExportSettings, done: int = 0, clip
     return Estimate(seconds, size, seconds * (len(work.items) - done), size * len(work.items))
 
 
-def questions(pipe: Any, work: Work, settings: ExportSettings) -> dict[str, Question]:
-    """How each class of the work is asked for. Raises ValueError for a class that neither token nor word fits."""
+def questions(pipe: Any, work: Work, settings: Any, template: str = "{}") -> dict[str, Question]:
+    """How each class of the work is asked for. settings: ExportSettings, or others with `tokens`, `tau` and `alpha`.
+
+    template: the attribution prompt of a class that is asked for by name. Raises ValueError for a class that neither
+    token nor word fits.
+    """
+    own = defaults_for(pipe)
     used = {name for item in work.items for name in item.classes}
     found = _tokens(pipe, work.classes, settings) if settings.tokens is not None else {}
     asked = {}
@@ -295,10 +301,10 @@ def questions(pipe: Any, work: Work, settings: ExportSettings) -> dict[str, Ques
             asked[name] = found[name]
             continue
         try:
-            attribution = attribute_words(pipe, [name])[0]
+            attribution = attribute_words(pipe, [name], template)[0]
         except ValueError as error:
             raise ValueError(f"Neither a token nor a word fits the class '{name[:60]}': {error}") from None
-        asked[name] = Question(attribution, TAU_WORDS, ALPHA_WORDS)
+        asked[name] = Question(attribution, own.tau, own.alpha)
     return {
         name: replace(
             one,
@@ -309,7 +315,7 @@ def questions(pipe: Any, work: Work, settings: ExportSettings) -> dict[str, Ques
     }
 
 
-def _tokens(pipe: Any, classes: Sequence[str], settings: ExportSettings) -> dict[str, Question]:
+def _tokens(pipe: Any, classes: Sequence[str], settings: Any) -> dict[str, Question]:
     model = getattr(pipe, "ovam_name", "")
     folder = tokens.folder_for(model) if settings.tokens == LIBRARY else Path(settings.tokens)
     loaded = [tokens.load(path) for path in tokens.library(model, folder).values()]
@@ -331,6 +337,22 @@ def fingerprint(pipe: Any, work: Work, settings: ExportSettings, asked: dict[str
     """What the bytes of a data set depend on, as it is kept in its folder; nothing of it names the machine."""
     own = asdict(settings)
     formats = own.pop("formats")
+    items = [[item.index, item.prompt, item.negative_prompt, item.seed, *item.classes] for item in work.items]
+    values = {
+        "program": dataset.FORMAT,
+        **own,
+        "tokens": None if settings.tokens is None else "yes",
+        "format": sorted({"voc", *formats}),
+        "classes": list(work.classes),
+        "images": len(work.items),
+        "prompts": digest(json.dumps(items).encode()),
+        **about_model(pipe, asked),
+    }
+    return json.loads(json.dumps(values))  # as it will be read again: tuples are lists
+
+
+def about_model(pipe: Any, asked: dict[str, Question]) -> dict[str, str]:
+    """What the model and the questions put to it are known by; nothing of it names the machine."""
     classes = [
         [
             name,
@@ -338,29 +360,20 @@ def fingerprint(pipe: Any, work: Work, settings: ExportSettings, asked: dict[str
             one.tau,
             one.alpha,
             one.branch,
-            _digest(one.attribution.embedding.float().cpu().numpy().tobytes()),
+            digest(one.attribution.embedding.float().cpu().numpy().tobytes()),
         ]
         for name, one in asked.items()
     ]
-    items = [[item.index, item.prompt, item.negative_prompt, item.seed, *item.classes] for item in work.items]
-    values = {
-        "program": dataset.FORMAT,
+    return {
         "model": getattr(pipe, "ovam_name", type(pipe).__name__),
-        **own,
-        "tokens": None if settings.tokens is None else "yes",
-        "format": sorted({"voc", *formats}),
         "device": pipe._execution_device.type,
-        "precision": str(pipe.unet.dtype).removeprefix("torch."),
-        "classes": list(work.classes),
-        "images": len(work.items),
-        "prompts": _digest(json.dumps(items).encode()),
-        "class_questions": _digest(json.dumps(classes).encode()),
+        "precision": str(family_of(pipe).denoiser.dtype).removeprefix("torch."),
+        "class_questions": digest(json.dumps(classes).encode()),
         "weights": _weights(pipe),
     }
-    return json.loads(json.dumps(values))  # as it will be read again: tuples are lists
 
 
-def _digest(data: bytes) -> str:
+def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
@@ -369,7 +382,8 @@ def _weights(pipe: Any) -> str:
     # Names that begin with _ say where a scheduler came from, and in an order that changes from run to run.
     config = sorted((name, value) for name, value in pipe.scheduler.config.items() if not name.startswith("_"))
     digest = hashlib.sha256(f"{type(pipe.scheduler).__name__} {config}".encode())
-    for part in (pipe.text_encoder, pipe.unet, pipe.vae):
+    family = family_of(pipe)
+    for part in (*(encoder for _, encoder in family.encoders), family.denoiser, pipe.vae):
         for name, weight in part.named_parameters():
             flat = weight.detach().flatten()
             digest.update(name.encode() + flat[:: max(1, len(flat) // 8)][:8].float().cpu().numpy().tobytes())
@@ -421,10 +435,9 @@ def _generate(
 ) -> tuple[list[Image.Image], dict[str, list[Recording]]]:
     """The images of a batch, and for each branch that a class needs their recordings."""
 
-    def callback(_pipe: Any, step: int, _timestep: Any, values: dict) -> dict:
+    def after_step(done: int) -> None:
         if should_stop is not None and should_stop():
-            raise Stopped(step + 1, settings.steps)
-        return values
+            raise Stopped(done, settings.steps)
 
     wanted = [asked[name] for item in items for name in item.classes]
     keep = {
@@ -439,14 +452,13 @@ def _generate(
         }
         images = pipe(
             [item.prompt for item in items],
-            negative_prompt=[item.negative_prompt for item in items],
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance,
             width=settings.width,
             height=settings.height,
             # On the CPU, one an image: the noise depends on neither the device nor the batch.
             generator=[torch.Generator("cpu").manual_seed(item.seed) for item in items],
-            callback_on_step_end=callback,
+            **family_of(pipe).arguments([item.negative_prompt for item in items], after_step),
         ).images
     return images, {branch: recorder.recordings for branch, recorder in recorders.items()}
 
@@ -462,27 +474,8 @@ def _job(
     settings: ExportSettings,
 ) -> Job:
     own = [asked[name] for name in item.classes]
-    maps: dict[int, torch.Tensor] = {}
-    for branch, recording in recordings.items():
-        places = [place for place, one in enumerate(own) if one.branch == branch]
-        if places:  # all classes of a branch read the queries once
-            maps.update(zip(places, attribute(recording, [own[place].attribution for place in places]), strict=True))
-    size = (image.height, image.width)
-    weighted = torch.cat(
-        [
-            resize(
-                (maps[place] * self_attention_map(recordings[one.branch], one.alpha).to(maps[place].device))[None], size
-            )
-            for place, one in enumerate(own)
-        ]
-    )
-    masks = torch.cat([binary_masks(weighted[n : n + 1], one.tau) for n, one in enumerate(own)])
-    scaled = weighted / weighted.amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    kept = (
-        torch.stack([maps[place] for place in range(len(own))]).to(torch.float16).cpu().numpy()
-        if settings.heatmaps
-        else None
-    )
+    maps, scaled, masks = weigh(recordings, own, (image.height, image.width))
+    kept = maps.to(torch.float16).cpu().numpy() if settings.heatmaps else None
     row = {
         "prompt": item.prompt,
         "negative_prompt": item.negative_prompt,
@@ -504,6 +497,29 @@ def _job(
         heatmaps=kept,
         row=row,
     )
+
+
+def weigh(
+    recordings: dict[str, Recording], own: Sequence[Question], size: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Answers to the questions of one image, from its recordings by branch: (maps, scaled, masks).
+
+    maps: D of each, float32 `[L, h, w]` at latent size. scaled: A_alpha * D over its own maximum, float32 `[L, H, W]` at
+    `size`. masks: of Eq. 9 with each question's own tau and alpha, bool `[L, H, W]`.
+    """
+    found: dict[int, torch.Tensor] = {}
+    for branch, recording in recordings.items():
+        places = [place for place, one in enumerate(own) if one.branch == branch]
+        if places:  # all classes of a branch read the queries once
+            found.update(zip(places, attribute(recording, [own[place].attribution for place in places]), strict=True))
+    maps = torch.stack([found[place] for place in range(len(own))])
+    weighted = torch.cat([
+        resize((one_map * self_attention_map(recordings[one.branch], one.alpha).to(maps.device))[None], size)
+        for one_map, one in zip(maps, own, strict=True)
+    ])  # fmt: skip
+    masks = torch.cat([binary_masks(weighted[n : n + 1], one.tau) for n, one in enumerate(own)])
+    scaled = weighted / weighted.amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return maps, scaled, masks
 
 
 # ------------------------------------------------------------------------------------------------ the run
@@ -602,12 +618,12 @@ def export(
         clip = ClipScorer(settings.clip, pipe._execution_device)
 
     first = process.rank == 0
-    with timings.of("total"), dataset.locked(folder) if first else nullcontext(), _repeatable(settings.threads):
+    with timings.of("total"), dataset.locked(folder) if first else nullcontext(), repeatable(settings.threads):
         if first:
             dataset.prepare(folder, about)
         process.wait()
         run = _Run(pipe, work, settings, folder, asked, clip, timings, on_image, on_note, should_stop)
-        stopped = run.make(process, _workers(process.ranks) if workers is None else workers)
+        stopped = run.make(process, worker_count(process.ranks) if workers is None else workers)
         rows = None
         if not stopped or process.ranks == 1:
             process.wait()
@@ -618,7 +634,7 @@ def export(
 
 
 @contextmanager
-def _repeatable(threads: int | None) -> Iterator[None]:
+def repeatable(threads: int | None) -> Iterator[None]:
     """The threads of the settings, and cuDNN without its search for the fastest algorithm, which may end differently."""
     flags = torch.backends.cudnn
     before = (flags.deterministic, flags.benchmark, torch.get_num_threads())
@@ -675,7 +691,7 @@ class _Run:
         if not share:
             return False
         try:
-            with _pool(workers) as pool:
+            with process_pool(workers) as pool:
                 return self._batches(share, there, pool, QUEUE * max(workers, 1))
         except BrokenProcessPool:
             raise ValueError(
@@ -767,13 +783,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 # ------------------------------------------------------------------------------------------------ workers
 
 
-def _workers(ranks: int) -> int:
+def worker_count(ranks: int) -> int:
     """One worker keeps up with a CPU, whose cores make images; a GPU leaves its host's cores free."""
     return min(4, max(1, (os.cpu_count() or 1) // ranks - 1))
 
 
 @contextmanager
-def _pool(workers: int) -> Iterator[Executor]:
+def process_pool(workers: int) -> Iterator[Executor]:
     """An executor of processes; of none, for 0. After an error nothing more is begun."""
     pool = _processes(workers) if workers > 0 else _Here()
     try:

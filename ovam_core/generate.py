@@ -1,8 +1,8 @@
 """One image and its maps, from settings to files: what the command line and the app share.
 
-`generate` is the costly half (an image and its recording), `ask` the cheap one (maps and masks of any words),
-`save` and `load_settings` the way to the disk and back. Nothing here knows attention: that is recorder.py and
-heatmap.py; nothing here knows Gradio.
+`generate` is the costly half (an image and its recording; photo.py has that of a photograph), `ask` the cheap one
+(maps and masks of any words), `save` and `load_settings` the way to the disk and back. Nothing here knows attention:
+that is recorder.py and heatmap.py; nothing here knows Gradio.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import diffusers
 import numpy as np
@@ -28,11 +28,23 @@ import torch
 from PIL import Image
 
 from . import plot, tokens
+from .families import family_of
 from .heatmap import attribute, resize
 from .mask import label_map, make_masks
 from .pipeline import defaults_for
 from .recorder import Recording, record
-from .text import Attribution, attribute_sentence, attribute_words, parse_words, words_in_sentence
+from .text import (
+    Attribution,
+    attribute_sentence,
+    attribute_words,
+    parse_words,
+    words_in_sentence,
+)
+
+if TYPE_CHECKING:
+    from .photo import PhotoSettings
+
+Made = TypeVar("Made")  # GenerateSettings or PhotoSettings
 
 MAX_PROMPT = 2000  # characters, before the text encoder's own limit is looked at
 MAX_STEPS = 200
@@ -40,9 +52,10 @@ MAX_GUIDANCE = 30.0
 MAX_SEED = 2**32 - 1
 MAX_TOKENS = 32
 MIN_SIDE = 64
-SIDE_MULTIPLE = 8
 
-FORMAT = "ovam-generate/1"
+MAX_WORK_PIXELS = 1 << 21  # masks of larger photographs are made at this area: a dense CRF takes seconds a megapixel
+MAX_ANSWER = 500_000_000  # values of the maps at image size, 2 GB
+
 SETTINGS_FILE = "settings.json"
 
 
@@ -62,8 +75,11 @@ class GenerateSettings:
     """What makes an image. `validate` must pass before `generate` takes it.
 
     prompt, negative_prompt: text. seed: 0 to 2**32 - 1. steps: denoising steps, 1 to 200. guidance: classifier-free
-    guidance scale, 0 to 30; 1 and less switch it off. width, height: pixels, multiples of 8, 64 to the model's limit.
+    guidance scale, 0 to 30; 1 and less switch it off. width, height: pixels, multiples of 8 (16 or 32 in some families), 64 to the model's limit.
     """
+
+    KIND: ClassVar[str] = "generation"  # its name in settings.json
+    FORMAT: ClassVar[str] = "ovam-generate/1"
 
     prompt: str
     negative_prompt: str = ""
@@ -87,22 +103,22 @@ class GenerateSettings:
 
     def validate(self, pipe: Any) -> None:
         """Raises ValueError, one sentence, where this model cannot make an image of these settings."""
-        _text("The prompt", self.prompt, MAX_PROMPT)
+        check_text("The prompt", self.prompt, MAX_PROMPT)
         if not self.prompt.strip():
             raise ValueError("The prompt is empty; describe the picture in a few words.")
-        _text("The negative prompt", self.negative_prompt, MAX_PROMPT)
+        check_text("The negative prompt", self.negative_prompt, MAX_PROMPT)
         for name, text in (("prompt", self.prompt), ("negative prompt", self.negative_prompt)):
-            _fits_encoder(pipe, name, text)
-        _whole("The seed", self.seed, 0, MAX_SEED)
-        _whole("The number of steps", self.steps, 1, MAX_STEPS)
-        _number("The guidance scale", self.guidance, 0.0, MAX_GUIDANCE)
-        largest = defaults_for(pipe).max_size
+            check_fits(pipe, name, text)
+        check_whole("The seed", self.seed, 0, MAX_SEED)
+        check_whole("The number of steps", self.steps, 1, MAX_STEPS)
+        check_number("The guidance scale", self.guidance, 0.0, MAX_GUIDANCE)
+        largest, multiple = defaults_for(pipe).max_size, family_of(pipe).side_multiple
         for name, side in (("width", self.width), ("height", self.height)):
-            _whole(f"The {name}", side, MIN_SIDE, largest)
-            if side % SIDE_MULTIPLE:
-                below = side - side % SIDE_MULTIPLE
+            check_whole(f"The {name}", side, MIN_SIDE, largest)
+            if side % multiple:
+                below = side - side % multiple
                 raise ValueError(
-                    f"The {name} is {side} pixels, which is not a multiple of {SIDE_MULTIPLE}; {below} would do."
+                    f"The {name} is {side} pixels, which is not a multiple of {multiple}; {below} would do."
                 )
 
 
@@ -112,7 +128,8 @@ class MapSettings:
 
     words: each attributed alone, in `template`, so that no word's map depends on its neighbours. sentence: a full
     attribution sentence, its tokens jointly; with words, the maps of those words within it, without, of every token.
-    tau: threshold of Eq. 9, 0 to 1. alpha: floor of the self-attention map of Eq. 8, 0 to 1 (1 leaves it out).
+    tau: threshold of Eq. 9, 0 to 1. alpha: floor of the self-attention map of Eq. 8, 0 to 1 (1 leaves it out). None
+    for the model's own.
     crf: refine masks with a dense CRF. steps: indices of denoising steps to use, None for all. resolutions: larger
     sides of the attention grids to use, None for the model's own choice.
     tokens: paths of token files, each a further attribution prompt; words are then optional. token_tau, token_alpha:
@@ -121,8 +138,8 @@ class MapSettings:
 
     words: tuple[str, ...] = ()
     sentence: str = ""
-    tau: float = 0.4
-    alpha: float = 0.85
+    tau: float | None = None
+    alpha: float | None = None
     crf: bool = True
     steps: tuple[int, ...] | None = None
     resolutions: tuple[int, ...] | None = None
@@ -134,61 +151,71 @@ class MapSettings:
     @classmethod
     def from_text(cls, words: str = "", sentence: str = "", **rest: Any) -> MapSettings:
         """From what people type: comma separated words, a sentence, or both. ValueError without either or a token."""
-        _text("The list of words", words, MAX_PROMPT)
-        _text("The attribution sentence", sentence, MAX_PROMPT)
+        check_text("The list of words", words, MAX_PROMPT)
+        check_text("The attribution sentence", sentence, MAX_PROMPT)
         sentence = " ".join(sentence.split())
         optional = bool(sentence or rest.get("tokens"))
         parsed = () if optional and not words.strip() else tuple(parse_words(words))
         return cls(words=parsed, sentence=sentence, **rest)
 
+    def filled(self, pipe: Any) -> MapSettings:
+        """The same with the model's own tau and alpha where none are given."""
+        own = defaults_for(pipe)
+        tau, alpha = (mine if given is None else given for given, mine in ((self.tau, own.tau), (self.alpha, own.alpha)))
+        return replace(self, tau=tau, alpha=alpha)
+
     def validate(self) -> None:
         """Raises ValueError, one sentence, for what no recording could answer."""
         if not self.words and not self.sentence.strip() and not self.tokens:
             raise ValueError("There are no words to look for; give at least one, for example: cat.")
-        _text("The attribution sentence", self.sentence, MAX_PROMPT)
+        check_text("The attribution sentence", self.sentence, MAX_PROMPT)
         if "{}" not in self.template:
             raise ValueError("The template has no {} where the word goes; write for example: a photo of a {}.")
-        _number("The threshold tau", self.tau, 0.0, 1.0)
-        _number("Alpha", self.alpha, 0.0, 1.0)
         if len(self.tokens) > MAX_TOKENS:
             raise ValueError(f"{len(self.tokens)} tokens are too many; give at most {MAX_TOKENS}.")
-        for name, value in (("The tokens' tau", self.token_tau), ("The tokens' alpha", self.token_alpha)):
+        shares = {
+            "The threshold tau": self.tau,
+            "Alpha": self.alpha,
+            "The tokens' tau": self.token_tau,
+            "The tokens' alpha": self.token_alpha,
+        }
+        for name, value in shares.items():
             if value is not None:
-                _number(name, value, 0.0, 1.0)
+                check_number(name, value, 0.0, 1.0)
         for step in self.steps or ():
-            _whole("A step to use", step, 0, MAX_STEPS - 1)
+            check_whole("A step to use", step, 0, MAX_STEPS - 1)
         if self.steps is not None and not self.steps:
             raise ValueError("No denoising step is chosen; choose at least one.")
         if self.resolutions is not None and not self.resolutions:
             raise ValueError("No resolution is chosen; choose at least one.")
 
 
-def _text(name: str, value: Any, limit: int) -> None:
+def check_text(name: str, value: Any, limit: int) -> None:
     if not isinstance(value, str):
         raise ValueError(f"{name} is not text.")
     if len(value) > limit:
         raise ValueError(f"{name} has {len(value):,} characters; at most {limit:,} are allowed.")
 
 
-def _whole(name: str, value: Any, low: int, high: int) -> None:
+def check_whole(name: str, value: Any, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise ValueError(f"{name} is {value}; choose a whole number from {low} to {high}.")
 
 
-def _number(name: str, value: Any, low: float, high: float) -> None:
+def check_number(name: str, value: Any, low: float, high: float) -> None:
     real = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not real or not math.isfinite(value) or not low <= value <= high:
         raise ValueError(f"{name} is {value}; choose a number from {low:g} to {high:g}.")
 
 
-def _fits_encoder(pipe: Any, name: str, text: str) -> None:
+def check_fits(pipe: Any, name: str, text: str) -> None:
     """A pipeline cuts a long prompt and only logs it; the maps would then miss words in silence."""
-    tokenizer = pipe.tokenizer
-    used, limit = len(tokenizer(text).input_ids), tokenizer.model_max_length
-    if used > limit:
-        raise ValueError(
-            f"The {name} has {used - 2} tokens and the text encoder of this model reads {limit - 2}; shorten it."
-        )
+    if not text.strip():
+        return
+    try:
+        family_of(pipe).tokenize(text)
+    except ValueError as error:
+        raise ValueError(f"The {name} cannot be used: {error}") from None
 
 
 def parse_numbers(text: str, name: str = "numbers", highest: int = MAX_STEPS - 1) -> tuple[int, ...] | None:
@@ -215,11 +242,11 @@ def parse_numbers(text: str, name: str = "numbers", highest: int = MAX_STEPS - 1
 
 @dataclass
 class Generation:
-    """An image with the recording it was made under. `seconds`: wall time of the whole call."""
+    """An image with the recording it was made under, or a photograph with its own. `seconds`: wall time of the whole call."""
 
     image: Image.Image
     recording: Recording
-    settings: GenerateSettings
+    settings: GenerateSettings | PhotoSettings
     model: str
     device: str
     seconds: float
@@ -262,29 +289,25 @@ def generate(
     begun = time.perf_counter()
 
     def after_step(done: int) -> None:
+        done = min(done, settings.steps)  # some schedulers take a step or two more than asked for
         if should_stop is not None and should_stop():
             raise Stopped(done, settings.steps)
         if on_step is not None:
             on_step(done, settings.steps)
 
-    def callback(_pipe: Any, step: int, _timestep: Any, values: dict) -> dict:
-        # Some schedulers take a step or two more than asked for.
-        after_step(min(step + 1, settings.steps))
-        return values
-
     after_step(0)
+    family = family_of(pipe)
     # A generator on the CPU draws the same noise whatever the device.
     generator = torch.Generator("cpu").manual_seed(settings.seed)
     with record(pipe, branch=branch) as recorder:
         images = pipe(
             settings.prompt,
-            negative_prompt=settings.negative_prompt or None,
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance,
             width=settings.width,
             height=settings.height,
             generator=generator,
-            callback_on_step_end=callback,
+            **family.arguments(settings.negative_prompt, after_step),
         ).images
     return Generation(
         image=images[0],
@@ -293,7 +316,7 @@ def generate(
         model=getattr(pipe, "ovam_name", str(getattr(pipe, "name_or_path", "unknown"))),
         device=str(pipe._execution_device),
         seconds=time.perf_counter() - begun,
-        dtype=str(pipe.unet.dtype).removeprefix("torch."),
+        dtype=str(family.denoiser.dtype).removeprefix("torch."),
     )
 
 
@@ -332,8 +355,10 @@ def ask(pipe: Any, generation: Generation, settings: MapSettings) -> Maps:
     Raises ValueError for settings that the recording cannot answer (a step or resolution it does not hold).
     """
     settings.validate()
+    settings = settings.filled(pipe)
     recording = generation.recording.select(steps=settings.steps, resolutions=settings.resolutions)
     size = (generation.image.height, generation.image.width)
+    work = _work_image(generation.image)
     loaded = [tokens.load(path) for path in settings.tokens]
     for token in loaded:
         if token.branch != recording.branch:
@@ -350,6 +375,11 @@ def ask(pipe: Any, generation: Generation, settings: MapSettings) -> Maps:
     named = [f"{label} (token)" if label in words else label for part in of_tokens for label in part.labels]
     labels = _distinct([*words, *named])
 
+    if len(labels) * size[0] * size[1] > MAX_ANSWER:
+        raise ValueError(
+            f"{len(labels)} words on a picture of {size[1]}x{size[0]} need too much memory; ask for fewer, or make it smaller."
+        )
+
     bodies = tuple(token.embedding.numpy().tobytes() for token in loaded)  # a file may change under its name
     question = (settings.words, settings.sentence, settings.template, settings.steps, settings.resolutions, bodies)
     if generation._last is None or generation._last[0] != question:
@@ -362,12 +392,21 @@ def ask(pipe: Any, generation: Generation, settings: MapSettings) -> Maps:
         tau = token.tau if settings.token_tau is None else settings.token_tau
         alpha = token.alpha if settings.token_alpha is None else settings.token_alpha
         cuts += [(tau, alpha)] * len(token.names)
-    masks = np.zeros((len(labels), *size), dtype=bool)
+    masks = np.zeros((len(labels), work.height, work.width), dtype=bool)
     for tau, alpha in dict.fromkeys(cuts):
         rows = [row for row, cut in enumerate(cuts) if cut == (tau, alpha)]
-        masks[rows] = make_masks(recording, maps[rows], generation.image, tau=tau, alpha=alpha, crf=settings.crf)
+        masks[rows] = make_masks(recording, maps[rows], work, tau=tau, alpha=alpha, crf=settings.crf)
+    masks = np.stack([plot.resize_mask(mask, generation.image.size) for mask in masks])
     full = resize(maps, size).float().cpu().numpy()
     return Maps(labels, full, masks, [float(one.max()) for one in full])
+
+
+def _work_image(image: Image.Image) -> Image.Image:
+    """The picture in which masks are made: itself, or for a large photograph one of MAX_WORK_PIXELS of its shape."""
+    scale = math.sqrt(MAX_WORK_PIXELS / (image.width * image.height))
+    if scale >= 1:
+        return image
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
 
 
 def _distinct(labels: Sequence[str]) -> list[str]:
@@ -399,12 +438,6 @@ def slugs(labels: Sequence[str], longest: int = 40) -> list[str]:
     return names
 
 
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
 def _npz(maps: Maps) -> bytes:
     buffer = io.BytesIO()
     words = np.array(maps.labels, dtype=np.str_)
@@ -414,19 +447,19 @@ def _npz(maps: Maps) -> bytes:
 
 def contents(generation: Generation, maps: Maps, settings: MapSettings) -> dict[str, bytes]:
     """Every file of a result, by name. The same result gives the same bytes: nothing here holds a time or a path."""
-    files = {"image.png": _png(generation.image), "heatmaps.npz": _npz(maps)}
+    files = {"image.png": plot.png(generation.image), "heatmaps.npz": _npz(maps)}
     vmax = max(maps.peaks)  # one scale for all words, as in the app
     colors = plot.word_colors(maps.labels)
     for label, slug, heatmap, mask in zip(maps.labels, slugs(maps.labels), maps.heatmaps, maps.masks, strict=True):
-        files[f"overlay_{slug}.png"] = _png(plot.overlay(generation.image, heatmap, vmax))
-        files[f"mask_{slug}.png"] = _png(plot.mask_image(mask))
-    files["labels.png"] = _png(plot.label_image(label_map(maps.heatmaps, maps.masks)))
+        files[f"overlay_{slug}.png"] = plot.png(plot.overlay(generation.image, heatmap, vmax))
+        files[f"mask_{slug}.png"] = plot.png(plot.mask_image(mask))
+    files["labels.png"] = plot.png(plot.label_image(label_map(maps.heatmaps, maps.masks)))
     about = {
-        "format": FORMAT,
+        "format": generation.settings.FORMAT,
         "model": generation.model,
         "device": generation.device,
         "dtype": generation.dtype,
-        "generation": asdict(generation.settings),
+        generation.settings.KIND: asdict(generation.settings),
         "maps": asdict(settings),
         "words": [
             {"word": label, "label": index, "file": slug, "color": colors[label], "peak": round(peak, 6)}
@@ -444,7 +477,8 @@ def save(folder: str | Path, generation: Generation, maps: Maps, settings: MapSe
 
     image.png; heatmaps.npz (`maps` float32 [L, H, W] in [0, 1] at image size, `words`); overlay_<word>.png and
     mask_<word>.png for each word; labels.png (ids in the order of the words, VOC palette); settings.json, from which
-    `python -m ovam_core generate --settings` makes the same bytes on the same machine.
+    `python -m ovam_core generate --settings` makes the same bytes on the same machine, as `photo --settings` does with
+    a photograph.
     Files of an earlier result in the folder that this one does not have are taken away.
     """
     folder = make_folder(folder)
@@ -500,8 +534,12 @@ def save_zip(path: str | Path, generation: Generation, maps: Maps, settings: Map
     return Path(path)
 
 
-def load_settings(path: str | Path) -> tuple[GenerateSettings, MapSettings, str, str]:
-    """settings.json back to (generation, maps, model, device). Raises ValueError if it is not one of `save`'s."""
+def load_settings(path: str | Path, made_by: type[Made] = GenerateSettings) -> tuple[Made, MapSettings, str, str]:
+    """settings.json back to (settings of the image, maps, model, device). made_by: the class of the first,
+    GenerateSettings or PhotoSettings.
+
+    Raises ValueError if it is not one of `save`'s, or of another kind.
+    """
     path = Path(path)
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
@@ -509,10 +547,10 @@ def load_settings(path: str | Path) -> tuple[GenerateSettings, MapSettings, str,
         raise ValueError(f"There is no settings file '{path}' that can be read.") from None
     except ValueError:
         raise ValueError(f"'{path}' is not a JSON file.") from None
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise ValueError(f"'{path}' is not a settings.json of this program (format {FORMAT}).")
+    if not isinstance(about, dict) or about.get("format") != made_by.FORMAT:
+        raise ValueError(f"'{path}' is not a settings.json of this program (format {made_by.FORMAT}).")
     try:
-        made = GenerateSettings(**_known(GenerateSettings, about["generation"]))
+        made = made_by(**_known(made_by, about[made_by.KIND]))
         asked = MapSettings(**_known(MapSettings, about["maps"]))
         asked = replace(
             asked, **{key: _tuple(getattr(asked, key)) for key in ("words", "steps", "resolutions", "tokens")}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .heatmap import heatmaps, resize
 from .recorder import Recording
-from .text import attribute_sentence, words_in_sentence
+from .text import background_embedding, words_in_sentence
 
 IGNORE = 255  # label of pixels that the loss leaves out
 MAX_CLASSES = 32
@@ -126,8 +126,8 @@ def _is_soft(colors: np.ndarray) -> bool:
 class OptimizeSettings:
     """How the embedding is found. `RECIPES` holds the two that are known to be good.
 
-    epochs: evaluations of loss and gradient. method: "descent" (plain gradient descent), "adam" or "lbfgs" (every
-    evaluation of its line search counts as an epoch). rate: the learning rate, times `decay` every `decay_every`
+    epochs: evaluations of loss and gradient. method: "descent" (plain gradient descent), "momentum" (0.9), "adam" or
+    "lbfgs" (every evaluation of its line search counts as an epoch). rate: the learning rate, times `decay` every `decay_every`
     epochs. stay: weight of the mean squared distance from the start, added to what is minimised but not to the losses
     that are reported; 0 leaves it out.
 
@@ -140,7 +140,7 @@ class OptimizeSettings:
 
     recipe: str = "fast"
     epochs: int = 60
-    method: Literal["descent", "adam", "lbfgs"] = "lbfgs"
+    method: Literal["descent", "momentum", "adam", "lbfgs"] = "lbfgs"
     rate: float = 1.0
     decay: float = 1.0
     decay_every: int = 120
@@ -150,8 +150,8 @@ class OptimizeSettings:
         """Raises ValueError, one sentence, for settings that could find nothing."""
         if not isinstance(self.epochs, int) or not 1 <= self.epochs <= MAX_EPOCHS:
             raise ValueError(f"The number of epochs is {self.epochs}; choose a whole number from 1 to {MAX_EPOCHS}.")
-        if self.method not in ("descent", "adam", "lbfgs"):
-            raise ValueError(f"There is no method '{self.method}'; choose descent, adam or lbfgs.")
+        if self.method not in ("descent", "momentum", "adam", "lbfgs"):
+            raise ValueError(f"There is no method '{self.method}'; choose descent, momentum, adam or lbfgs.")
         if not math.isfinite(self.rate) or self.rate <= 0:
             raise ValueError(f"The learning rate is {self.rate}; choose a number above 0.")
         if not 0 < self.decay <= 1 or self.decay_every < 1:
@@ -196,13 +196,14 @@ class Optimized:
 def initial_embedding(pipe: Any, classes: Sequence[str]) -> Tensor:
     """Where the search starts (section 3.3): `[<SoT>, class, ...]` of "A photograph of a <class>", float32 `[1 + classes, E]`.
 
-    A class of several sub-tokens or words starts at their mean. Raises ValueError for names that `text` refuses.
+    A class of several sub-tokens or words starts at their mean. Where the text encoder has no <SoT> (T5) its end token
+    takes the background. Raises ValueError for names that `text` refuses.
     """
     if not classes:
         raise ValueError("There is no class to make a token for: name one, for example cat.")
     if len(classes) > MAX_CLASSES or len(set(classes)) != len(classes):
         raise ValueError(f"Name at most {MAX_CLASSES} classes, each of them once.")
-    start = attribute_sentence(pipe, PROMPT.format(classes[0])).embedding[:1]
+    start = background_embedding(pipe, PROMPT.format(classes[0]))
     rows = []
     for name in classes:
         found = words_in_sentence(pipe, PROMPT.format(name), [name])
@@ -288,6 +289,8 @@ class _End(Exception):
 def _optimizer(x: Tensor, settings: OptimizeSettings) -> torch.optim.Optimizer:
     if settings.method == "descent":
         return torch.optim.SGD([x], lr=settings.rate)
+    if settings.method == "momentum":
+        return torch.optim.SGD([x], lr=settings.rate, momentum=0.9)
     if settings.method == "adam":
         return torch.optim.Adam([x], lr=settings.rate)
     return torch.optim.LBFGS(

@@ -10,13 +10,19 @@ from pathlib import Path
 
 import torch
 
+from .families import family_of
+
 EMBEDDED = "emoji-voc"
 DEFAULT_HUB_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
 @dataclass(frozen=True)
 class ModelDefaults:
-    """Usual settings of a model. Sizes in pixels; resolutions: attention grids to use, None for all recorded."""
+    """Usual settings of a model. Sizes in pixels; resolutions: attention grids to use, None for all recorded.
+
+    dtype: the one its weights are meant for on CUDA. tau, alpha: threshold (Eq. 9) and self-attention floor (Eq. 8) for
+    words, token_tau, token_alpha for optimised tokens: the paper's, unless the model has been measured.
+    """
 
     steps: int
     guidance: float
@@ -24,10 +30,21 @@ class ModelDefaults:
     width: int
     max_size: int
     resolutions: tuple[int, ...] | None = None
+    dtype: torch.dtype = torch.float16
+    tau: float = 0.4
+    alpha: float = 0.85
+    token_tau: float = 0.8
+    token_alpha: float = 0.95
 
 
 _SD1 = ModelDefaults(steps=30, guidance=7.5, height=512, width=512, max_size=1024)
 _SD2_768 = ModelDefaults(steps=30, guidance=7.5, height=768, width=768, max_size=1280)
+_SDXL = ModelDefaults(steps=30, guidance=5.0, height=1024, width=1024, max_size=1536)
+_PIXART = ModelDefaults(steps=20, guidance=4.5, height=1024, width=1024, max_size=1536)
+_PIXART_512 = ModelDefaults(steps=20, guidance=4.5, height=512, width=512, max_size=1024)
+# Gemma's and Sana's activations leave the range of float16.
+_SANA = ModelDefaults(steps=20, guidance=4.5, height=1024, width=1024, max_size=1536, dtype=torch.bfloat16)
+_HUNYUAN = ModelDefaults(steps=50, guidance=5.0, height=1024, width=1024, max_size=1280)
 
 KNOWN_MODELS: dict[str, ModelDefaults] = {
     EMBEDDED: ModelDefaults(steps=25, guidance=4.0, height=128, width=128, max_size=256),
@@ -36,25 +53,36 @@ KNOWN_MODELS: dict[str, ModelDefaults] = {
     "stabilityai/stable-diffusion-2-base": _SD1,
     "stabilityai/stable-diffusion-2-1-base": _SD1,
     "stabilityai/stable-diffusion-2-1": _SD2_768,
+    "stabilityai/stable-diffusion-xl-base-1.0": _SDXL,
+    "PixArt-alpha/PixArt-XL-2-512x512": _PIXART_512,
+    "PixArt-alpha/PixArt-XL-2-1024-MS": _PIXART,
+    "PixArt-alpha/PixArt-Sigma-XL-2-512-MS": _PIXART_512,
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": _PIXART,
+    "Efficient-Large-Model/Sana_600M_1024px_diffusers": _SANA,
+    "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": _SANA,
+    "Tencent-Hunyuan/HunyuanDiT-Diffusers": _HUNYUAN,
+    "Tencent-Hunyuan/HunyuanDiT-v1.1-Diffusers": _HUNYUAN,
+    "Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers": _HUNYUAN,
 }
 
 
 def defaults_for(pipe_or_name) -> ModelDefaults:
     """The settings of a known model, by its name or by a pipeline of `load_pipeline`.
 
-    For an unknown model: 30 steps, guidance 7.5, the size its UNet was trained at (512 if only the name is known).
+    For an unknown model: its family's usual steps and guidance, the size its denoiser was trained at. If only a name is
+    given: 30 steps, guidance 7.5, 512 pixels.
     """
     name = pipe_or_name if isinstance(pipe_or_name, str) else getattr(pipe_or_name, "ovam_name", None)
     if name in KNOWN_MODELS:
         return KNOWN_MODELS[name]
-    unet = getattr(pipe_or_name, "unet", None)
-    if unet is None:
+    if isinstance(pipe_or_name, str):
         return _SD1
-    sample = unet.config.sample_size
+    family = family_of(pipe_or_name)
+    sample = family.denoiser.config.sample_size
     height, width = (sample, sample) if isinstance(sample, int) else sample
     factor = pipe_or_name.vae_scale_factor
     height, width = height * factor, width * factor
-    return ModelDefaults(steps=30, guidance=7.5, height=height, width=width, max_size=2 * max(height, width))
+    return ModelDefaults(family.steps, family.guidance, height, width, max_size=2 * max(height, width))
 
 
 def embedded_folder() -> Path:
@@ -68,16 +96,17 @@ def load_pipeline(model: str | None = None, device: str | None = None, dtype: to
 
     model: "emoji-voc", a folder, or a hub id "owner/name". None: the environment's OVAM_MODEL, else Stable Diffusion
         1.5 with CUDA and the embedded model without.
-    device: None: OVAM_DEVICE, else cuda, mps or cpu, the first there is. dtype: None: float16 on CUDA, else float32.
+    device: None: OVAM_DEVICE, else cuda, mps or cpu, the first there is. dtype: None: float16 (Sana:
+        bfloat16) on CUDA, else float32.
 
     Raises ValueError for a model that does not exist, a hub that cannot be reached, a model that is no
-    text-to-image pipeline with cross-attention, and a device that is not there.
+    text-to-image pipeline of a family in `families`, and a device that is not there.
     """
     device = _device(device)
     on_cuda = torch.device(device).type == "cuda"
     model = model or os.environ.get("OVAM_MODEL") or (DEFAULT_HUB_MODEL if on_cuda else EMBEDDED)
     if dtype is None:
-        dtype = torch.float16 if on_cuda else torch.float32
+        dtype = defaults_for(model).dtype if on_cuda else torch.float32
     folder = _folder(model)
     pipe = _from_pretrained(model, folder, dtype)
     _check_kind(pipe, model)
@@ -158,9 +187,9 @@ def _one_line(error: BaseException) -> str:
 
 
 def _check_kind(pipe, model: str) -> None:
-    unet = getattr(pipe, "unet", None)
-    parts = (unet, getattr(pipe, "text_encoder", None), getattr(pipe, "tokenizer", None))
-    if any(x is None for x in parts) or getattr(unet.config, "cross_attention_dim", None) is None:
-        raise ValueError(
-            f"{model} is a {type(pipe).__name__}, not a text-to-image pipeline with a UNet and cross-attention."
-        )
+    try:
+        family = family_of(pipe)
+    except ValueError as error:
+        raise ValueError(f"{model} cannot be used: {error}") from None
+    if any(part is None for pair in family.encoders for part in pair):
+        raise ValueError(f"{model} lies here without its text encoder: get the whole model.")

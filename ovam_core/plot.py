@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -88,6 +89,13 @@ def resize_map(heatmap: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(heatmap).resize(size, Image.Resampling.BILINEAR))
 
 
+def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A mask bool [h, w] to size (W, H) in Pillow's order, nearest neighbour; unchanged where it already fits."""
+    if (mask.shape[1], mask.shape[0]) == tuple(size):
+        return mask
+    return np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
+
+
 def mask_overlay(image: Image.Image, mask: np.ndarray, color: str = COLORS[0], opacity: float = 0.55) -> Image.Image:
     """A mask in one colour over the picture, the rest of it dimmed a little.
 
@@ -118,6 +126,13 @@ def label_image(label_map: np.ndarray) -> Image.Image:
     picture = Image.fromarray(label_map)
     picture.putpalette(VOC_PALETTE)  # turns mode L into P, the pixels stay
     return picture
+
+
+def png(image: Image.Image) -> bytes:
+    """The picture as the bytes of a PNG file, the same for the same pixels."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def enlarge(image: Image.Image, smallest: int = 512) -> Image.Image:

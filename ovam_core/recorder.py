@@ -15,21 +15,20 @@ from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import torch
-from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
+
+from .families import Call, family_of
 
 Branch = Literal["conditional", "unconditional", "all"]
-
-# One block of softmax rows in `column_sums`, all heads together. On a CPU it should stay in cache.
-COLUMN_BLOCK_BYTES = {"cpu": 2 << 20, "other": 128 << 20}
 
 
 @dataclass(frozen=True, eq=False)
 class LayerQueries:
     """What one cross-attention layer asked, for one image.
 
-    queries: `[T, heads, n, d]`, n = height * width, row-major, in the storage dtype.
-    keys: the layer's own `to_k`, `[..., L, embed_dim]` -> `[..., L, heads * d]`.
+    queries: `[T, heads, n, d]`, n = height * width, row-major, in the storage dtype; normalised and rotated where the
+    model does so.
+    keys: the model's own way from embedding to keys, `[L, embed_dim]` -> `[L, heads * d]` (`to_k` in a UNet).
     scale: factor of the products before the softmax, 1 / sqrt(d) (Eq. 3).
     """
 
@@ -66,7 +65,7 @@ class Recording:
     height, width: size of the heatmaps, the largest attention grid of the run (64 x 64 for SD 1.5 at 512 px).
     image_size: (height, width) of the image in pixels.
     timesteps: the scheduler's timestep of each kept step; step_indices: its number in the run, from 0. A step is
-    one call of the UNet: second-order schedulers (Heun, KDPM2) and PNDM call it more often than
+    one call of the denoiser: second-order schedulers (Heun, KDPM2) and PNDM call it more often than
     `num_inference_steps`.
     The keys come from the pipeline's own layers: an adapter loaded or unloaded afterwards changes the maps.
     """
@@ -154,18 +153,18 @@ def record(
 
     branch: which half of the guided batch to keep. The paper's is "conditional"; the authors' published code
         keeps "unconditional". "all" keeps every item of the batch as an image of its own: for direct calls of
-        `pipe.unet`, where the pipeline's guidance says nothing.
-    steps: numbers of the UNet calls to keep, from 0 (default all). Memory is proportional to their count.
-    layers: names or parts of names, as in `pipe.unet.named_modules()`. Default: every cross-attention of the down
-        and up blocks, as in the paper. The mid block is kept only if a part says "mid_block".
+        the UNet or transformer, where the pipeline's guidance says nothing.
+    steps: numbers of the denoiser's calls to keep, from 0 (default all). Memory is proportional to their count.
+    layers: names or parts of names, as in `pipe.unet.named_modules()` (`pipe.transformer`). Default: every
+        cross-attention, in a UNet those of the down and up blocks, as in the paper. The mid block is kept only if a
+        part says "mid_block".
     resolutions: larger grid sides to keep, such as {16, 8} (default all).
     self_attention: also keep the column sums of the highest-resolution self-attentions (Eq. 8); float32 [T, n] a
         layer. Made in blocks of rows: about twice COLUMN_BLOCK_BYTES at a time, never [heads, n, n].
     offload: move the queries to host memory as they come (pinned, if the model runs on CUDA).
     dtype: storage dtype of the queries (default: the model's).
 
-    Raises ValueError for a pipeline without a UNet with cross-attention, and at the end of the block when
-    nothing was caught.
+    Raises ValueError for a pipeline of no family in `families`, and at the end of the block when nothing was caught.
     """
     return Recorder(pipe, branch, steps, layers, resolutions, self_attention, offload, dtype)
 
@@ -183,7 +182,8 @@ class Recorder:
         self._resolutions = None if resolutions is None else frozenset(resolutions)
         self._offload = offload
         self._dtype = dtype
-        self._cross, self._self = _attentions(pipe)
+        self._family = family_of(pipe)
+        self._cross, self._self = self._family.attentions()
         self._kept_names = {name for name, _ in _named(self._cross.items(), _strings(layers), lambda x: x[0])}
         if not self_attention:
             self._self = {}
@@ -192,10 +192,10 @@ class Recorder:
 
     def _reset(self) -> None:
         self._schedule = None  # the scheduler's timesteps of this run, to notice a second one
-        self._call = -1  # number of the UNet call going on
+        self._number = -1  # of the denoiser's call going on
+        self._call: Call | None = None  # what it was given
         self._keeping = False  # whether that call is one of the wanted steps
         self._images = slice(0)  # the wanted part of the batch
-        self._latent = (0, 0)
         self._largest = (0, 0)  # largest attention grid seen
         self._timesteps: list[Tensor | float] = []
         self._step_indices: list[int] = []
@@ -210,7 +210,9 @@ class Recorder:
         self._reset()
         self.recordings = []
         on = self._handles.append
-        on(self._pipe.unet.register_forward_pre_hook(self._on_unet, with_kwargs=True))
+        self._listener = self._family.listen()
+        on(self._listener)
+        on(self._family.denoiser.register_forward_pre_hook(self._on_call, with_kwargs=True))
         for name, attention in self._cross.items():
             on(attention.to_q.register_forward_hook(self._hook(self._on_query, name, attention)))
         for name, attention in self._self.items():
@@ -237,26 +239,24 @@ class Recorder:
 
         return hook
 
-    def _on_unet(self, unet, args, kwargs) -> None:
-        sample = args[0] if args else kwargs["sample"]
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+    def _on_call(self, denoiser, args, kwargs) -> None:
         schedule = getattr(self._pipe.scheduler, "timesteps", None)
-        if self._call >= 0 and schedule is not self._schedule:
+        if self._number >= 0 and schedule is not self._schedule:
             raise ValueError("record() covers one call of the pipeline: use one `with` block for each call.")
         self._schedule = schedule
-        self._call += 1
-        self._latent = tuple(sample.shape[-2:])
-        self._images = self._wanted_images(sample.shape[0])
-        self._keeping = self._steps is None or self._call in self._steps
+        self._number += 1
+        self._call = self._family.call(args, kwargs)
+        self._images = self._wanted_images(self._call.batch)
+        self._keeping = self._steps is None or self._number in self._steps
         if self._keeping:
-            first = timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep
-            self._timesteps.append(first)
-            self._step_indices.append(self._call)
+            timestep = self._call.timestep
+            self._timesteps.append(timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep)
+            self._step_indices.append(self._number)
 
     def _wanted_images(self, batch: int) -> slice:
         if self._branch == "all":
             return slice(0, batch)
-        if not self._pipe.do_classifier_free_guidance:
+        if not self._listener.guided:
             if self._branch == "unconditional":
                 raise ValueError(
                     "Without guidance there is no unconditional half: record the conditional branch."
@@ -266,14 +266,14 @@ class Recorder:
         return slice(half, batch) if self._branch == "conditional" else slice(0, half)
 
     def _on_query(self, name, attention, query) -> None:
-        grid = grid_size(query.shape[1], *self._latent)
+        grid = self._family.grid(query.shape[1], self._call)
         self._largest = max(self._largest, grid, key=lambda x: x[0] * x[1])
         if name not in self._kept_names:
             return
         if self._resolutions is not None and max(grid) not in self._resolutions:
             return
         self._grids[name] = grid
-        query = rearrange(query[self._images], "b n (h d) -> b h n d", h=attention.heads)
+        query = self._family.queries(attention, query[self._images], self._call)
         self._queries.setdefault(name, []).append(self._stored(query))
 
     def _stored(self, query: Tensor) -> Tensor:
@@ -296,21 +296,21 @@ class Recorder:
             return
         if query.shape[1] > largest:  # a finer layer: the coarser ones seen before it do not count
             self._sums = {}
-        self._grids[name] = grid_size(query.shape[1], *self._latent)
-        heads = "b n (h d) -> b h n d"
-        query = rearrange(query, heads, h=attention.heads)
-        key = rearrange(key[self._images], heads, h=attention.heads)
-        sums = torch.stack([column_sums(q, k, attention.scale) for q, k in zip(query, key, strict=True)])
+        self._grids[name] = self._family.grid(query.shape[1], self._call)
+        query = self._family.queries(attention, query, self._call)
+        key = self._family.self_keys(attention, key[self._images], self._call)
+        pairs = zip(query, key, strict=True)
+        sums = torch.stack([self._family.received(q, k, attention.scale) for q, k in pairs])
         self._sums.setdefault(name, []).append(sums.cpu() if self._offload else sums)
 
     # From what was caught to recordings.
 
     def _finish(self) -> list[Recording]:
-        if self._call < 0:
+        if self._number < 0:
             raise ValueError("Nothing was recorded: call the pipeline inside the `with record(pipe)` block.")
         if not self._queries:
             raise ValueError(
-                f"Nothing was recorded: the run had {self._call + 1} steps and its largest attention grid was "
+                f"Nothing was recorded: the run had {self._number + 1} steps and its largest attention grid was "
                 f"{self._largest[0]} x {self._largest[1]}; check steps, layers and resolutions."
             )
         if self._offload and torch.cuda.is_available():
@@ -319,12 +319,13 @@ class Recorder:
         layers: list[list[LayerQueries]] = []
         for name in [x for x in self._cross if x in self._queries]:
             attention, (height, width) = self._cross[name], self._grids[name]
+            keys = self._family.keys(attention)
             # Popped layer by layer: stacking costs the memory of one layer, not of all.
             for image, queries in enumerate(_by_image(self._queries.pop(name))):
                 if image == len(layers):
                     layers.append([])
                 layers[image].append(
-                    LayerQueries(name, height, width, queries, attention.to_k, float(attention.scale))
+                    LayerQueries(name, height, width, queries, keys, float(attention.scale))
                 )
         sums = {name: _by_image(self._sums[name]) for name in self._self if name in self._sums}
         factor = self._pipe.vae_scale_factor
@@ -333,8 +334,8 @@ class Recorder:
             "step_indices": tuple(self._step_indices),
             "height": self._largest[0],
             "width": self._largest[1],
-            "image_size": (self._latent[0] * factor, self._latent[1] * factor),
-            "embed_dim": next(iter(self._cross.values())).cross_attention_dim,
+            "image_size": (self._call.height * factor, self._call.width * factor),
+            "embed_dim": self._family.embed_dim,
             "branch": self._branch,
         }
         return [
@@ -345,61 +346,6 @@ class Recorder:
             )
             for image, own in enumerate(layers)
         ]
-
-
-def grid_size(n: int, latent_height: int, latent_width: int) -> tuple[int, int]:
-    """(height, width) of the attention grid of `n` pixels, by halving the latents as the UNet does.
-
-    A UNet rounds odd sides up (padded convolutions) or down (asymmetric padding). Raises ValueError for no fit.
-    """
-    for round_up in (1, 0):
-        height, width = latent_height, latent_width
-        while height * width > n and height * width > 1:
-            height, width = (height + round_up) // 2, (width + round_up) // 2
-        if height * width == n:
-            return height, width
-    raise ValueError(f"An attention of {n} pixels does not fit latents of {latent_height} x {latent_width}.")
-
-
-def column_sums(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Attention received by each pixel, summed over heads and attending pixels (Eq. 8): float32 `[n]`.
-
-    query, key: `[heads, n, d]`. The `[n, n]` attention is made in blocks of rows: the peak is about two blocks of
-    COLUMN_BLOCK_BYTES (at least one row of all heads) in float32, 4 MiB on a CPU; all heads of a 64 x 64 grid
-    at once would be 512 MiB.
-    """
-    heads, n, _ = query.shape
-    block_bytes = COLUMN_BLOCK_BYTES["cpu" if query.device.type == "cpu" else "other"]
-    rows = max(1, min(n, block_bytes // (4 * heads * n)))
-    total = torch.zeros(n, dtype=torch.float32, device=query.device)
-    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-        key = rearrange(key.float() * scale, "h n d -> h d n").contiguous()
-        for block in query.split(rows, dim=1):
-            total += torch.softmax(block.float() @ key, dim=-1).sum(dim=(0, 1))
-    return total
-
-
-def _attentions(pipe) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """The UNet's cross-attentions and self-attentions by name, in the order of its modules."""
-    unet = getattr(pipe, "unet", None)
-    if unet is None or not hasattr(type(pipe), "do_classifier_free_guidance"):
-        raise ValueError(
-            f"{type(pipe).__name__} is not a text-to-image pipeline with a UNet: load Stable Diffusion 1 or 2."
-        )
-    found = {
-        name: module
-        for name, module in unet.named_modules()
-        if all(hasattr(module, x) for x in ("to_q", "to_k", "heads", "is_cross_attention"))
-    }
-    cross = {name: x for name, x in found.items() if x.is_cross_attention}
-    if not cross:
-        raise ValueError(
-            f"The UNet of this {type(pipe).__name__} has no cross-attention: there is no word to ask for."
-        )
-    for name, x in cross.items():
-        if x.norm_cross or getattr(x, "norm_q", None) is not None or getattr(x, "norm_k", None) is not None:
-            raise ValueError(f"The layer {name} normalises its queries or keys, which is not supported.")
-    return cross, {name: x for name, x in found.items() if not x.is_cross_attention}
 
 
 def _named(items, parts: list[str] | None, name_of=lambda x: x.name) -> list:

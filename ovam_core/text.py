@@ -1,7 +1,8 @@
 """Attribution prompts: text to the embedding `[L, E]` whose tokens get heatmaps, and words to token positions.
 
 Unlike the generation prompt, an attribution prompt is not padded: the softmax over its tokens (Eq. 3) knows nothing
-but `<SoT>`, the words and `<EoT>`.
+but `<SoT>`, the words and `<EoT>` (T5 has no `<SoT>`, Gemma no `<EoT>`). How a family of models reads text is in
+`families`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .families import EOT, SOT, Tokens, family_of
+
 MAX_WORDS = 32
 MAX_WORD_CHARS = 200
-SOT, EOT = "<SoT>", "<EoT>"
 
 # Words of a phrase that name nothing one could point at.
 FUNCTION_WORDS = frozenset(
@@ -29,22 +31,13 @@ FUNCTION_WORDS = frozenset(
 class Attribution:
     """An attribution prompt, encoded.
 
-    embedding: `[L, E]` in the text encoder's dtype, on its device, `<SoT>` and `<EoT>` included.
+    embedding: `[L, E]` in the text encoder's dtype, on its device, the special tokens included.
     labels: what gets a map; groups: for each label the rows of `embedding` whose maps are averaged.
     """
 
     embedding: Tensor
     labels: tuple[str, ...]
     groups: tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """The tokens of a text, special ones included: ids, and for each the (start, end) of its letters in `text`."""
-
-    text: str
-    ids: tuple[int, ...]
-    spans: tuple[tuple[int, int], ...]
 
 
 def parse_words(text: str) -> list[str]:
@@ -77,11 +70,13 @@ def attribute_words(pipe, words: Sequence[str], template: str = "{}") -> list[At
 def attribute_sentence(pipe, sentence: str) -> Attribution:
     """A whole sentence as one attribution prompt: one label a token, `<SoT>` and `<EoT>` included.
 
+    With two text encoders whose tokens follow each other (HunyuanDiT), those of the first, then those of the second.
     Raises ValueError for an empty sentence and for one longer than the text encoder's limit; nothing is cut.
     """
-    tokens = _tokenize(pipe, sentence)
-    positions = tuple((i,) for i in range(len(tokens.ids)))
-    return Attribution(_encode(pipe, tokens.ids), tuple(_names(pipe, tokens)), positions)
+    family = family_of(pipe)
+    tokens = family.tokenize(sentence)
+    positions = tuple((i,) for i in range(len(tokens.names)))
+    return Attribution(_encode(family, tokens), tokens.names, positions)
 
 
 def words_in_sentence(pipe, sentence: str, words: Sequence[str]) -> Attribution:
@@ -91,24 +86,34 @@ def words_in_sentence(pipe, sentence: str, words: Sequence[str]) -> Attribution:
     Raises ValueError for a word that is not in the sentence, and as `attribute_words`.
     """
     words = _check_words(words)
-    tokens = _tokenize(pipe, sentence)
-    groups = tuple(_positions(pipe, tokens, word) for word in words)
-    return Attribution(_encode(pipe, tokens.ids), tuple(words), groups)
+    family = family_of(pipe)
+    tokens = family.tokenize(sentence)
+    groups = tuple(_positions(tokens, family.spelled(word)) for word in words)
+    return Attribution(_encode(family, tokens), tuple(words), groups)
+
+
+def background_embedding(pipe, sentence: str) -> Tensor:
+    """The row that takes what no word asks for, `[1, E]`: the sentence's `<SoT>`, or its `<EoT>` where there is none (T5)."""
+    found = attribute_sentence(pipe, sentence)
+    row = next((i for i, label in enumerate(found.labels) if label in (SOT, EOT)), 0)
+    return found.embedding[row : row + 1]
 
 
 def encode_padded(pipe, prompt: str) -> Tensor:
     """The prompt as the pipeline itself encodes it for generation: `[77, E]` for CLIP, padding included.
 
+    Padding that the pipeline masks takes no attention and is left out (T5 in PixArt, Gemma in Sana).
     Raises ValueError for an empty prompt and for one that the pipeline would cut.
     """
-    _tokenize(pipe, prompt)
+    family = family_of(pipe)
+    family.tokenize(prompt)
     with torch.no_grad():
-        return pipe.encode_prompt(prompt, pipe._execution_device, 1, False)[0][0]
+        return family.encode_padded(prompt)
 
 
 def token_strings(pipe, sentence: str) -> list[str]:
     """The tokens of a sentence as they will be labelled: "<SoT>", pieces of the text, "<EoT>"."""
-    return _names(pipe, _tokenize(pipe, sentence))
+    return list(family_of(pipe).tokenize(sentence).names)
 
 
 def _check_words(words: Sequence[str]) -> list[str]:
@@ -132,53 +137,16 @@ def _is_content(letter: str) -> bool:
     return unicodedata.category(letter)[0] in "LN" or unicodedata.category(letter) == "So"
 
 
-def _tokenize(pipe, text: str) -> _Tokens:
-    if getattr(pipe, "text_encoder_2", None) is not None:
-        raise ValueError(
-            "Pipelines with two text encoders are not supported yet: load Stable Diffusion 1 or 2."
-        )
-    text = _convert(pipe, text)
-    if not text.strip():
-        raise ValueError("The text is empty: write at least one word.")
-    encoded = pipe.tokenizer(text, return_offsets_mapping=True)  # not padded, not truncated
-    limit = min(pipe.tokenizer.model_max_length, pipe.text_encoder.config.max_position_embeddings)
-    if len(encoded.input_ids) > limit:
-        raise ValueError(
-            f"The text has {len(encoded.input_ids)} tokens and the text encoder takes {limit}, its start and end "
-            "included: shorten it."
-        )
-    return _Tokens(text, tuple(encoded.input_ids), tuple(map(tuple, encoded.offset_mapping)))
-
-
-def _convert(pipe, text: str) -> str:
-    """Textual inversion tokens of several vectors, spelled out as the pipeline does before it tokenises."""
-    convert = getattr(pipe, "maybe_convert_prompt", None)
-    return convert(text, pipe.tokenizer) if convert else text
-
-
-def _encode(pipe, ids: Sequence[int]) -> Tensor:
-    """`[L, E]`: the text encoder's first output, as the pipeline takes it."""
-    batch = torch.tensor([ids], device=pipe._execution_device)
-    uses_mask = getattr(pipe.text_encoder.config, "use_attention_mask", False)
+def _encode(family, tokens: Tokens) -> Tensor:
     with torch.no_grad():
-        return pipe.text_encoder(batch, attention_mask=torch.ones_like(batch) if uses_mask else None)[0][0]
+        return family.encode(tokens)
 
 
-def _names(pipe, tokens: _Tokens) -> list[str]:
-    special = {pipe.tokenizer.bos_token_id: SOT, pipe.tokenizer.eos_token_id: EOT}
-    last = len(tokens.ids) - 1
-    names = []
-    for i, (token, (start, end)) in enumerate(zip(tokens.ids, tokens.spans, strict=True)):
-        is_end = i in (0, last) and token in special  # CLIP's unknown token is the end token too
-        names.append(special[token] if is_end else tokens.text[start:end].strip())
-    return names
-
-
-def _positions(pipe, tokens: _Tokens, word: str) -> tuple[int, ...]:
+def _positions(tokens: Tokens, word: str) -> tuple[int, ...]:
     """The tokens of the content words of `word`, wherever it stands in the text; of all its words if none is."""
-    pattern = r"\s+".join(re.escape(part) for part in _convert(pipe, word).split())
+    pattern = r"\s+".join(re.escape(part) for part in word.split())
     found = list(re.finditer(rf"(?<!\w){pattern}(?!\w)", tokens.text, flags=re.IGNORECASE))
-    if not found:
+    if not pattern or not found:
         raise ValueError(
             f"{word!r} does not stand in the sentence {tokens.text[:80]!r}: use words of the sentence."
         )

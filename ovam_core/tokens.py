@@ -27,8 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from .families import family_of
 from .pipeline import DEFAULT_HUB_MODEL
-from .text import Attribution, attribute_sentence
+from .text import Attribution, background_embedding
 
 FORMAT = "ovam-token/1"
 SUFFIX = ".safetensors"
@@ -225,12 +226,11 @@ def _last_part(model: str) -> str:
 def attribution(pipe: Any, token: Token) -> Attribution:
     """The token as an attribution prompt: one label a class, the background without one.
 
-    A token of one row gets this text encoder's `<SoT>` as its background row, as a softmax over one token is constant.
+    A token of one row gets this text encoder's `<SoT>` (T5: `</s>`) as its background row, as a softmax over one token is constant.
     Raises ValueError for a token of another width; warns for one of another model.
     """
     token.validate()
-    width = pipe.unet.config.cross_attention_dim
-    width = width if isinstance(width, int) else width[0]
+    width = family_of(pipe).embed_dim
     if token.embedding.shape[1] != width:
         raise ValueError(
             f"The token '{', '.join(token.names)}' is {token.embedding.shape[1]} wide and this model takes {width}; "
@@ -245,7 +245,7 @@ def attribution(pipe: Any, token: Token) -> Attribution:
         )
     embedding = token.embedding.to(pipe._execution_device)
     if len(embedding) == 1:
-        start = attribute_sentence(pipe, "A photograph").embedding[:1]
+        start = background_embedding(pipe, "A photograph")
         embedding = torch.cat([start.to(embedding), embedding])
     groups = tuple((row,) for row in range(1, len(embedding)))
     return Attribution(embedding, token.names, groups)

@@ -14,13 +14,13 @@ import numpy as np
 from PIL import Image
 
 from ovam_core import plot
+from ovam_core.families import family_of
 from ovam_core.generate import (
     MAX_GUIDANCE,
     MAX_SEED,
     MAX_STEPS,
     MAX_TOKENS,
     MIN_SIDE,
-    SIDE_MULTIPLE,
     GenerateSettings,
     Generation,
     Maps,
@@ -103,12 +103,7 @@ def grid_name(image_size: tuple[int, int], resolution: int) -> str:
 
 def grid_names(pipe: Any) -> list[str]:
     """The grids on which this model's cross-attention works, finest first, from its own description."""
-    config = pipe.unet.config
-    down = config.down_block_types
-    levels = {level for level, kind in enumerate(down) if "CrossAttn" in kind}
-    if "CrossAttn" in (config.mid_block_type or ""):
-        levels.add(len(down) - 1)
-    return [f"1/{pipe.vae_scale_factor * 2**level}" for level in sorted(levels)]
+    return [f"1/{pixels}" for pixels in family_of(pipe).strides]
 
 
 # -------------------------------------------------------------------------------------------- to the page
@@ -214,7 +209,7 @@ def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
                 steps = gr.Slider(1, MAX_STEPS, defaults.steps, step=1, label="Steps", elem_id="steps")
                 guidance = gr.Slider(0, MAX_GUIDANCE, defaults.guidance, step=0.1, label="Guidance")
                 with gr.Row():
-                    sides = {"minimum": MIN_SIDE, "maximum": defaults.max_size, "step": SIDE_MULTIPLE}
+                    sides = {"minimum": MIN_SIDE, "maximum": defaults.max_size, "step": family_of(pipe).side_multiple}
                     width = gr.Slider(value=defaults.width, label="Width", min_width=130, **sides)
                     height = gr.Slider(value=defaults.height, label="Height", min_width=130, **sides)
             examples = gr.Examples(
@@ -240,10 +235,10 @@ def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
             # Beneath the masks that they change, so that both are on the screen while a slider is dragged.
             with gr.Row(elem_classes="live"):
                 tau = gr.Slider(
-                    0, 1, 0.4, step=0.01, label="Threshold τ", scale=5, min_width=200, elem_id="tau"
+                    0, 1, defaults.tau, step=0.01, label="Threshold τ", scale=5, min_width=200, elem_id="tau"
                 )
                 alpha = gr.Slider(
-                    0, 1, 0.85, step=0.01, label="Self-attention α", scale=5, min_width=200, elem_id="alpha"
+                    0, 1, defaults.alpha, step=0.01, label="Self-attention α", scale=5, min_width=200, elem_id="alpha"
                 )
                 crf = gr.Checkbox(True, label="dCRF", scale=2, min_width=90, elem_id="crf")
             gallery = gr.Gallery(

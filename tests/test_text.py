@@ -149,7 +149,7 @@ def test_textual_inversion_of_several_vectors():
     assert toy.groups == ((1, 2),)
 
 
-def test_two_text_encoders_are_refused(fresh):
-    fresh.text_encoder_2 = torch.nn.Linear(1, 1)
-    with pytest.raises(ValueError, match="two text encoders"):
+def test_a_pipeline_of_no_known_family_is_refused(fresh):
+    fresh.text_encoder_2 = torch.nn.Linear(1, 1)  # two text encoders, but not Stable Diffusion XL's UNet
+    with pytest.raises(ValueError, match="not a text-to-image pipeline of a family.*: load Stable Diffusion"):
         attribute_words(fresh, ["cat"])

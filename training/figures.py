@@ -12,15 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
-from einops import rearrange
 from PIL import Image
 
+from ovam_core import photo
 from ovam_core.heatmap import attribute, resize
 from ovam_core.mask import self_attention_map
 from ovam_core.pipeline import EMBEDDED, defaults_for, load_pipeline
 from ovam_core.recorder import Recording, record
-from ovam_core.text import attribute_words
+from ovam_core.text import words_in_sentence
 from training import annotator, world
 from training.nouns import VOC_CLASSES, VOC_NOUNS
 
@@ -38,22 +37,17 @@ def prompt_for(name: str) -> str:
 @torch.no_grad()
 def record_scene(pipe, image: np.ndarray, caption: str, times=TIMES, seed: int = 0) -> list[Recording]:
     """One recording a time, from one UNet pass over the picture (uint8 [H, W, 3]) noised to each of `times`."""
-    pixels = rearrange(torch.from_numpy(image), "h w c -> 1 c h w").float().to(pipe.device, pipe.dtype) / 127.5 - 1
-    latent = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
-    latents = latent.expand(len(times), -1, -1, -1)
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
-    moments = torch.tensor(times, device=pipe.device)
-    context = pipe.encode_prompt(caption, pipe.device, 1, False)[0].expand(len(times), -1, -1)
-    # The sampler's own add_noise counts on a schedule of inference steps and would take another moment's noise.
-    noisy = DDIMScheduler.from_config(pipe.scheduler.config).add_noise(latents, noise, moments)
+    latent = photo.encode(pipe, [Image.fromarray(image)], image.shape[:2])[0]
+    noisy = photo.noised(pipe, latent, times, seed).to(pipe.unet.dtype)
+    context = photo.caption_embedding(pipe, caption).expand(len(times), -1, -1)
     with record(pipe, branch="all") as recorder:
-        pipe.unet(noisy, moments, context)
+        pipe.unet(noisy, torch.tensor(times, device=noisy.device), context)
     return recorder.recordings
 
 
 def word_maps(pipe, recordings: list[Recording], words: list[str], size: int) -> np.ndarray:
-    """OVAM maps float32 [words, size, size], each word asked for alone, mean over the recordings."""
-    asked = attribute_words(pipe, words)
+    """OVAM maps float32 [words, size, size], mean over the recordings; each in a prompt of its own, the paper's."""
+    asked = [words_in_sentence(pipe, prompt_for(word), [word]) for word in words]
     maps = torch.stack([attribute(recording, asked) for recording in recordings]).mean(0)
     return resize(maps, (size, size)).cpu().numpy()
 
@@ -169,7 +163,7 @@ Measured by `python -m training.figures` on a CPU, on scenes and seeds that no t
 | figure | measured | target |
 |---|---|---|
 | "A photograph of a <classname>": the annotator finds that class as the largest ({figures["seeds"]} seeds x 20 classes) | {figures["drawn"]:.0%} | {targets[0]} |
-| which of two: object pixels won by the right noun, each asked for alone ({figures["scenes"]} scenes, t = 100, 200, 300; chance 50 %) | {figures["which_of_two"]:.1%} | {targets[1]} |
+| which of two: object pixels won by the right noun, each asked for alone in "A photograph of a <classname>" ({figures["scenes"]} scenes, t = 100, 200, 300; chance 50 %) | {figures["which_of_two"]:.1%} | {targets[1]} |
 | mean IoU of those maps at the best single threshold ({figures["iou_threshold"]:.2f} of the peak) | {figures["iou"]:.2f} | {targets[2]} |
 | self-attention map (Eq. 8): a pixel of an object receives more attention than one of the background (0.5 says nothing) | {figures["received_auc"]:.2f} | |
 | seconds for one image, default steps, {figures["threads"]} cores | {figures["seconds_an_image"]:.1f} | 8 at most |
