@@ -19,7 +19,7 @@ import torch
 from ovam_core.evaluate import best_threshold, sweep, table
 from ovam_core.heatmap import heatmaps, resize
 from ovam_core.optimize import RECIPES, OptimizeSettings, initial_embedding, optimize
-from ovam_core.pipeline import EMBEDDED, load_pipeline
+from ovam_core.pipeline import EMBEDDED, load_pipeline, own_choice
 from ovam_core.text import words_in_sentence
 from training import annotator
 from training.annotated import SEEDS, generations
@@ -43,7 +43,7 @@ def examples(pipe, network, name: str, count: int, steps: int | None):
     for image, recording in generations(pipe, [prompt_for(name)] * len(SEEDS), list(SEEDS), steps):
         labels = annotator.annotate(network, [image])[0]
         if largest_class(labels) == number and 0.05 <= (labels == number).mean() <= 0.8:
-            found.append((recording, (labels == number).astype(np.uint8)))
+            found.append((own_choice(pipe, recording), (labels == number).astype(np.uint8)))
         if len(found) == count:
             return found
     raise ValueError(f"Only {len(found)} of {len(SEEDS)} seeds show a {name}; ask for fewer images.")

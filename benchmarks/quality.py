@@ -34,7 +34,7 @@ from ovam_core.evaluate import best_threshold, by_class, confusion, gain, interv
 from ovam_core.heatmap import attribute, resize
 from ovam_core.mask import binary_masks, densecrf, self_attention_map
 from ovam_core.methods import ATTN2MASK, DAAM, OVAM
-from ovam_core.pipeline import EMBEDDED, defaults_for, embedded_folder, load_pipeline
+from ovam_core.pipeline import EMBEDDED, defaults_for, embedded_folder, load_pipeline, own_grids, own_steps
 from ovam_core.text import words_in_sentence
 from training import annotator, world
 from training.annotated import SEEDS as TOKEN_SEEDS
@@ -54,7 +54,7 @@ ASKED = ("name", "token")
 
 @dataclass(frozen=True)
 class Row:
-    """One way to make a mask. steps: indices of denoising steps, resolutions: attention grids; None for all.
+    """One way to make a mask. steps: indices of denoising steps, resolutions: attention grids; None for the model's own.
 
     alpha 1 leaves the self-attention map out; inverted: 1 + alpha - A in place of A, for the sign of Eq. 8.
     """
@@ -152,18 +152,25 @@ def main_object(labels: np.ndarray, classes: Sequence[str]) -> str | None:
 # ----------------------------------------------------------------------------------------------- measuring
 
 
+def chosen_by(row: Row, pipe, recording):
+    """The part of a recording that a row looks at."""
+    chosen = recording.select(steps=row.steps, resolutions=row.resolutions)
+    chosen = own_grids(pipe, chosen) if row.resolutions is None else chosen
+    return own_steps(pipe, chosen) if row.steps is None else chosen
+
+
 def evaluate(pipe, image: Image.Image, recording, truth: np.ndarray, asked: dict, rows: Sequence[Row]) -> dict:
     """Counts of every row on one image: key to {"counts": [3], "sweep": [T, 3]}. asked: "name", "token" to Attribution."""
     pixels, size = np.asarray(image.convert("RGB")), (image.height, image.width)
     maps, attentions, refined, results = {}, {}, {}, {}
     for row in rows:
         part = (row.steps, row.resolutions)
+        chosen = chosen_by(row, pipe, recording)
         if part not in maps:
-            chosen = recording.select(steps=row.steps, resolutions=row.resolutions)
             maps[part] = dict(zip(ASKED, attribute(chosen, [asked[name] for name in ASKED]), strict=True))
         floor = (row.steps, row.alpha)
         if floor not in attentions:
-            attentions[floor] = self_attention_map(recording.select(steps=row.steps), row.alpha)
+            attentions[floor] = self_attention_map(chosen, row.alpha)
         weight = 1 + row.alpha - attentions[floor] if row.inverted else attentions[floor]
         weighted = resize((maps[part][row.asked] * weight)[None], size)
         mask = binary_masks(weighted, row.tau)[0].numpy()

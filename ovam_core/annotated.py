@@ -36,7 +36,7 @@ from .optimize import (
     read_mask,
 )
 from .photo import PhotoSettings, caption_of, fitted_size, photograph, read_photo
-from .pipeline import defaults_for
+from .pipeline import defaults_for, own_choice
 from .tokens import BACKGROUND, Token
 
 METADATA = "metadata.jsonl"
@@ -191,7 +191,7 @@ def learn(
         made.append(_make(pipe, one, branch))
     if len({one.recording.branch for one in made}) > 1:
         raise ValueError("Some captions are empty and others are not; give every photograph a caption, or none.")
-    found = optimize([one.recording for one in made], targets, start, settings, on_epoch, should_stop)
+    found = optimize([own_choice(pipe, one.recording) for one in made], targets, start, settings, on_epoch, should_stop)
     return token_of(made, classes, found, settings, tau, alpha), found
 
 

@@ -43,7 +43,7 @@ from .filters import ClipScorer, Filters, reason_kinds
 from .generate import GenerateSettings, Stopped
 from .heatmap import attribute, resize
 from .mask import binary_masks, self_attention_map
-from .pipeline import defaults_for
+from .pipeline import defaults_for, own_grids, own_steps
 from .prompts import Item, Skipped, Work, match_class
 from .recorder import Recording, record
 from .text import Attribution, attribute_words
@@ -60,7 +60,7 @@ class ExportSettings:
     steps, guidance, width, height: as in GenerateSettings. tau, alpha: threshold of Eq. 9 and floor of Eq. 8 for
     all classes, 0 to 1; None: the model's for words, a token's own for tokens. crf: dense CRF. uncertain: pixels
     whose strongest class lies this close to its threshold get 255, in units of the map's maximum, 0 to 1; 0 for none.
-    timesteps, resolutions: denoising steps and attention grids to use, None for all. tokens: None asks for classes
+    timesteps, resolutions: denoising steps and attention grids to use, None for the model's own. tokens: None asks for classes
     by name, "library" by the tokens of the model, else a folder of them; a class without a token is asked by name.
     formats: of dataset.FORMATS, "voc" always there. heatmaps: keep them as float16 [classes, h, w] at latent size.
     batch_size: images made together. threads: of the CPU, where that makes the images: sums over two threads round
@@ -460,7 +460,12 @@ def _generate(
             generator=[torch.Generator("cpu").manual_seed(item.seed) for item in items],
             **family_of(pipe).arguments([item.negative_prompt for item in items], after_step),
         ).images
-    return images, {branch: recorder.recordings for branch, recorder in recorders.items()}
+    made = {branch: recorder.recordings for branch, recorder in recorders.items()}
+    if settings.resolutions is None:
+        made = {branch: [own_grids(pipe, one) for one in recordings] for branch, recordings in made.items()}
+    if settings.timesteps is None:
+        made = {branch: [own_steps(pipe, one) for one in recordings] for branch, recordings in made.items()}
+    return images, made
 
 
 def _job(

@@ -18,6 +18,7 @@ import unicodedata
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -29,9 +30,20 @@ from PIL import Image
 
 from . import plot, tokens
 from .families import family_of
-from .heatmap import attribute, resize
+from .goca import GocaRecording, record_goca
+from .heatmap import resize
 from .mask import label_map, make_masks
-from .pipeline import defaults_for
+from .methods import (
+    GOCA_TOKEN,
+    OVAM,
+    OVAM_TOKEN,
+    GocaMethod,
+    Method,
+    Seen,
+    maps_and_masks,
+    method_named,
+)
+from .pipeline import defaults_for, own_grids, own_steps
 from .recorder import Recording, record
 from .text import (
     Attribution,
@@ -89,6 +101,11 @@ class GenerateSettings:
     width: int = 128
     height: int = 128
 
+    @property
+    def caption(self) -> str:
+        """The text of the recorded passes."""
+        return self.prompt
+
     @classmethod
     def for_model(cls, pipe: Any, prompt: str, **given: Any) -> GenerateSettings:
         """Settings with the model's own defaults in place of whatever is not given, or given as None."""
@@ -130,10 +147,11 @@ class MapSettings:
     attribution sentence, its tokens jointly; with words, the maps of those words within it, without, of every token.
     tau: threshold of Eq. 9, 0 to 1. alpha: floor of the self-attention map of Eq. 8, 0 to 1 (1 leaves it out). None
     for the model's own.
-    crf: refine masks with a dense CRF. steps: indices of denoising steps to use, None for all. resolutions: larger
+    crf: refine masks with a dense CRF. steps: indices of denoising steps to use, None for the model's own. resolutions: larger
     sides of the attention grids to use, None for the model's own choice.
     tokens: paths of token files, each a further attribution prompt; words are then optional. token_tau, token_alpha:
     tau and alpha for their masks, None for those of each token's file.
+    method: a name of methods.ALL_METHODS. What it does not use of tau, alpha and crf is left alone.
     """
 
     words: tuple[str, ...] = ()
@@ -147,6 +165,7 @@ class MapSettings:
     tokens: tuple[str, ...] = ()
     token_tau: float | None = None
     token_alpha: float | None = None
+    method: str = OVAM.name
 
     @classmethod
     def from_text(cls, words: str = "", sentence: str = "", **rest: Any) -> MapSettings:
@@ -154,18 +173,21 @@ class MapSettings:
         check_text("The list of words", words, MAX_PROMPT)
         check_text("The attribution sentence", sentence, MAX_PROMPT)
         sentence = " ".join(sentence.split())
-        optional = bool(sentence or rest.get("tokens"))
+        by_token = rest.get("tokens") or method_named(rest.get("method", OVAM.name)).asks == "token"
+        optional = bool(sentence or by_token)
         parsed = () if optional and not words.strip() else tuple(parse_words(words))
         return cls(words=parsed, sentence=sentence, **rest)
 
     def filled(self, pipe: Any) -> MapSettings:
-        """The same with the model's own tau and alpha where none are given."""
-        own = defaults_for(pipe)
-        tau, alpha = (mine if given is None else given for given, mine in ((self.tau, own.tau), (self.alpha, own.alpha)))
+        """The same with the model's own tau and alpha where none are given, or the method's where OVAM's do not hold."""
+        own, method = defaults_for(pipe), method_named(self.method)
+        usual = own.tau if method.tau == OVAM.tau else method.tau
+        tau, alpha = (mine if given is None else given for given, mine in ((self.tau, usual), (self.alpha, own.alpha)))
         return replace(self, tau=tau, alpha=alpha)
 
     def validate(self) -> None:
         """Raises ValueError, one sentence, for what no recording could answer."""
+        self._check_method()
         if not self.words and not self.sentence.strip() and not self.tokens:
             raise ValueError("There are no words to look for; give at least one, for example: cat.")
         check_text("The attribution sentence", self.sentence, MAX_PROMPT)
@@ -188,6 +210,21 @@ class MapSettings:
             raise ValueError("No denoising step is chosen; choose at least one.")
         if self.resolutions is not None and not self.resolutions:
             raise ValueError("No resolution is chosen; choose at least one.")
+
+    def _check_method(self) -> None:
+        method = method_named(self.method)
+        if method.asks == "token" and (self.words or self.sentence.strip() or not self.tokens):
+            raise ValueError(f"{method.name} asks for tokens alone: choose a token, and another method for words.")
+        if isinstance(method, GocaMethod) and self.tokens:
+            raise ValueError(
+                f"{method.name} compares words; for a token choose {GOCA_TOKEN.name} or {OVAM_TOKEN.name}."
+            )
+        if isinstance(method, GocaMethod) and (self.sentence.strip() or self.template != "{}"):
+            raise ValueError(f"{method.name} asks for words alone; leave the attribution sentence and the template out.")
+        if (method.needs_goca or method.only is not None) and self.steps is not None:
+            raise ValueError(f"{method.name} looks at a step of its own; name no denoising steps.")
+        if method.needs_goca and self.resolutions is not None:
+            raise ValueError(f"{method.name} weighs all layers; name no resolutions.")
 
 
 def check_text(name: str, value: Any, limit: int) -> None:
@@ -219,12 +256,14 @@ def check_fits(pipe: Any, name: str, text: str) -> None:
 
 
 def parse_numbers(text: str, name: str = "numbers", highest: int = MAX_STEPS - 1) -> tuple[int, ...] | None:
-    """ "0-9, 14" to (0, 1, ..., 9, 14), sorted and without repeats; "" and "all" to None.
+    """ "0-9, 14" to (0, 1, ..., 9, 14), sorted and without repeats; "" to None, "all" to every number up to `highest`.
 
     Raises ValueError for anything else, and for a number above `highest` (before a huge range is written out).
     """
-    if not text.strip() or text.strip().lower() == "all":
+    if not text.strip():
         return None
+    if text.strip().lower() == "all":
+        return tuple(range(highest + 1))
     chosen: set[int] = set()
     for part in re.split(r"[,\s]+", re.sub(r"\s*-\s*", "-", text.strip()).strip(",")):
         match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
@@ -251,13 +290,15 @@ class Generation:
     device: str
     seconds: float
     dtype: str = "float32"
+    goca: GocaRecording | None = None  # of one pass, for the methods that need it
     # The last heatmaps with what they answered: a new threshold needs no new ones.
     _last: tuple[Any, torch.Tensor] | None = field(default=None, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: the recording, the image and the last maps."""
+        """Bytes held: the recordings, the image and the last maps."""
         last = 0 if self._last is None else self._last[1].nbytes
+        last += 0 if self.goca is None else self.goca.nbytes
         return self.recording.nbytes + self.image.width * self.image.height * 3 + last
 
 
@@ -277,15 +318,18 @@ def generate(
     on_step: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     branch: str = "conditional",
+    with_goca: bool = False,
 ) -> Generation:
     """Makes one image under the recorder.
 
     on_step: called with (steps done, steps in all) after every denoising step, once with 0 before the first.
     should_stop: asked at every step; where it says True, `Stopped` is raised and nothing is kept.
     branch: half of the guided batch to record; `branch_for` knows which one token files need.
-    Raises ValueError for settings that `validate` refuses.
+    with_goca: record the pass of GoCA beside it, for the methods that need one.
+    Raises ValueError for settings that `validate` refuses, and where `record_goca` does not know the model's family.
     """
     settings.validate(pipe)
+    beside = record_goca(pipe, branch=branch) if with_goca else nullcontext()
     begun = time.perf_counter()
 
     def after_step(done: int) -> None:
@@ -299,7 +343,7 @@ def generate(
     family = family_of(pipe)
     # A generator on the CPU draws the same noise whatever the device.
     generator = torch.Generator("cpu").manual_seed(settings.seed)
-    with record(pipe, branch=branch) as recorder:
+    with record(pipe, branch=branch) as recorder, beside as weighted:
         images = pipe(
             settings.prompt,
             num_inference_steps=settings.steps,
@@ -317,6 +361,7 @@ def generate(
         device=str(pipe._execution_device),
         seconds=time.perf_counter() - begun,
         dtype=str(family.denoiser.dtype).removeprefix("torch."),
+        goca=None if weighted is None else weighted.recordings[0],
     )
 
 
@@ -348,17 +393,63 @@ def _of_text(pipe: Any, settings: MapSettings) -> list[Attribution]:
     return attribute_words(pipe, settings.words, template=settings.template) if settings.words else []
 
 
+def check_served(pipe: Any, settings: MapSettings, made: GenerateSettings | PhotoSettings) -> None:
+    """Raises ValueError, one sentence, where an image of the settings `made` can have no recording for the method."""
+    method = method_named(settings.method)
+    if method.steps is not None and getattr(made, "steps", None) != method.steps:
+        raise ValueError(
+            f"{method.name} looks at step {method.only} of a run of {method.steps}: generate an image with "
+            f"{method.steps} steps, or choose another method."
+        )
+    if isinstance(method, GocaMethod):
+        try:
+            method.asking(pipe, made.caption, settings.words)
+        except ValueError as error:
+            raise ValueError(f"{method.name} cannot be asked this: {error}") from None
+
+
 @torch.no_grad()
 def ask(pipe: Any, generation: Generation, settings: MapSettings) -> Maps:
     """Heatmaps and masks of words, from the recording alone; the image is not made again.
 
-    Raises ValueError for settings that the recording cannot answer (a step or resolution it does not hold).
+    Raises ValueError for settings that the recording cannot answer (a step or resolution it does not hold, a method
+    that needs another one).
     """
     settings.validate()
     settings = settings.filled(pipe)
+    check_served(pipe, settings, generation.settings)
+    method = method_named(settings.method)
+    if method.needs_goca and generation.goca is None:
+        raise ValueError(f"{method.name} needs a pass that was not recorded with this image; choose another method.")
     recording = generation.recording.select(steps=settings.steps, resolutions=settings.resolutions)
-    size = (generation.image.height, generation.image.width)
-    work = _work_image(generation.image)
+    if settings.resolutions is None:
+        recording = own_grids(pipe, recording)
+    if settings.steps is None and method.only is None:
+        recording = own_steps(pipe, recording)
+    seen = Seen(_work_image(generation.image), recording, generation.settings.caption, generation.goca)
+    if isinstance(method, GocaMethod):
+        labels, maps, masks = _compare(pipe, generation, settings, replace(method, tau=settings.tau), seen)
+    else:
+        labels, maps, masks = _cut(pipe, generation, settings, method, seen)
+    masks = np.stack([plot.resize_mask(mask, generation.image.size) for mask in masks])
+    full = resize(maps, (generation.image.height, generation.image.width)).float().cpu().numpy()
+    return Maps(labels, full, masks, [float(one.max()) for one in full])
+
+
+def _compare(
+    pipe: Any, generation: Generation, settings: MapSettings, method: GocaMethod, seen: Seen
+) -> tuple[list[str], torch.Tensor, np.ndarray]:
+    """Labels, maps and masks at the size of `seen.image`, of a method that gives each pixel to one word."""
+    _check_answer(settings.words, generation.image)
+    found = maps_and_masks(method, pipe, seen, settings.words)
+    return list(found.labels), found.maps, found.masks
+
+
+def _cut(
+    pipe: Any, generation: Generation, settings: MapSettings, method: Method, seen: Seen
+) -> tuple[list[str], torch.Tensor, np.ndarray]:
+    """Labels, maps and masks at the size of `seen.image`, of a method that cuts each map for itself."""
+    recording = method.select(seen.recording)
     loaded = [tokens.load(path) for path in settings.tokens]
     for token in loaded:
         if token.branch != recording.branch:
@@ -366,7 +457,7 @@ def ask(pipe: Any, generation: Generation, settings: MapSettings) -> Maps:
             warnings.warn(
                 f"The token '{names}' was found on the {token.branch} half of the guided batch and this image was "
                 f"recorded on the {recording.branch} one: make the image again for it.",
-                stacklevel=2,
+                stacklevel=3,
             )
     of_text = _of_text(pipe, settings)
     of_tokens = [tokens.attribution(pipe, token) for token in loaded]
@@ -374,31 +465,34 @@ def ask(pipe: Any, generation: Generation, settings: MapSettings) -> Maps:
     # A word and the token of the same name stand side by side: say which is which.
     named = [f"{label} (token)" if label in words else label for part in of_tokens for label in part.labels]
     labels = _distinct([*words, *named])
-
-    if len(labels) * size[0] * size[1] > MAX_ANSWER:
-        raise ValueError(
-            f"{len(labels)} words on a picture of {size[1]}x{size[0]} need too much memory; ask for fewer, or make it smaller."
-        )
+    _check_answer(labels, generation.image)
 
     bodies = tuple(token.embedding.numpy().tobytes() for token in loaded)  # a file may change under its name
-    question = (settings.words, settings.sentence, settings.template, settings.steps, settings.resolutions, bodies)
+    question = (method.name, settings.words, settings.sentence, settings.template, settings.steps, settings.resolutions, bodies)
     if generation._last is None or generation._last[0] != question:
-        generation._last = (question, attribute(recording, [*of_text, *of_tokens]))
+        generation._last = (question, method.maps(seen, [*of_text, *of_tokens]))
     maps = generation._last[1]
 
-    # Words share a threshold; every token may bring its own.
-    cuts = [(settings.tau, settings.alpha)] * len(words)
+    # Words share a threshold; every token may bring its own. A method without self-attention keeps to 1.
+    cuts = [(settings.tau, settings.alpha if method.alpha < 1 else 1.0)] * len(words)
     for token in loaded:
         tau = token.tau if settings.token_tau is None else settings.token_tau
         alpha = token.alpha if settings.token_alpha is None else settings.token_alpha
-        cuts += [(tau, alpha)] * len(token.names)
-    masks = np.zeros((len(labels), work.height, work.width), dtype=bool)
+        cuts += [(tau, alpha if method.token_alpha < 1 else 1.0)] * len(token.names)
+    masks = np.zeros((len(labels), seen.image.height, seen.image.width), dtype=bool)
     for tau, alpha in dict.fromkeys(cuts):
         rows = [row for row, cut in enumerate(cuts) if cut == (tau, alpha)]
-        masks[rows] = make_masks(recording, maps[rows], work, tau=tau, alpha=alpha, crf=settings.crf)
-    masks = np.stack([plot.resize_mask(mask, generation.image.size) for mask in masks])
-    full = resize(maps, size).float().cpu().numpy()
-    return Maps(labels, full, masks, [float(one.max()) for one in full])
+        crf = settings.crf and method.crf
+        masks[rows] = make_masks(recording, maps[rows], seen.image, tau=tau, alpha=alpha, crf=crf)
+    return labels, maps, masks
+
+
+def _check_answer(labels: Sequence[str], image: Image.Image) -> None:
+    if len(labels) * image.width * image.height > MAX_ANSWER:
+        raise ValueError(
+            f"{len(labels)} words on a picture of {image.width}x{image.height} need too much memory; ask for fewer, or "
+            "make it smaller."
+        )
 
 
 def _work_image(image: Image.Image) -> Image.Image:

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .recorder import LayerQueries, Recording
 from .text import Attribution
 
-# Attention values (float32) made at once without gradients; with gradients all are kept, as autograd needs them. On a
-# CPU a block should stay in cache between product, softmax and sum; on a GPU all steps of a layer go together.
-BLOCK_VALUES = {"cpu": 1 << 20, "other": 1 << 27}
+# Values (float32) of one block of attention or of converted queries, whichever is more. On a CPU a block
+# should stay in cache between product, softmax and sum; on a GPU all steps of a layer go together.
+BLOCK_VALUES = {"cpu": 1 << 19, "other": 1 << 27}
+
+# Attention values of one layer that are kept for the gradient, 16 MiB; more than that are made again.
+KEPT_VALUES = 1 << 22
 
 
 def heatmaps(recording: Recording, embedding: Tensor) -> Tensor:
     """The heatmap of each token of an attribution prompt (Eq. 5), divided by the number of attention maps summed.
 
     embedding: `[L, embed_dim]`, any floating dtype. The softmax is over its L rows alone.
-    Returns float32 `[L, recording.height, recording.width]` in [0, 1] that sum to one over tokens at each pixel, on the
-    device of the queries (or of the embedding, when only that is on an accelerator). Differentiable with respect
-    to `embedding`, and to nothing else. Raises ValueError for an embedding of another shape.
+    Returns float32 `[L, recording.height, recording.width]` in [0, 1] that sum to one over tokens at each
+    pixel, on the device of the queries (or of the embedding, when only that is on an accelerator).
+    Differentiable with respect to `embedding`, and to nothing else. Raises ValueError for an embedding of
+    another shape.
     """
     return _heatmaps(recording, [embedding])[0]
 
@@ -66,13 +72,14 @@ def _heatmaps(recording: Recording, embeddings: list[Tensor]) -> list[Tensor]:
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in embeddings)
     with torch.set_grad_enabled(wants_grad), torch.autocast(device.type, enabled=False):
         stacked = torch.cat([x.to(device) for x in embeddings])
-        total, count = 0, 0
+        grids: dict[tuple[int, int], Tensor | int] = {}
         for layer in recording.layers:
             sums = _layer_sums(layer, _keys(layer, stacked), sizes)
-            # Resizing is linear: once a layer, after the sum over steps and heads.
-            grid = rearrange(sums, "l (h w) -> l h w", h=layer.height)
-            total = total + resize(grid, (recording.height, recording.width))
-            count += layer.queries.shape[0] * layer.queries.shape[1]
+            grid = layer.height, layer.width
+            grids[grid] = grids.get(grid, 0) + rearrange(sums, "l (h w) -> l h w", h=layer.height)
+        # Resizing is linear: once a grid, after the sum over layers, steps and heads.
+        total = sum(resize(maps, (recording.height, recording.width)) for maps in grids.values())
+        count = sum(x.queries.shape[0] * x.queries.shape[1] for x in recording.layers)
         return list((total / count).split(sizes))
 
 
@@ -109,37 +116,84 @@ def _layer_sums(layer: LayerQueries, keys: Tensor, sizes: list[int]) -> Tensor:
     """
     if all(size == 2 for size in sizes):  # the softmax over two tokens is a sigmoid: half of the products
         keys = keys[:, 1::2] - keys[:, 0::2]
-        second = _blockwise(layer.queries, keys, torch.sigmoid)
+        second = _ProbabilitySums.apply(keys, layer.queries, torch.sigmoid, _sigmoid_slopes)
         first = layer.queries.shape[0] * layer.queries.shape[1] - second
         return rearrange([first, second], "two words n -> (words two) n")
-    return _blockwise(layer.queries, keys, lambda logits: _softmax_each(logits, sizes))
+    softmax, slopes = partial(_softmax_each, sizes=sizes), partial(_softmax_slopes, sizes=sizes)
+    return _ProbabilitySums.apply(keys, layer.queries, softmax, slopes)
 
 
-def _softmax_each(logits: Tensor, sizes: list[int]) -> Tensor:
-    """Softmax over the tokens of each prompt: `[..., sum(sizes), n]`."""
-    if len(set(sizes)) == 1:
-        split = rearrange(logits, "t h (words l) n -> t h words l n", l=sizes[0])
-        return rearrange(split.softmax(dim=-2), "t h words l n -> t h (words l) n")
-    return torch.cat([part.softmax(dim=-2) for part in logits.split(sizes, dim=-2)], dim=-2)
+class _ProbabilitySums(torch.autograd.Function):
+    """Sum over steps and heads of `normalise(keys @ queries^T)`: `[rows, n]` in the dtype of the keys.
 
-
-def _blockwise(queries: Tensor, keys: Tensor, normalise) -> Tensor:
-    """Sum over steps and heads of `normalise(keys @ queries^T)`, float32 `[rows, n]`, tokens before pixels.
-
-    Tokens before pixels, so that the softmax over few tokens runs along many pixels.
+    keys: `[heads, rows, d]`; queries: `[T, heads, n, d]`, no gradient. slopes: (probabilities, gradient of
+    the sum) to the gradient of the products. The probabilities `[T, heads, rows, n]` are kept for the
+    backward while they are few (KEPT_VALUES), else made again there block by block; a converted copy of the
+    queries is never kept.
     """
-    steps, heads, n, _ = queries.shape
-    device = keys.device
-    budget = BLOCK_VALUES["cpu" if device.type == "cpu" else "other"]
-    values = heads * keys.shape[1]  # of one pixel at one step
+
+    @staticmethod
+    def forward(ctx, keys: Tensor, queries: Tensor, normalise: Callable, slopes: Callable) -> Tensor:
+        steps, heads, n, _ = queries.shape
+        rows = keys.shape[1]
+        keep = ctx.needs_input_grad[0] and steps * heads * rows * n <= KEPT_VALUES
+        total, kept = keys.new_zeros(rows, n), []
+        for pixels, block in _blocks(queries, keys):
+            probabilities = normalise(_products(keys, block))
+            total[:, pixels] += reduce(probabilities, "t h l n -> l n", "sum")
+            if keep:
+                kept.append(probabilities)
+        ctx.save_for_backward(keys, *kept)
+        # Not among the saved: autograd refuses tensors of a run under inference_mode.
+        ctx.queries, ctx.normalise, ctx.slopes = queries, normalise, slopes
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        keys, *kept = ctx.saved_tensors
+        total = torch.zeros_like(keys)
+        for number, (pixels, block) in enumerate(_blocks(ctx.queries, keys)):
+            probabilities = kept[number] if kept else ctx.normalise(_products(keys, block))
+            slopes = ctx.slopes(probabilities, gradient[:, pixels])
+            total += reduce(slopes @ block, "t h l d -> h l d", "sum")
+        return total, None, None, None
+
+
+def _blocks(queries: Tensor, keys: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Pixels and queries `[t, heads, pixels, d]`, in the keys' device and dtype, a block at a time."""
+    steps, heads, n, d = queries.shape
+    copied = queries.dtype != keys.dtype or queries.device != keys.device
+    budget = BLOCK_VALUES["cpu" if keys.device.type == "cpu" else "other"]
+    values = heads * max(keys.shape[1], d if copied else 0)  # of one pixel at one step
     pixels = max(64, min(n, budget // values))
     together = max(1, min(steps, budget // (values * min(n, pixels))))
-    columns = []
-    for part in queries.split(pixels, dim=2):
-        total = 0
-        for block in part.split(together):
-            block = block.to(device, non_blocking=True).float()
-            logits = keys @ rearrange(block, "t h n d -> t h d n")
-            total = total + reduce(normalise(logits), "t h l n -> l n", "sum")
-        columns.append(total)
-    return torch.cat(columns, dim=1)
+    for start in range(0, n, pixels):
+        part = slice(start, min(n, start + pixels))
+        for block in queries[:, :, part].split(together):
+            yield part, block.to(keys.device, keys.dtype, non_blocking=True)
+
+
+def _products(keys: Tensor, block: Tensor) -> Tensor:
+    """`[t, heads, rows, pixels]`: tokens before pixels, so that a softmax over few runs along many."""
+    return keys @ rearrange(block, "t h n d -> t h d n")
+
+
+def _sigmoid_slopes(probabilities: Tensor, gradient: Tensor) -> Tensor:
+    return torch.addcmul(probabilities, probabilities, probabilities, value=-1).mul_(gradient)
+
+
+def _softmax_each(products: Tensor, sizes: list[int]) -> Tensor:
+    """Softmax over the tokens of each prompt: `[..., sum(sizes), n]`."""
+    if len(set(sizes)) == 1:
+        split = rearrange(products, "t h (words l) n -> t h words l n", l=sizes[0])
+        return rearrange(split.softmax(dim=-2), "t h words l n -> t h (words l) n")
+    return torch.cat([part.softmax(dim=-2) for part in products.split(sizes, dim=-2)], dim=-2)
+
+
+def _softmax_slopes(probabilities: Tensor, gradient: Tensor, sizes: list[int]) -> Tensor:
+    """`p * (g - sum(p * g))` over the tokens of each prompt."""
+    weighted = probabilities * gradient
+    for own, p in zip(weighted.split(sizes, dim=-2), probabilities.split(sizes, dim=-2), strict=True):
+        own.addcmul_(p, own.sum(dim=-2, keepdim=True), value=-1)
+    return weighted

@@ -250,3 +250,11 @@ METHODS = {method.name: method for method in (DAAM, ATTN2MASK, OVAM)}  # those t
 ALL_METHODS: dict[str, Method | GocaMethod] = METHODS | {
     method.name: method for method in (OVAM_TOKEN, GOCA, GOCA_ANY, OVAM_WEIGHTED, GOCA_TOKEN)
 }
+
+
+def method_named(name: str) -> Method | GocaMethod:
+    """The method of this name, whatever its case. Raises ValueError that lists them all."""
+    found = {one.lower(): method for one, method in ALL_METHODS.items()}
+    if str(name).lower() not in found:
+        raise ValueError(f"There is no method '{str(name)[:40]}'; choose among {'; '.join(ALL_METHODS)}.")
+    return found[str(name).lower()]

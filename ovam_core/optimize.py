@@ -144,7 +144,7 @@ class OptimizeSettings:
     rate: float = 1.0
     decay: float = 1.0
     decay_every: int = 120
-    stay: float = 0.001
+    stay: float = 0.003
 
     def validate(self) -> None:
         """Raises ValueError, one sentence, for settings that could find nothing."""

@@ -27,14 +27,18 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from . import tokens
 from .generate import (
     MAX_PROMPT,
     MAX_SEED,
     Generation,
+    MapSettings,
+    branch_for,
     check_fits,
     check_text,
     check_whole,
 )
+from .goca import NOISE, record_goca
 from .pipeline import defaults_for
 from .recorder import Recording, record
 from .text import FUNCTION_WORDS
@@ -90,24 +94,33 @@ class PhotoSettings:
                     )
 
 
-def photograph(pipe: Any, photo: Image.Image | str | Path, settings: PhotoSettings) -> Generation:
+def photograph(
+    pipe: Any, photo: Image.Image | str | Path, settings: PhotoSettings, with_goca: bool = False
+) -> Generation:
     """A photograph with its recording, as `generate` gives an image with its own; `ask` and `save` take both.
 
-    `image` is the upright RGB picture at the upload's size, and so are the maps and masks. Raises ValueError for
+    `image` is the upright RGB picture at the upload's size, and so are the maps and masks. with_goca: record, beside
+    it, GoCA's pass: the one at the timestep nearest to the paper's 100. Raises ValueError for
     settings that `validate` refuses and for pictures that `read_photo` and `fitted_size` refuse.
     """
     settings.validate(pipe)
     begun = time.perf_counter()
     image = read_photo(photo)
-    recording = record_image(pipe, image, settings.caption, settings.timesteps, settings.seed, settings.size)
+    noisy = prepare(pipe, [image], [settings.caption], settings.timesteps, settings.seed, settings.size)
+    goal = NOISE * pipe.scheduler.config.num_train_timesteps
+    nearest = min(range(len(noisy.timesteps)), key=lambda step: abs(noisy.timesteps[step] - goal))
+    beside = record_goca(pipe, branch="all", step=nearest) if with_goca else nullcontext()
+    with record(pipe, branch="all") as recorder, beside as weighted:
+        denoise(pipe, noisy)
     return Generation(
         image=image,
-        recording=recording,
+        recording=replace(recorder.recordings[0], branch=noisy.branch),
         settings=settings,
         model=getattr(pipe, "ovam_name", str(getattr(pipe, "name_or_path", "unknown"))),
         device=str(pipe._execution_device),
         seconds=time.perf_counter() - begun,
         dtype=str(pipe.unet.dtype).removeprefix("torch."),
+        goca=None if weighted is None else weighted.recordings[0],
     )
 
 
@@ -286,6 +299,16 @@ def caption_of(names: Sequence[str]) -> str:
     if len(things) < 2:
         return " ".join(["A photograph", *(f"of {thing}" for thing in things)])
     return f"A photograph of {', '.join(things[:-1])} and {things[-1]}"
+
+
+def default_caption(asked: MapSettings) -> str:
+    """What to tell the model of a photograph: the sentence, or that it shows the words and the tokens' classes; nothing,
+    for tokens that were found without a text. Raises ValueError as `branch_for` does.
+    """
+    if branch_for(asked) == "unconditional":
+        return ""
+    names = [name for path in asked.tokens for name in tokens.load(path).names]
+    return asked.sentence or caption_of(list(dict.fromkeys([*asked.words, *names])))
 
 
 def _article(name: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from .families import family_of
+from .recorder import Recording
 
 EMBEDDED = "emoji-voc"
 DEFAULT_HUB_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -18,7 +19,8 @@ DEFAULT_HUB_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 @dataclass(frozen=True)
 class ModelDefaults:
-    """Usual settings of a model. Sizes in pixels; resolutions: attention grids to use, None for all recorded.
+    """Usual settings of a model. Sizes in pixels; strides: attention grids to use, by the image's pixels to one of theirs;
+    None for all recorded. noisiest: the largest timestep, of 1000, whose attention is used.
 
     dtype: the one its weights are meant for on CUDA. tau, alpha: threshold (Eq. 9) and self-attention floor (Eq. 8) for
     words, token_tau, token_alpha for optimised tokens: the paper's, unless the model has been measured.
@@ -29,7 +31,8 @@ class ModelDefaults:
     height: int
     width: int
     max_size: int
-    resolutions: tuple[int, ...] | None = None
+    strides: tuple[int, ...] | None = None
+    noisiest: int = 1000
     dtype: torch.dtype = torch.float16
     tau: float = 0.4
     alpha: float = 0.85
@@ -47,7 +50,10 @@ _SANA = ModelDefaults(steps=20, guidance=4.5, height=1024, width=1024, max_size=
 _HUNYUAN = ModelDefaults(steps=50, guidance=5.0, height=1024, width=1024, max_size=1280)
 
 KNOWN_MODELS: dict[str, ModelDefaults] = {
-    EMBEDDED: ModelDefaults(steps=25, guidance=4.0, height=128, width=128, max_size=256),
+    # Its coarser grids, 8 x 8 and 4 x 4, and its first steps find little (benchmarks/quality.py, Resolutions and Steps).
+    EMBEDDED: ModelDefaults(
+        steps=25, guidance=4.0, height=128, width=128, max_size=256, strides=(8,), noisiest=600, token_tau=0.5
+    ),
     DEFAULT_HUB_MODEL: _SD1,
     "CompVis/stable-diffusion-v1-4": _SD1,
     "stabilityai/stable-diffusion-2-base": _SD1,
@@ -83,6 +89,25 @@ def defaults_for(pipe_or_name) -> ModelDefaults:
     factor = pipe_or_name.vae_scale_factor
     height, width = height * factor, width * factor
     return ModelDefaults(family.steps, family.guidance, height, width, max_size=2 * max(height, width))
+
+
+def own_choice(pipe, recording: Recording) -> Recording:
+    """The part of a recording that the model's defaults name: its grids and its timesteps."""
+    return own_steps(pipe, own_grids(pipe, recording))
+
+
+def own_grids(pipe, recording: Recording) -> Recording:
+    """The recording with the attention grids that the model's defaults name; with all where they name none of them."""
+    strides, side = defaults_for(pipe).strides, max(recording.image_size)
+    wanted = [one for one in recording.resolutions if strides is not None and round(side / one) in strides]
+    return recording.select(resolutions=wanted or None)
+
+
+def own_steps(pipe, recording: Recording) -> Recording:
+    """The recording without the steps that are noisier than the model's defaults want; with all where none is left."""
+    noisiest = defaults_for(pipe).noisiest
+    pairs = zip(recording.step_indices, recording.timesteps, strict=True)
+    return recording.select(steps=[step for step, timestep in pairs if timestep <= noisiest] or None)
 
 
 def embedded_folder() -> Path:

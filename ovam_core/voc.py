@@ -52,7 +52,7 @@ from .export import (
 from .goca import record_goca
 from .heatmap import resize
 from .mask import densecrf, label_map
-from .methods import ALL_METHODS, GocaMethod, Method, Seen, maps_and_masks
+from .methods import GocaMethod, Method, Seen, maps_and_masks, method_named
 from .photo import (
     TIMESTEPS,
     PhotoSettings,
@@ -62,6 +62,7 @@ from .photo import (
     read_photo,
     record_image,
 )
+from .pipeline import own_choice
 from .plot import VOC_CLASSES
 from .prompts import MAX_SEED, Item, Work, check_classes, find_classes, match_class
 from .recorder import Recording, record
@@ -135,14 +136,6 @@ class EvaluateSettings:
         index, caption = (0, "") if item is None else (item.index, item.prompt)
         seed = self.seed if index == 0 else (self.seed + index) % (MAX_SEED + 1)
         return PhotoSettings(caption, self.timesteps, seed, self.width, self.height)
-
-
-def method_named(name: str) -> Method | GocaMethod:
-    """The method of this name, whatever its case. Raises ValueError that lists them all."""
-    found = {one.lower(): method for one, method in ALL_METHODS.items()}
-    if name.lower() not in found:
-        raise ValueError(f"There is no method '{name[:40]}'; choose among {'; '.join(ALL_METHODS)}.")
-    return found[name.lower()]
 
 
 def method_of(settings: EvaluateSettings) -> Method | GocaMethod:
@@ -464,10 +457,11 @@ def record_branches(
     """A recording for each half of the guided batch that a question belongs to: with the caption, and without."""
     captions = {"conditional": photo.caption, "unconditional": ""}
     keep = {"self_attention": any(one.alpha < 1 for one in asked)}
-    return {
+    made = {
         branch: record_image(pipe, image, captions[branch], photo.timesteps, photo.seed, photo.size, **keep)
         for branch in sorted({one.branch for one in asked})
     }
+    return {branch: own_choice(pipe, recording) for branch, recording in made.items()}
 
 
 def method_questions(pipe: Any, work: Work, settings: EvaluateSettings) -> dict[str, Question]:

@@ -108,7 +108,7 @@ def test_a_row_is_the_packages_own_mask(pipe, shelf):
     with torch.no_grad():
         results = quality.evaluate(pipe, image, recording, truth, asked, rows)
         for row in rows:
-            part = recording.select(resolutions=row.resolutions)
+            part = quality.chosen_by(row, pipe, recording)
             maps = attribute(part, asked[row.asked])
             mask = make_masks(part, maps, image, tau=row.tau, alpha=row.alpha, crf=row.crf)[0]
             assert results[row.key]["counts"] == confusion(mask, truth).tolist()

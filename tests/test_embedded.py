@@ -14,7 +14,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from ovam_core.pipeline import embedded_folder, load_pipeline
-from training import figures, world
+from training import annotator, figures, world
+from training.annotated import generations
+from training.nouns import VOC_CLASSES
 
 MIB = 1 << 20
 
@@ -80,3 +82,21 @@ def test_maps_find_their_objects_in_held_out_scenes(pipe):
     assert right / pixels > 0.68
     assert ours > 0.38
     assert ours > 1.5 * max(uniform, blob)
+
+
+def test_maps_find_their_objects_in_generated_images(pipe):
+    """20 class words on 20 pictures of "A photograph of a <classname>"; the annotator says where the object is."""
+    network, maps, masks = annotator.load(), [], []
+    prompts = [figures.prompt_for(name) for name in VOC_CLASSES]
+    made = generations(pipe, prompts, [4242] * len(prompts), batch=10)
+    for number, (name, (image, recording)) in enumerate(zip(VOC_CLASSES, made, strict=True), start=1):
+        mask = annotator.annotate(network, [image])[0] == number
+        if mask.mean() >= 0.02:
+            maps.append(figures.word_maps(pipe, [recording], [name], 128)[0])
+            masks.append(mask)
+    ours = best_mean_iou(maps, masks)
+    uniform = best_mean_iou([np.ones((128, 128))] * len(masks), masks)
+    blob = best_mean_iou([centred_blob(128)] * len(masks), masks)
+    print(f"generated: {len(masks)} of 20 drawn, IoU {ours:.3f}, uniform {uniform:.3f}, blob {blob:.3f}")
+    assert len(masks) >= 10
+    assert ours > 1.2 * max(uniform, blob)

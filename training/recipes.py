@@ -43,7 +43,7 @@ CPU = Recipe(
     unet_widths=(96, 160, 160), unet_layers=1, heads=4, text_width=256, max_tokens=20,
     scenes=30_000, vae_scenes=6_000, vae_minutes=7, vae_batch=16, vae_rate=2e-3,
     unet_minutes=150, unet_batch=32, unet_rate=8e-4,
-    annotator_scenes=6_000, annotator_minutes=4,
+    annotator_scenes=8_000, annotator_minutes=22,
 )  # fmt: skip
 
 FULL = Recipe(
@@ -52,7 +52,7 @@ FULL = Recipe(
     unet_widths=(128, 192, 256), unet_layers=1, heads=8, text_width=384, max_tokens=28,
     scenes=150_000, vae_scenes=30_000, vae_minutes=5, vae_batch=64, vae_rate=1e-3,
     unet_minutes=14, unet_batch=512, unet_rate=6e-4,
-    annotator_scenes=30_000, annotator_minutes=2,
+    annotator_scenes=30_000, annotator_minutes=3,
 )  # fmt: skip
 
 RECIPES = {recipe.name: recipe for recipe in (CPU, FULL)}

@@ -302,43 +302,63 @@ def voc_only(labels: np.ndarray) -> np.ndarray:
 
 
 def train_annotator(recipe: Recipe, work: Path, pool: ProcessPoolExecutor, clock: Clock) -> bool:
-    """Supervised segmentation on exact label maps; writes the network and its held-out figures."""
-    folder = work / "annotator"
+    """Supervised segmentation on exact label maps. True when its minutes are spent; then its figures are written."""
+    folder, path = work / "annotator", work / "annotator.pt"
     if folder.exists():
         return True
-    if clock.over():
-        return False
     vae, space = load_autoencoder(recipe, work), load_space(work)
+    network = annotator.build().to(device())
+    optimizer = torch.optim.AdamW(network.parameters(), lr=annotator.RATE, weight_decay=1e-3, fused=True)
+    state = torch.load(path, weights_only=True, map_location="cpu") if path.exists() else {"spent": 0.0, "samples": 0}
+    if "network" in state:
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
     images, labels, _ = render(range(ANNOTATOR_SEED, ANNOTATOR_SEED + recipe.annotator_scenes), recipe, pool)
     images = np.concatenate([images, generator_look(vae, space, images[: len(images) // 2], 2 * LATENT_NOISE)])
     labels = torch.from_numpy(voc_only(np.concatenate([labels, labels[: len(labels) // 2]]))).to(device())
-    network = annotator.build().to(device())
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-3)
-    begun = time.monotonic()
-    for step, batch in enumerate(batches(len(images), 16, 0)):
-        progress = (time.monotonic() - begun) / (recipe.annotator_minutes * 60)
-        if progress >= 1:
+    begun = saved = time.monotonic()
+    spent, samples, losses = state["spent"], state["samples"], []
+    for step, batch in enumerate(batches(len(images), annotator.BATCH, samples)):
+        now = spent + time.monotonic() - begun
+        done = now >= recipe.annotator_minutes * 60
+        if done or clock.over() or time.monotonic() - saved > 120:
+            saved = time.monotonic()
+            save(path, {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "spent": now, "samples": samples})
+        if done:
             break
+        if clock.over():
+            return False
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * rate_at(progress)
-        index = torch.from_numpy(batch).to(device())
+            group["lr"] = annotator.RATE * rate_at(now / (recipe.annotator_minutes * 60))
+        pictures, truth = annotator.mirror(to_tensor(images[batch]), labels[torch.from_numpy(batch).to(device())])
         with autocast():
-            scores = annotator.logits(network, annotator.vary(to_tensor(images[batch])))
-        loss = F.cross_entropy(scores.float(), labels[index].long())
+            scores = annotator.logits(network, annotator.vary(pictures))
+        loss = F.cross_entropy(scores.float(), truth.long())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
-        if step % 100 == 0:
-            print(f"annotator {progress:4.0%} {step * 16} images  loss {loss.item():.4f}", flush=True)
-    figures = {}
-    images, labels, _ = render(range(world.HELD_OUT, world.HELD_OUT + 400), recipe, pool)
-    for name, shown in (("rendered", images), ("reconstructed", generator_look(vae, space, images, 0.0))):
-        made = np.concatenate([annotator.annotate(network, [Image.fromarray(image) for image in part]) for part in np.array_split(shown, 20)])
-        figures[name] = float(np.nanmean(annotator.intersection_over_union(made, voc_only(labels))))
-    print("annotator mIoU", figures, flush=True)
+        samples += len(batch)
+        losses.append(loss.item() if step % 10 == 0 else losses[-1])
+        if step % 100 == 99:
+            print(f"annotator {now / 60:5.1f} min {samples} images  loss {np.mean(losses[-100:]):.4f}", flush=True)
+    figures = {"images": samples, "minutes": recipe.annotator_minutes, **measure_annotator(network, vae, space, recipe, pool)}
+    print("annotator", figures, flush=True)
     network.cpu().half().save_pretrained(folder)
     (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     return True
+
+
+def measure_annotator(network, vae, space: PatchSpace, recipe: Recipe, pool: ProcessPoolExecutor) -> dict[str, float]:
+    """mIoU on 400 scenes that no training sees, as rendered and as the decoder shows them."""
+    images, labels, _ = render(range(world.HELD_OUT, world.HELD_OUT + 400), recipe, pool)
+    network.eval()
+    figures = {}
+    for name, shown in (("rendered", images), ("reconstructed", generator_look(vae, space, images, 0.0))):
+        parts = np.array_split(shown, 20)
+        made = np.concatenate([annotator.annotate(network, [Image.fromarray(image) for image in part]) for part in parts])
+        figures[name] = float(np.nanmean(annotator.intersection_over_union(made, voc_only(labels))))
+    return figures
 
 
 def write_pipeline(recipe: Recipe, work: Path, out: Path) -> None:
