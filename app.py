@@ -18,10 +18,10 @@ from tabs import generate as generate_tab
 from tabs import optimize as optimize_tab
 from tabs.desk import Desk
 from tabs.store import Store
+from tabs.upload import MAX_UPLOAD_MB
 
 PAPER = "https://openaccess.thecvf.com/content/CVPR2024/html/Marcos-Manchon_Open-Vocabulary_Attention_Maps_with_Token_Optimization_for_Semantic_Segmentation_in_CVPR_2024_paper.html"
 CODE = "https://github.com/vpulab/ovam"
-MAX_UPLOAD = "20mb"
 CSS = Path(__file__).parent / "tabs" / "style.css"
 
 THEME = gr.themes.Default(
@@ -86,7 +86,7 @@ def launch(page: gr.Blocks, **options: Any) -> Any:
     """Starts the page; theme and css belong to launch() since Gradio 6."""
     return page.launch(
         theme=THEME, css_paths=CSS, footer_links=["api"], run_history=False, ssr_mode=False,
-        max_file_size=MAX_UPLOAD, **options
+        max_file_size=f"{MAX_UPLOAD_MB}mb", **options
     )
 
 

@@ -1,8 +1,11 @@
 """Open-vocabulary attention maps: record a diffusion pipeline once, ask for the heatmap of any word afterwards."""
 
+from .goca import Parts, goca, record_goca
 from .heatmap import attribute, heatmaps, resize
 from .mask import binary_masks, densecrf, label_map, make_masks, self_attention_map
+from .methods import ALL_METHODS, Seen, maps_and_masks
 from .optimize import RECIPES, Epoch, Optimized, OptimizeSettings, initial_embedding, read_mask
+from .photo import read_photo, record_image
 from .pipeline import EMBEDDED, KNOWN_MODELS, ModelDefaults, defaults_for, load_pipeline
 from .recorder import LayerColumnSums, LayerQueries, Recorder, Recording, record
 from .text import (
@@ -17,6 +20,7 @@ from .text import (
 from .tokens import Token
 
 __all__ = [
+    "ALL_METHODS",
     "EMBEDDED",
     "KNOWN_MODELS",
     "RECIPES",
@@ -27,8 +31,10 @@ __all__ = [
     "ModelDefaults",
     "OptimizeSettings",
     "Optimized",
+    "Parts",
     "Recorder",
     "Recording",
+    "Seen",
     "Token",
     "attribute",
     "attribute_sentence",
@@ -37,13 +43,19 @@ __all__ = [
     "defaults_for",
     "densecrf",
     "encode_padded",
+    "goca",
     "heatmaps",
     "initial_embedding",
     "label_map",
     "load_pipeline",
     "make_masks",
+    "maps_and_masks",
     "parse_words",
+    "read_mask",
+    "read_photo",
     "record",
+    "record_goca",
+    "record_image",
     "resize",
     "self_attention_map",
     "token_strings",

@@ -26,15 +26,16 @@ from .generate import (
     ask,
     attributions,
     branch_for,
+    check_served,
     generate,
     load_settings,
     make_folder,
     parse_numbers,
     save,
 )
-from .methods import ALL_METHODS, OVAM
+from .methods import ALL_METHODS, OVAM, method_named
 from .optimize import RECIPES, Epoch
-from .photo import PhotoSettings, caption_of, photograph, read_photo
+from .photo import PhotoSettings, default_caption, photograph, read_photo
 from .pipeline import EMBEDDED, load_pipeline
 from .prompts import class_list, read_prompts, template_prompts, work_list
 from .tokens import (
@@ -50,6 +51,7 @@ from .tokens import save as save_token
 from .voc import GROUND_TRUTH, RESULTS, EvaluateSettings, evaluate, read_voc
 
 MAX_GRID = 4096  # no attention grid is wider
+METHOD_HELP = f"{'; '.join(ALL_METHODS).lower()} ({OVAM.name.lower()})"
 MAX_NOISE = 999  # the last timestep of the training schedules
 
 
@@ -87,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--no-crf", action="store_true", default=None, help="masks without the dense CRF")
     one.add_argument("--timesteps", metavar="LIST", help="denoising steps to use for the maps, for example 0-9,14")
     one.add_argument("--resolutions", metavar="LIST", nargs="+", help="attention grids to use, for example 16,8")
+    one.add_argument("--method", metavar="NAME", help=METHOD_HELP)
     one.set_defaults(run=run_generate)
     add_photo(commands)
     add_optimize(commands)
@@ -118,6 +121,8 @@ def given_maps(options: argparse.Namespace) -> dict:
         found["resolutions"] = parse_numbers(",".join(options.resolutions), "resolutions", MAX_GRID)
     if options.token is not None:
         found["tokens"] = tuple(options.token)
+    if options.method is not None:
+        found["method"] = method_named(options.method).name
     return found
 
 
@@ -158,9 +163,16 @@ def run_generate(options: argparse.Namespace) -> None:
         asked = replace(asked, **given(token_tau=options.tau, token_alpha=options.alpha))
     asked = asked.filled(pipe)
     wanted.validate(pipe)
+    check_served(pipe, asked, wanted)
     attributions(pipe, asked)  # a word that the encoder refuses is better known before the image than after it
     make_folder(options.out)
-    made = generate(pipe, wanted, on_step=show_progress if sys.stderr.isatty() else None, branch=branch_for(asked))
+    made = generate(
+        pipe,
+        wanted,
+        on_step=show_progress if sys.stderr.isatty() else None,
+        branch=branch_for(asked),
+        with_goca=method_named(asked.method).needs_goca,
+    )
     maps = ask(pipe, made, asked)
     save(options.out, made, maps, asked)
     for label, peak in zip(maps.labels, maps.peaks, strict=True):
@@ -194,6 +206,7 @@ def add_photo(commands: argparse._SubParsersAction) -> None:
     one.add_argument("--alpha", type=float, help="floor of the self-attention map, 0 to 1 (the model's; tokens: their own)")
     one.add_argument("--no-crf", action="store_true", default=None, help="masks without the dense CRF")
     one.add_argument("--resolutions", metavar="LIST", nargs="+", help="attention grids to use, for example 16,8")
+    one.add_argument("--method", metavar="NAME", help=METHOD_HELP)
     one.set_defaults(run=run_photo)
 
 
@@ -236,25 +249,16 @@ def run_photo(options: argparse.Namespace) -> None:
     pipe = load_pipeline(model, device)
     asked = asked.filled(pipe)
     wanted.validate(pipe)
+    check_served(pipe, asked, wanted)
     attributions(pipe, asked)
     make_folder(options.out)
-    made = photograph(pipe, photo, wanted)
+    made = photograph(pipe, photo, wanted, with_goca=method_named(asked.method).needs_goca)
     maps = ask(pipe, made, asked)
     save(options.out, made, maps, asked)
     for label, peak in zip(maps.labels, maps.peaks, strict=True):
         print(f"{label}: peak {peak:.2f}")
     height, width = made.recording.image_size
     print(f"'{wanted.caption}', seen as {width}x{height}, {made.seconds:.1f} s on {made.device}: {options.out}")
-
-
-def default_caption(asked: MapSettings) -> str:
-    """What to tell the model of a photograph: the sentence, or that it shows the words; nothing, for tokens that
-    were found without a text.
-    """
-    if branch_for(asked) == "unconditional":
-        return ""
-    names = [name for path in asked.tokens for name in load_token(path).names]
-    return asked.sentence or caption_of(list(dict.fromkeys([*asked.words, *names])))
 
 
 # ---------------------------------------------------------------------------------------------- export
@@ -391,7 +395,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     )
     one.add_argument("--voc", required=True, metavar="DIR", help="folder with JPEGImages, SegmentationClass, ImageSets")
     one.add_argument("--split", default="val", help="list in ImageSets/Segmentation (val)")
-    one.add_argument("--method", default=OVAM.name.lower(), metavar="NAME", help=f"{'; '.join(ALL_METHODS).lower()} (ovam)")
+    one.add_argument("--method", default=OVAM.name.lower(), metavar="NAME", help=METHOD_HELP)
     one.add_argument(
         "--classes-from", default=GROUND_TRUTH, metavar="gt|FILE",
         help="what to ask for: the classes of the truth, or JSON of captions or class lists by image name (gt)",

@@ -11,7 +11,9 @@ from typing import Any
 
 import gradio as gr
 
-from ovam_core.generate import GenerateSettings, Generation, Maps, MapSettings, ask, generate
+from ovam_core.generate import GenerateSettings, Generation, Maps, MapSettings, Stopped, ask, generate
+from ovam_core.goca import record_goca
+from ovam_core.photo import PhotoSettings, photograph
 
 from .jobs import Jobs, limits
 from .shelf import Shelf
@@ -45,11 +47,21 @@ def visitor(request: gr.Request) -> str:
     return request.session_hash or "api"
 
 
+def serves_goca(pipe: Any) -> bool:
+    """Whether GoCA's pass can be recorded with this model."""
+    try:
+        record_goca(pipe)
+    except ValueError:
+        return False
+    return True
+
+
 class Desk:
     """The one model and what visitors have made with it; a visitor is a session of the page, or of the API."""
 
     def __init__(self, pipe: Any, store: Store):
         self.pipe, self.store, self.shelf = pipe, store, Shelf(pipe.ovam_name)
+        self.with_goca = serves_goca(pipe)
         self.limits = limits()
         self.jobs = Jobs(self.limits.keep)
         self.stops: dict[str, threading.Event] = {}
@@ -63,7 +75,19 @@ class Desk:
                 settings,
                 on_step=lambda done, total: progress((done, total), desc="Denoising", unit="steps"),
                 should_stop=stop.is_set,
+                with_goca=self.with_goca,
             )
+        finally:
+            self.end(request)
+        return self.store.put(session, made), made
+
+    def look(self, file: str, settings: PhotoSettings, request: gr.Request) -> tuple[str, Generation]:
+        """Records a photograph, keeps the recording, and returns its id with it. Raises Stopped, ValueError."""
+        session, stop = visitor(request), self.flag(request)
+        try:
+            if stop.is_set():  # while it waited; the passes themselves are short
+                raise Stopped(0, len(settings.timesteps))
+            made = photograph(self.pipe, file, settings, self.with_goca)
         finally:
             self.end(request)
         return self.store.put(session, made), made

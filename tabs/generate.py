@@ -1,4 +1,4 @@
-"""The first tab: an image, then the heatmap and mask of any word."""
+"""The first tab: an image, made or uploaded, then the heatmap and mask of any word."""
 
 from __future__ import annotations
 
@@ -27,13 +27,22 @@ from ovam_core.generate import (
     MapSettings,
     Stopped,
     attributions,
+    check_served,
     parse_numbers,
     save_zip,
 )
+from ovam_core.methods import ALL_METHODS, OVAM, GocaMethod, method_named
+from ovam_core.photo import PhotoSettings
 from ovam_core.pipeline import defaults_for
+from ovam_core.text import parse_words
 from ovam_core.tokens import SUFFIX, attribution, load
 
 from .desk import NO_IMAGE, Desk, only_numbers, problem, visitor
+from .upload import check_photo, photo_fields, photo_settings, takes_photographs
+
+# Where the picture comes from, and what the button then says.
+MAKE, UPLOAD = "Generate", "Upload a photograph"
+DOES = {MAKE: "Generate", UPLOAD: "Find the words"}
 
 EXAMPLES = [
     ["A photograph of a cat and a car on grass", "cat, car, animal"],
@@ -41,6 +50,8 @@ EXAMPLES = [
     ["A photograph of a boat on the sea and a bird", "boat, bird, sea"],
 ]
 FIRST_SEED = 1
+MAX_SHOWN = 1024  # pixels of a side on the page; a photograph may have many more
+CHECKS = 4  # uploads that are decoded at the same time, before any is queued
 WAIT_FOR_TYPING = 450  # milliseconds after the last letter
 
 
@@ -77,13 +88,20 @@ def map_settings(
     steps: str,
     grids: list[str],
     tokens: Sequence[Path] = (),
+    method: str = OVAM.name,
 ) -> MapSettings:
-    """What is asked, as settings; tokens are files; grids ("1/8", ...) are turned into the resolutions of this recording."""
+    """What is asked, as settings; tokens are files; grids ("1/8", ...) are turned into the resolutions of this recording.
+
+    Words stay in their box while a method looks for tokens alone.
+    """
+    if method_named(method).asks == "token":
+        words = sentence = ""
     resolutions = None
     if generation is not None:
         named = {grid_name(generation.recording.image_size, one): one for one in generation.recording.resolutions}
         chosen = tuple(size for name, size in named.items() if name in grids)
-        resolutions = None if len(chosen) == len(named) else chosen
+        # All of them is what a method that weighs every layer asks for.
+        resolutions = None if method_named(method).needs_goca else chosen
     return MapSettings.from_text(
         words or "",
         sentence or "",
@@ -93,6 +111,7 @@ def map_settings(
         steps=parse_numbers(steps or "", "denoising steps"),
         resolutions=resolutions,
         tokens=tuple(map(str, tokens)),
+        method=method_named(method).name,
     )
 
 
@@ -106,12 +125,31 @@ def grid_names(pipe: Any) -> list[str]:
     return [f"1/{pixels}" for pixels in family_of(pipe).strides]
 
 
+def own_grid_names(pipe: Any) -> list[str]:
+    """Those of them that the model's defaults name."""
+    wanted = defaults_for(pipe).strides
+    return [f"1/{pixels}" for pixels in family_of(pipe).strides if wanted is None or pixels in wanted]
+
+
 # -------------------------------------------------------------------------------------------- to the page
+
+
+def shrunk(image: Image.Image, largest: int = MAX_SHOWN) -> Image.Image:
+    """The picture with no side longer than `largest`."""
+    scale = largest / max(image.size)
+    if scale >= 1:
+        return image
+    return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
+
+
+def on_screen(image: Image.Image) -> Image.Image:
+    """The picture at a size for the page: small ones enlarged, large ones shrunk."""
+    return plot.enlarge(shrunk(image))
 
 
 def gallery_items(image: Image.Image, maps: Maps) -> list[tuple[Image.Image, str]]:
     """One overlay a word, all on the same scale; the caption is also the picture's alternative text."""
-    large = plot.enlarge(image)
+    large = on_screen(image)
     vmax = max(maps.peaks)
     return [
         (plot.overlay(large, heatmap, vmax), f"{label} · peak {peak:.2f}")
@@ -121,7 +159,7 @@ def gallery_items(image: Image.Image, maps: Maps) -> list[tuple[Image.Image, str
 
 def annotation(image: Image.Image, maps: Maps) -> tuple[Image.Image, list[tuple[np.ndarray, str]]]:
     """The picture with a mask a word, as gr.AnnotatedImage takes it."""
-    large = plot.enlarge(image)
+    large = on_screen(image)
     masks = [
         np.asarray(plot.mask_image(mask).resize(large.size, Image.Resampling.NEAREST), dtype=np.float32) / 255
         for mask in maps.masks
@@ -130,11 +168,26 @@ def annotation(image: Image.Image, maps: Maps) -> tuple[Image.Image, list[tuple[
 
 
 def image_facts(made: Generation) -> str:
+    """The line of facts under a picture; HTML."""
+    return f"{_how(made)} · {made.seconds:.1f} s on {made.device}"
+
+
+def _how(made: Generation) -> str:
     one = made.settings
-    return (
-        f"seed {one.seed} · {one.steps} steps · guidance {one.guidance:g} · {one.width} × {one.height} px · "
-        f"{made.seconds:.1f} s on {made.device}"
-    )
+    if isinstance(one, PhotoSettings):
+        (height, width), steps = made.recording.image_size, ", ".join(map(str, one.timesteps))
+        caption = f"“{html.escape(one.caption)}”" if one.caption else "no caption"
+        return (
+            f"{caption} · timestep{'s' * (len(one.timesteps) > 1)} {steps} · noise seed {one.seed} · "
+            f"{made.image.width} × {made.image.height} px, seen as {width} × {height}"
+        )
+    return f"seed {one.seed} · {one.steps} steps · guidance {one.guidance:g} · {one.width} × {one.height} px"
+
+
+def zip_name(made: Generation) -> str:
+    """A file name that says what is in it."""
+    kind = "photo-noise" if isinstance(made.settings, PhotoSettings) else "seed"
+    return f"ovam-{kind}-{made.settings.seed}.zip"
 
 
 def measures(maps: Maps) -> dict[str, Any]:
@@ -168,7 +221,14 @@ def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
 
     with gr.Row(elem_classes="columns"):
         with gr.Column(scale=4, min_width=320, elem_classes="give"):
-            prompt = gr.Textbox(EXAMPLES[0][0], label="Prompt", lines=2, elem_id="prompt")
+            source = gr.Radio(
+                [MAKE, UPLOAD], value=MAKE, show_label=False, container=False, elem_id="source", elem_classes="ways",
+                visible=takes_photographs(pipe),
+            )  # fmt: skip
+            with gr.Column(elem_classes="part") as for_prompt:
+                prompt = gr.Textbox(EXAMPLES[0][0], label="Prompt", lines=2, elem_id="prompt")
+            with gr.Column(visible=False, elem_classes="part") as for_photo:
+                of_photo = photo_fields("photo", "the words below")
             words = gr.Textbox(
                 EXAMPLES[0][1],
                 label="Words to look for",
@@ -192,30 +252,31 @@ def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
                 halt = gr.Button(
                     "Stop", variant="stop", scale=1, min_width=80, interactive=False, elem_id="stop"
                 )
-            with gr.Row(elem_classes="seed"):
-                seed = gr.Number(
-                    FIRST_SEED,
-                    label="Seed",
-                    precision=0,
-                    minimum=0,
-                    maximum=MAX_SEED,
-                    scale=3,
-                    min_width=120,
-                    elem_id="seed",
-                )
-                dice = gr.Button("🎲 Random", scale=1, min_width=110, elem_id="dice")
-            with gr.Accordion("Advanced: negative prompt, steps, guidance, size", open=False, elem_id="advanced"):
-                negative = gr.Textbox("", label="Negative prompt", placeholder="what the picture should not show")
-                steps = gr.Slider(1, MAX_STEPS, defaults.steps, step=1, label="Steps", elem_id="steps")
-                guidance = gr.Slider(0, MAX_GUIDANCE, defaults.guidance, step=0.1, label="Guidance")
-                with gr.Row():
-                    sides = {"minimum": MIN_SIDE, "maximum": defaults.max_size, "step": family_of(pipe).side_multiple}
-                    width = gr.Slider(value=defaults.width, label="Width", min_width=130, **sides)
-                    height = gr.Slider(value=defaults.height, label="Height", min_width=130, **sides)
-            examples = gr.Examples(
-                EXAMPLES, [prompt, words], label="Examples: one click makes the picture", elem_id="examples",
-                api_visibility="private", preload=False,
-            )  # fmt: skip
+            with gr.Column(elem_classes="part") as more:
+                with gr.Row(elem_classes="seed"):
+                    seed = gr.Number(
+                        FIRST_SEED,
+                        label="Seed",
+                        precision=0,
+                        minimum=0,
+                        maximum=MAX_SEED,
+                        scale=3,
+                        min_width=120,
+                        elem_id="seed",
+                    )
+                    dice = gr.Button("🎲 Random", scale=1, min_width=110, elem_id="dice")
+                with gr.Accordion("Advanced: negative prompt, steps, guidance, size", open=False, elem_id="advanced"):
+                    negative = gr.Textbox("", label="Negative prompt", placeholder="what the picture should not show")
+                    steps = gr.Slider(1, MAX_STEPS, defaults.steps, step=1, label="Steps", elem_id="steps")
+                    guidance = gr.Slider(0, MAX_GUIDANCE, defaults.guidance, step=0.1, label="Guidance")
+                    with gr.Row():
+                        sides = {"minimum": MIN_SIDE, "maximum": defaults.max_size, "step": family_of(pipe).side_multiple}
+                        width = gr.Slider(value=defaults.width, label="Width", min_width=130, **sides)
+                        height = gr.Slider(value=defaults.height, label="Height", min_width=130, **sides)
+                examples = gr.Examples(
+                    EXAMPLES, [prompt, words], label="Examples: one click makes the picture", elem_id="examples",
+                    api_visibility="private", preload=False,
+                )  # fmt: skip
 
         with gr.Column(scale=7, min_width=320, elem_classes="get"):
             with gr.Row(elem_classes="pictures"):
@@ -227,7 +288,7 @@ def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
                     buttons=["download", "fullscreen"],
                     min_width=220,
                     elem_id="image",
-                    alt_text="The generated picture",
+                    alt_text="The picture",
                 )
                 annotated = gr.AnnotatedImage(
                     label="Masks · point at a word", format="png", min_width=220, elem_id="annotated"
@@ -254,14 +315,20 @@ def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
                 elem_classes="gallery",
             )
             scale = gr.HTML(None, html_template=f"${{value ? `{SCALE}` : ''}}", elem_id="scale")
+            with gr.Accordion(f"Method: {OVAM.name}", open=False, elem_id="methods") as methods:
+                method = gr.Radio(
+                    [(f"{one.name}: {one.about}", one.name) for one in ALL_METHODS.values() if desk.with_goca or not one.needs_goca],
+                    value=OVAM.name, show_label=False, container=False, elem_id="method",
+                )  # fmt: skip
             with gr.Accordion("Which steps, which resolutions, full attribution sentence", open=False, elem_id="which"):
                 with gr.Row():
                     used = gr.Textbox(
-                        "all", label="Denoising steps", info="0 is the first: all, 0-9, or 3, 5, 8", min_width=150,
+                        "", label="Denoising steps", info="0 is the first: 0-9, or 3, 5, 8, or all", min_width=150,
+                        placeholder="the model's own choice",
                         elem_id="used",
                     )  # fmt: skip
                     which = gr.CheckboxGroup(
-                        grids, value=grids, label="Attention grids", info="as shares of the image's side",
+                        grids, value=own_grid_names(pipe), label="Attention grids", info="as shares of the image's side",
                         min_width=190, elem_id="grids",
                     )  # fmt: skip
                 sentence = gr.Textbox(
@@ -280,14 +347,15 @@ def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
             archive = gr.DownloadButton("zip", visible="hidden", elem_id="archive")
 
     only_numbers(steps, guidance, width, height, tau, alpha)
-    left = [prompt, negative, seed, steps, guidance, width, height]
-    asked_by = [words, sentence, tau, alpha, crf, used, which, pick]
+    of_prompt = [prompt, negative, seed, steps, guidance, width, height]
+    left = [source, *of_prompt, *of_photo]
+    asked_by = [words, sentence, tau, alpha, crf, used, which, pick, method]
     answers = [annotated, gallery, scale, map_facts]
 
     def asked_for(made: Generation | None, request: gr.Request, *values) -> MapSettings:
-        *others, names = values
+        *others, names, chosen = values
         files = [desk.shelf.path(visitor(request), name) for name in names or ()]
-        return map_settings(made, *others, files)
+        return map_settings(made, *others, files, chosen)
 
     def answers_of(made: Generation, asked: MapSettings) -> tuple:
         maps, seconds = desk.answer(made, asked)
@@ -296,16 +364,28 @@ def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
             annotation(made.image, maps),
             gallery_items(made.image, maps),
             measures(maps),
-            f"{count} from the recording in {seconds:.2f} s, the picture untouched",
+            f"{count} by {asked.method} from the recording in {seconds:.2f} s, the picture untouched",
         )
 
     # ---- the page: what is wrong is said before anything is queued, and beside the words while they are typed
 
+    def wanted(request: gr.Request, chosen, *values) -> tuple[GenerateSettings | PhotoSettings, str | None, MapSettings]:
+        """What makes the picture, not validated yet, the file of a photograph, and what is asked."""
+        of_image, (file, *about) = values[: len(of_prompt)], values[len(of_prompt) : len(left) - 1]
+        asked = asked_for(None, request, *values[len(left) - 1 :])
+        if chosen == UPLOAD:
+            return photo_settings(pipe, *about, asked), file, asked
+        return image_settings(*of_image), None, asked
+
     def begin(request: gr.Request, *values):
         try:
-            settings = image_settings(*values[: len(left)])
-            settings.validate(pipe)
-            attributions(pipe, asked_for(None, request, *values[len(left) :]))
+            settings, file, asked = wanted(request, *values)
+            if isinstance(settings, PhotoSettings):
+                check_photo(pipe, file, settings)
+            else:
+                settings.validate(pipe)
+            check_served(pipe, asked, settings)
+            attributions(pipe, asked)
         except ValueError as error:
             raise problem(error) from None
         desk.begin(request)
@@ -313,12 +393,16 @@ def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
 
     def run(request: gr.Request, progress=gr.Progress(), *values):
         try:
-            made_key, made = desk.make(image_settings(*values), request, progress)
+            settings, file, _ = wanted(request, *values)
+            if isinstance(settings, PhotoSettings):
+                made_key, made = desk.look(file, settings, request)
+            else:
+                made_key, made = desk.make(settings, request, progress)
         except Stopped as stopped:
             return gr.skip(), gr.skip(), html.escape(str(stopped)), gr.skip()
         except ValueError as error:
             raise problem(error) from None
-        return made_key, made.image, image_facts(made), gr.Button(interactive=True)
+        return made_key, shrunk(made.image), image_facts(made), gr.Button(interactive=True)
 
     def finish():
         return gr.Button(interactive=True), gr.Button(interactive=False)
@@ -337,10 +421,12 @@ def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
 
     def wire(trigger: Callable) -> None:
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
-        begun = trigger(begin, left + asked_by, [start, halt, note], concurrency_limit=None, **quiet)
+        begun = trigger(
+            begin, left + asked_by, [start, halt, note], concurrency_id="checks", concurrency_limit=CHECKS, **quiet
+        )
         made = begun.success(
             run,
-            left,
+            left + asked_by,
             [key, image, facts, pack],
             concurrency_id="model",
             concurrency_limit=1,
@@ -353,9 +439,15 @@ def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
 
     # The maps wait neither for the model nor, in the browser, for each other: the last change wins.
     maps_queue = {"concurrency_id": "maps", "concurrency_limit": 1}
-    for trigger in (start.click, prompt.submit, examples.load_input_event.then):
+    for trigger in (start.click, prompt.submit, of_photo[1].submit, examples.load_input_event.then):
         wire(trigger)
     halt.click(desk.stop, None, None, queue=False, api_name="stop", show_progress="hidden")
+
+    def choose(chosen):
+        by_prompt = chosen != UPLOAD
+        return gr.Column(visible=by_prompt), gr.Column(visible=not by_prompt), gr.Column(visible=by_prompt), DOES.get(chosen)
+
+    source.change(choose, source, [for_prompt, for_photo, more, start], queue=False, show_progress="hidden", api_visibility="private")
 
     typed = gr.Button("Redraw", visible="hidden", elem_id="typed")
     words_or_sentence = (words, sentence, used)
@@ -366,7 +458,8 @@ def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
             window.ovamTyping = setTimeout(() => document.querySelector('#typed').click(), {WAIT_FOR_TYPING});
         }}""", api_visibility="private")  # fmt: skip
     gr.on(
-        [typed.click, *(box.submit for box in words_or_sentence), tau.change, alpha.change, crf.change, which.change, pick.change],
+        [typed.click, *(box.submit for box in words_or_sentence), tau.change, alpha.change, crf.change, which.change, pick.change,
+         method.change],
         redraw,
         [key, *asked_by],
         [*answers, note],
@@ -375,6 +468,14 @@ def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
         api_visibility="private",
         **maps_queue,
     )
+
+    def rules(chosen):
+        """What the method leaves alone cannot be moved."""
+        one = method_named(chosen)
+        floor = not isinstance(one, GocaMethod) and one.alpha < 1
+        return gr.Accordion(label=f"Method: {one.name}"), gr.Slider(interactive=floor), gr.Checkbox(interactive=one.crf)
+
+    method.change(rules, method, [methods, alpha, crf], queue=False, show_progress="hidden", api_visibility="private")
 
     def brought(file, chosen, request: gr.Request):
         """A visitor's token file: read, tried on this model, and kept to this visitor."""
@@ -396,8 +497,7 @@ def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
             maps, _ = desk.answer(made, asked)
         except ValueError as error:
             raise problem(error) from None
-        name = f"ovam-seed-{made.settings.seed}.zip"
-        return str(save_zip(Path(tempfile.mkdtemp(prefix="ovam-")) / name, made, maps, asked))
+        return str(save_zip(Path(tempfile.mkdtemp(prefix="ovam-")) / zip_name(made), made, maps, asked))
 
     pack.click(
         zip_of, [key, *asked_by], archive, show_progress="minimal", api_visibility="private", **maps_queue
@@ -419,18 +519,40 @@ def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
             raise problem(error) from None
         return made_key, made.image, image_facts(made)
 
-    def api_attribute(made_key, words, sentence, tau, alpha, crf, steps, grids, tokens, request: gr.Request):
+    def api_photograph(photo, caption, timesteps, seed, words, request: gr.Request):
+        """Records a photograph; /attribute then answers about it. Without a caption, one is made of the words. Returns the
+        image, shrunk where it is large, and a line of facts."""
+        try:
+            asked = MapSettings(words=tuple(parse_words(words)) if words else ())
+            if not (caption or asked.words):
+                raise ValueError("There is neither a caption nor a word to make one of; give one of them.")
+            settings = photo_settings(pipe, caption, timesteps, seed, asked)
+            check_photo(pipe, photo, settings)
+            made_key, made = desk.look(photo, settings, request)
+        except (ValueError, Stopped) as error:
+            raise problem(error) from None
+        return made_key, shrunk(made.image), image_facts(made)
+
+    def api_attribute(
+        made_key, words, sentence, tau, alpha, crf, steps, grids, tokens, method, request: gr.Request
+    ):
         """Masks, overlays, measures and a line of facts for any words, from this session's last image."""
         try:
             made = desk.find(made_key)
-            return answers_of(made, asked_for(made, request, words, sentence, tau, alpha, crf, steps, grids, tokens))
+            asked = asked_for(made, request, words, sentence, tau, alpha, crf, steps, grids, tokens, method)
+            return answers_of(made, asked)
         except ValueError as error:
             raise problem(error) from None
 
     with gr.Row(visible=False):
-        for_programs = gr.Button("generate"), gr.Button("attribute")
+        for_programs = gr.Button("generate"), gr.Button("attribute"), gr.Button("photograph")
+        named = gr.Textbox("", label="Words", info="what an empty caption is made of")
     for_programs[0].click(
-        api_generate, left, [key, image, facts], api_name="generate", concurrency_id="model", concurrency_limit=1
+        api_generate, of_prompt, [key, image, facts], api_name="generate", concurrency_id="model", concurrency_limit=1
     )
+    for_programs[2].click(
+        api_photograph, [*of_photo, named], [key, image, facts], api_name="photograph", concurrency_id="model",
+        concurrency_limit=1,
+    )  # fmt: skip
     for_programs[1].click(api_attribute, [key, *asked_by], answers, api_name="attribute", **maps_queue)
     return key, pick

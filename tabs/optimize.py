@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from ovam_core import plot
-from ovam_core.annotated import token_of
+from ovam_core.annotated import photo_target, token_of
 from ovam_core.evaluate import confusion, iou
 from ovam_core.generate import MAX_PROMPT, MAX_SEED, GenerateSettings, Generation, Maps, MapSettings, Stopped
-from ovam_core.heatmap import heatmaps, resize
+from ovam_core.heatmap import heatmaps
 from ovam_core.optimize import (
     IGNORE,
     RECIPES,
@@ -27,15 +27,20 @@ from ovam_core.optimize import (
     optimize,
     read_mask,
 )
+from ovam_core.photo import PhotoSettings
+from ovam_core.pipeline import own_choice
 
 from .beside import beside
 from .desk import Desk, only_numbers, problem, visitor
-from .generate import image_facts, whole
+from .generate import CHECKS, image_facts, on_screen, shrunk, whole
+from .upload import check_photo, photo_fields, photo_settings, takes_photographs
 
+MAKE, PHOTO = "Generate", "Upload a photograph"
 PAINT, STROKES, UPLOAD = "Paint the object", "A few strokes", "Upload a mask"
 OBJECT, BACKGROUND = "#e69f00", "#0072b2"
 MAX_EPOCHS = 500
 SHOW_EVERY = 0.4  # seconds between two looks at a running search
+MAX_CANVAS = 512  # pixels of a side: what the canvas is laid out for
 FIRST_PROMPT = "A photograph of a cat"
 NO_CURVE = "<h3>Loss</h3><p>The loss of every epoch will be drawn here.</p>"
 HINTS = {
@@ -114,30 +119,30 @@ def search_settings(recipe: str, epochs: Any, rate: Any) -> OptimizeSettings:
 
 
 def canvas_value(image: Image.Image) -> dict:
-    """A fresh canvas with the picture on it, large enough to paint on; read_mask brings the paint back to its size."""
-    return {"background": plot.enlarge(image), "layers": [], "composite": None}
+    """A fresh canvas with the picture on it, at a size to paint on; read_mask brings the paint back to its size."""
+    return {"background": plot.enlarge(shrunk(image, MAX_CANVAS)), "layers": [], "composite": None}
 
 
 def given_mask(image: Image.Image, labels: np.ndarray) -> Image.Image:
-    """The picture with the mask as it was understood: object and background in the two colours, the rest as it is."""
+    """The picture with the mask as it was understood: object and background in the two colours, the rest as it is.
+
+    labels: uint8 [H, W] at the picture's size.
+    """
+    image = on_screen(image)
+    labels = np.asarray(Image.fromarray(labels).resize(image.size, Image.Resampling.NEAREST))
     shown = plot.mask_overlay(image, labels == 1, OBJECT)
     return plot.mask_overlay(shown, labels == 0, BACKGROUND) if (labels == IGNORE).any() else shown
 
 
 def versus(image: Image.Image, maps: Maps) -> tuple[tuple, tuple]:
     """Heatmaps and masks of the word (first) and its token (second), as two pairs for gr.ImageSlider."""
-    large, top = plot.enlarge(image), max(maps.peaks)
+    large, top = on_screen(image), max(maps.peaks)
     heat = tuple(plot.overlay(large, one, top) for one in maps.heatmaps)
-    masks = tuple(plot.mask_overlay(large, _enlarged(mask, large.size), OBJECT) for mask in maps.masks)
+    masks = tuple(plot.mask_overlay(large, _mask_of(mask, large.size), OBJECT) for mask in maps.masks)
     return heat, masks
 
 
-def enlarged_labels(labels: np.ndarray, image: Image.Image) -> np.ndarray:
-    """Labels at the size of the enlarged picture."""
-    return np.asarray(Image.fromarray(labels).resize(plot.enlarge(image).size, Image.Resampling.NEAREST))
-
-
-def _enlarged(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _mask_of(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(plot.mask_image(mask).resize(size, Image.Resampling.NEAREST)) > 127
 
 
@@ -163,23 +168,29 @@ def curve_of(losses: list[float], settings: OptimizeSettings) -> str:
 # ------------------------------------------------------------------------------------------------- the work
 
 
+def target_of(pipe: Any, made: Generation, labels: np.ndarray) -> np.ndarray:
+    """What the search is to match: labels at the picture's size, for a photograph at the size at which the model sees it."""
+    if isinstance(made.settings, PhotoSettings):
+        return photo_target(pipe, made.image, labels, made.settings)
+    return labels
+
+
 def search(
     pipe: Any, made: Generation, labels: np.ndarray, name: str, settings: OptimizeSettings, should_stop: Callable[[], bool]
 ) -> Iterator[tuple[Epoch | Optimized, list[float]]]:
     """Runs `optimize`; gives its latest epoch every SHOW_EVERY seconds, at the end the result, with the losses so far."""
-    start, losses = initial_embedding(pipe, [name]), []
-    work = lambda report: optimize([made.recording], [labels], start, settings, report, should_stop)  # noqa: E731
+    start, losses, target = initial_embedding(pipe, [name]), [], target_of(pipe, made, labels)
+    recording = own_choice(pipe, made.recording)
+    work = lambda report: optimize([recording], [target], start, settings, report, should_stop)  # noqa: E731
     for epochs, found in beside(work, SHOW_EVERY):
         losses += [epoch.loss for epoch in epochs]
         yield (found or epochs[-1]), losses
 
 
 @torch.no_grad()
-def preview(made: Generation, embedding: torch.Tensor) -> Image.Image:
+def preview(pipe: Any, made: Generation, embedding: torch.Tensor) -> Image.Image:
     """The heatmap of the class as it is now."""
-    size = (made.image.height, made.image.width)
-    now = resize(heatmaps(made.recording, embedding), size)[1].float().cpu().numpy()
-    return plot.overlay(plot.enlarge(made.image), now, 1.0)
+    return plot.overlay(on_screen(made.image), heatmaps(own_choice(pipe, made.recording), embedding)[1].cpu().numpy(), 1.0)
 
 
 # -------------------------------------------------------------------------------------------------- the tab
@@ -193,15 +204,26 @@ def build(desk: Desk, tab: gr.Tab, from_generate: gr.State, pick: gr.Dropdown) -
     with gr.Row(elem_classes="columns"):
         with gr.Column(scale=5, min_width=320, elem_classes="give"):
             gr.HTML("<h2>1 · Picture</h2>", elem_classes="step")
-            with gr.Group():
-                prompt = gr.Textbox(FIRST_PROMPT, label="Prompt", max_length=MAX_PROMPT, elem_id="learn-prompt")
-                with gr.Row(elem_classes="seed"):
-                    seed = gr.Number(1, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=90, elem_id="learn-seed")
-            with gr.Row(elem_classes="buttons"):
-                draw = gr.Button("New picture", min_width=130, elem_id="learn-draw")
-                take = gr.Button("Use the one from Generate", min_width=130, elem_id="learn-take")
+            source = gr.Radio(
+                [MAKE, PHOTO], value=MAKE, show_label=False, container=False, elem_id="learn-source", elem_classes="ways",
+                visible=takes_photographs(desk.pipe),
+            )  # fmt: skip
+            with gr.Column(elem_classes="part") as for_prompt:
+                with gr.Group():
+                    prompt = gr.Textbox(FIRST_PROMPT, label="Prompt", max_length=MAX_PROMPT, elem_id="learn-prompt")
+                    with gr.Row(elem_classes="seed"):
+                        seed = gr.Number(
+                            1, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=90, elem_id="learn-seed"
+                        )
+                with gr.Row(elem_classes="buttons"):
+                    draw = gr.Button("New picture", min_width=130, elem_id="learn-draw")
+                    take = gr.Button("Use the one from Generate", min_width=130, elem_id="learn-take")
+            with gr.Column(visible=False, elem_classes="part") as for_photo:
+                of_photo = photo_fields("learn-photo", "the class")
+                with gr.Row(elem_classes="buttons"):
+                    use = gr.Button("Use this photograph", elem_id="learn-use")
             gr.HTML("<h2>2 · Mask</h2>", elem_classes="step")
-            way = gr.Radio([PAINT, STROKES, UPLOAD], value=PAINT, show_label=False, container=False, elem_id="way")
+            way = gr.Radio([PAINT, STROKES, UPLOAD], value=PAINT, show_label=False, container=False, elem_id="way", elem_classes="ways")
             hint = gr.HTML(HINTS[PAINT], elem_id="hint")
             canvas = gr.ImageEditor(
                 type="pil", image_mode="RGBA", format="png", sources=(), transforms=(), layers=False,
@@ -282,6 +304,37 @@ def build(desk: Desk, tab: gr.Tab, from_generate: gr.State, pick: gr.Dropdown) -
         except (ValueError, Stopped) as error:
             raise problem(error) from None
 
+    def read_photograph(file, *about_and_class):
+        *about, text = about_and_class
+        settings = photo_settings(desk.pipe, *about, MapSettings(words=(class_name(text),)))
+        check_photo(desk.pipe, file, settings)
+        return settings
+
+    def check_photograph(request: gr.Request, *values):
+        try:
+            read_photograph(*values)
+        except ValueError as error:
+            raise problem(error) from None
+        desk.begin(request)
+
+    def take_photograph(request: gr.Request, *values):
+        try:
+            return show(*desk.look(values[0], read_photograph(*values), request))
+        except (ValueError, Stopped) as error:
+            raise problem(error) from None
+
+    photo, caption, *_ = of_photo
+    gr.on(
+        [photo.upload, use.click, caption.submit], check_photograph, [*of_photo, name], None, concurrency_id="checks",
+        concurrency_limit=CHECKS, **quiet,
+    ).success(
+        take_photograph, [*of_photo, name], shown, concurrency_id="model", concurrency_limit=1, show_progress_on=canvas,
+        **private,
+    )  # fmt: skip
+    source.change(
+        lambda chosen: (gr.Column(visible=chosen != PHOTO), gr.Column(visible=chosen == PHOTO)), source,
+        [for_prompt, for_photo], queue=False, **quiet,
+    )  # fmt: skip
     take.click(take_picture, from_generate, shown, **quiet)
     tab.select(take_if_none, [key, from_generate], shown, **quiet)
     gr.on(
@@ -314,8 +367,7 @@ def build(desk: Desk, tab: gr.Tab, from_generate: gr.State, pick: gr.Dropdown) -
         except ValueError as error:
             raise problem(error) from None
         desk.begin(request)
-        understood_as = given_mask(plot.enlarge(made.image), enlarged_labels(labels, made.image))
-        return gr.Button(interactive=False), gr.Button(interactive=True), "", understood_as
+        return gr.Button(interactive=False), gr.Button(interactive=True), "", given_mask(made.image, labels)
 
     def run(request: gr.Request, *values):
         try:
@@ -323,7 +375,7 @@ def build(desk: Desk, tab: gr.Tab, from_generate: gr.State, pick: gr.Dropdown) -
             stop = desk.flag(request)
             try:
                 for state, losses in search(desk.pipe, made, labels, called, settings, stop.is_set):
-                    yield preview(made, state.embedding), curve_of(losses, settings), *[gr.skip()] * 8
+                    yield preview(desk.pipe, made, state.embedding), curve_of(losses, settings), *[gr.skip()] * 8
             finally:
                 stop.set()  # a visitor who left ends the search too
                 desk.end(request)
@@ -378,7 +430,8 @@ def build(desk: Desk, tab: gr.Tab, from_generate: gr.State, pick: gr.Dropdown) -
             made, labels, called, settings = understood(made_key, UPLOAD, None, mask, name, recipe, epochs, rate)
             desk.begin(request)
             try:
-                found = optimize([made.recording], [labels], initial_embedding(desk.pipe, [called]), settings,
+                target = target_of(desk.pipe, made, labels)
+                found = optimize([own_choice(desk.pipe, made.recording)], [target], initial_embedding(desk.pipe, [called]), settings,
                                  should_stop=desk.flag(request).is_set)  # fmt: skip
             finally:
                 desk.end(request)

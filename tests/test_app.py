@@ -40,7 +40,9 @@ def generated(client):
 
 
 def test_the_api_has_these_endpoints_and_no_other(client):
-    assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/generate", "/attribute", "/stop", "/optimize"}
+    assert set(client.view_api(return_format="dict")["named_endpoints"]) == {
+        "/generate", "/photograph", "/attribute", "/stop", "/optimize"
+    }  # fmt: skip
 
 
 def test_generate_gives_an_image_and_its_facts(generated):
@@ -71,9 +73,20 @@ def test_attribute_takes_every_setting(client, generated):
     assert asked(crf=False, tau=0.95)["mask_shares"] < plain["mask_shares"]
     assert asked(crf=False, tau=0.95)["peaks"] == plain["peaks"]
     assert asked(steps="0-1")["peaks"] != plain["peaks"]
-    assert asked(grids=["1/8"])["peaks"] != plain["peaks"]
+    assert asked(grids=["1/16"])["peaks"] != plain["peaks"]
     assert asked(sentence="a cat and a car")["peaks"] != plain["peaks"]
     assert asked(words="", sentence="a cat")["words"] == ["<SoT>", "a", "cat", "<EoT>"]
+
+
+def test_attribute_by_every_method(client, generated):
+    answers = {}
+    for name in ("DAAM", "OVAM", "GoCA", "GoCA, any word", "OVAM, GoCA's weights"):
+        _, gallery, numbers, facts = client.predict("cat, car", method=name, api_name="/attribute")
+        assert numbers["words"] == ["cat", "car"] and len(gallery) == 2 and f"2 maps by {name} from" in facts
+        answers[name] = (*numbers["peaks"], *numbers["mask_shares"])
+    assert len(set(answers.values())) == len(answers)
+    assert answers["DAAM"][:2] == answers["OVAM"][:2]  # the same maps, cut in another way
+    assert sum(answers["GoCA"][2:]) <= 1  # a pixel has one word
 
 
 def test_sessions_do_not_see_each_other(address):
@@ -105,6 +118,11 @@ BAD_WORDS = {
     "a step not run": ({"steps": "150"}, "recorded"),
     "no grids": ({"grids": []}, "resolution"),
     "a grid not there": ({"grids": ["1/3"]}, "1/3"),
+    "no such method": ({"method": "SAM"}, "SAM"),
+    "a method of 100 steps": ({"method": "Attn2Mask"}, "generate an image with 100 steps"),
+    "a method of tokens": ({"method": "OVAM + token"}, "choose a token"),
+    "a word that is not in the prompt": ({"method": "GoCA", "words": "dog"}, "'dog' does not stand"),
+    "steps of one pass": ({"method": "GoCA", "steps": "0-1"}, "name no denoising steps"),
 }
 
 
@@ -124,7 +142,7 @@ def test_bad_words(client, generated, case):
     assert "Traceback" not in str(caught.value) and "<img" not in str(caught.value)
 
 
-@pytest.mark.parametrize("wrong", [{"tau": float("nan")}, {"alpha": float("inf")}, {"tau": None}, {"tau": -1}])
+@pytest.mark.parametrize("wrong", [{"tau": float("nan")}, {"alpha": float("inf")}, {"tau": "0.4"}, {"tau": -1}])
 def test_the_functions_behind_check_for_themselves(wrong):
     with pytest.raises(ValueError, match="choose a number"):
         MapSettings(words=("cat",), **wrong).validate()
@@ -244,7 +262,7 @@ def test_a_visit(visit, tmp_path):
     set_steps(page, STEPS)
     generate_now(page)
     assert captions(page) == ["cat", "car", "animal"]
-    assert page.get_attribute("#image img", "alt") == "The generated picture"
+    assert page.get_attribute("#image img", "alt") == "The picture"
     assert page.locator("#gallery img").first.get_attribute("alt").startswith("cat · peak")
     assert f"{STEPS} steps" in page.inner_text("#facts") and "from the recording in" in page.inner_text("#map-facts")
     assert page.locator("#annotated .legend-item").all_inner_texts() == ["cat", "car", "animal"]
@@ -281,6 +299,31 @@ def test_a_visit(visit, tmp_path):
         names = set(archive.namelist())
     assert {"image.png", "heatmaps.npz", "settings.json", "overlay_grass.png", "mask_red-car.png"} <= names
     assert sources(page, "#image") == picture
+
+
+def test_another_method(visit):
+    page = visit()
+    set_steps(page, STEPS)
+    page.fill("#words textarea, #words input", "cat, car")
+    generate_now(page)
+    picture, maps, masks = (sources(page, name) for name in ("#image", "#gallery", "#annotated"))
+    page.click("#methods > button")
+    page.click("#method label:has-text('DAAM')")
+    page.wait_for_selector("#map-facts:has-text('by DAAM')")
+    page.wait_for_selector("#methods > button:has-text('Method: DAAM')")
+    assert sources(page, "#image") == picture and sources(page, "#gallery") == maps and sources(page, "#annotated") != masks
+    assert page.is_disabled("#alpha input[type=number]") and page.is_disabled("#crf input") and page.is_enabled("#tau input[type=number]")
+    page.locator("#method label").filter(has_text="GoCA: ").click()
+    page.wait_for_selector("#map-facts:has-text('by GoCA')")
+    assert sources(page, "#image") == picture and sources(page, "#gallery") != maps
+    page.wait_for_timeout(300)
+    shoot(page, "methods", full=True)
+    page.fill("#words textarea, #words input", "dog")
+    page.wait_for_selector("#note:has-text('does not stand in the sentence')")
+    page.locator("#method label").filter(has_text="OVAM: ").click()
+    wait_for_words(page, ["dog"])
+    page.wait_for_selector("#alpha input[type=number]:not([disabled])")
+    assert sources(page, "#image") == picture and not page.is_visible("#note")
 
 
 def test_a_mistake_is_said_beside_the_words(visit):

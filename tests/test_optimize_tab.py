@@ -12,7 +12,17 @@ from PIL import Image, ImageDraw
 import tabs.optimize as tab
 from ovam_core import tokens
 from ovam_core.optimize import IGNORE
-from tabs.optimize import BACKGROUND, OBJECT, PAINT, STROKES, UPLOAD, class_name, painted_mask, read_any, search_settings
+from tabs.optimize import (
+    BACKGROUND,
+    OBJECT,
+    PAINT,
+    STROKES,
+    UPLOAD,
+    class_name,
+    painted_mask,
+    read_any,
+    search_settings,
+)
 from tabs.shelf import PER_VISITOR, Shelf
 
 IMAGE = {"prompt": "A photograph of a cat", "seed": 1, "steps": 4, "guidance": 4, "width": 128, "height": 128, "negative_prompt": ""}

@@ -1,0 +1,317 @@
+"""Photographs on the page: the fields as they are read, the API, and the way of a visitor in a browser."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+
+import numpy as np
+import pytest
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from page import shoot, sources
+from PIL import Image, ImageDraw
+
+from ovam_core import tokens
+from ovam_core.annotated import photo_target
+from ovam_core.generate import GenerateSettings, MapSettings, ask, generate
+from ovam_core.optimize import OptimizeSettings, initial_embedding, optimize, read_mask
+from ovam_core.photo import PhotoSettings, photograph
+from tabs.generate import MAX_SHOWN, image_facts, on_screen, shrunk, zip_name
+from tabs.optimize import UPLOAD, agreement, canvas_value, given_mask, preview, read_any, search, target_of
+from tabs.upload import photo_settings, takes_photographs
+
+CAT = MapSettings(words=("cat", "red car"))
+
+
+def scene(width: int, height: int) -> Image.Image:
+    """Grass with an orange blob and a red box on it."""
+    picture = Image.new("RGB", (width, height), "#5a9a3c")
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((0, 0, width, height // 3), fill="#9cc9f0")
+    draw.ellipse((width // 8, height // 3, width // 2, height * 3 // 4), fill="#e69f00")
+    draw.rectangle((width * 5 // 8, height // 2, width * 7 // 8, height * 3 // 4), fill="#c02020")
+    return picture
+
+
+def turned(path, width: int, height: int) -> str:
+    """A file of the scene whose pixels lie on their side and whose EXIF orientation says so."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    scene(width, height).transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+    return str(path)
+
+
+@pytest.fixture
+def photo(tmp_path) -> str:
+    return turned(tmp_path / "cat.jpg", 300, 200)
+
+
+@pytest.fixture
+def mask(tmp_path) -> str:
+    """Of the blob, at the photograph's size."""
+    picture = Image.new("L", (300, 200))
+    ImageDraw.Draw(picture).ellipse((37, 66, 150, 150), fill=255)
+    picture.save(tmp_path / "mask.png")
+    return str(tmp_path / "mask.png")
+
+
+# ----------------------------------------------------------------------------------------------- the parts
+
+
+def test_an_empty_caption_is_made_of_the_words(tiny):
+    assert photo_settings(tiny, "", "", 3, CAT) == PhotoSettings("A photograph of a cat and a red car", (100,), 3)
+    assert photo_settings(tiny, " my\n cat ", "300, 50", 0, CAT) == PhotoSettings("my cat", (50, 300), 0)
+    sentence = MapSettings(words=("cat",), sentence="a cat on grass")
+    assert photo_settings(tiny, "", "100", 0, sentence).caption == "a cat on grass"
+
+
+@pytest.mark.parametrize("timesteps", ["1000", "many", "0-99999999"])
+def test_bad_timesteps(tiny, timesteps):
+    with pytest.raises(ValueError, match="timesteps"):
+        photo_settings(tiny, "", timesteps, 0, CAT)
+
+
+def test_only_models_that_can_are_offered(tiny):
+    class Other:
+        text_encoder_2 = object()
+
+    assert takes_photographs(tiny) and not takes_photographs(Other())
+
+
+def test_pictures_are_brought_to_the_page():
+    small, tall, long = Image.new("RGB", (128, 96)), Image.new("RGB", (1000, 3000)), Image.new("RGB", (5000, 1))
+    assert shrunk(small) is small and on_screen(small).size == (512, 384)
+    assert shrunk(tall).size == on_screen(tall).size == (round(MAX_SHOWN / 3), MAX_SHOWN)
+    assert shrunk(long).size == (MAX_SHOWN, 1)
+
+
+def test_the_line_of_facts(tiny):
+    made = photograph(tiny, scene(90, 60), PhotoSettings("<b>cat</b>", (50, 100), 4))
+    facts = image_facts(made)
+    assert "&lt;b&gt;" in facts and "timesteps 50, 100" in facts and "noise seed 4" in facts
+    assert "90 × 60 px, seen as 40 × 26" in facts and zip_name(made) == "ovam-photo-noise-4.zip"
+    assert "no caption · timestep 100 ·" in image_facts(photograph(tiny, scene(90, 60), PhotoSettings()))
+
+
+def test_a_token_is_searched_at_the_size_that_the_model_sees(tiny, mask):
+    made = photograph(tiny, scene(300, 200), PhotoSettings("A photograph of a cat"))
+    labels = read_any(UPLOAD, None, mask, (200, 300))
+    assert labels.shape == (200, 300)
+    target = target_of(tiny, made, labels)
+    assert np.array_equal(target, photo_target(tiny, made.image, labels, made.settings)) and target.shape == (26, 40)
+    settings = OptimizeSettings(epochs=3)
+    *_, (found, losses) = search(tiny, made, labels, "cat", settings, lambda: False)
+    expected = optimize([made.recording], [target], initial_embedding(tiny, ["cat"]), settings)
+    assert losses == expected.losses and np.array_equal(found.embedding, expected.embedding)
+    assert preview(tiny, made, found.embedding).size == on_screen(made.image).size == (600, 400)
+
+    made = generate(tiny, GenerateSettings.for_model(tiny, "cat", steps=2, width=64, height=64))
+    assert target_of(tiny, made, labels) is labels
+
+
+def test_the_masks_agreement_is_taken_at_full_size(tiny, mask):
+    made = photograph(tiny, scene(300, 200), PhotoSettings("A photograph of a cat"))
+    labels = read_mask(mask, (200, 300))
+    answer = ask(tiny, made, MapSettings(("cat", "car"), crf=False))
+    for ours, found in zip(agreement(answer, labels), answer.masks, strict=True):
+        expected = (found & (labels == 1)).sum() / (found | (labels == 1)).sum()
+        assert abs(ours - expected) < 1e-6
+
+
+def test_large_photographs_on_the_canvas():
+    photo, labels = Image.new("RGB", (3000, 1500), "#808080"), np.zeros((1500, 3000), np.uint8)
+    assert canvas_value(photo)["background"].size == (512, 256)
+    labels[:750] = 1
+    shown = np.asarray(given_mask(photo, labels))
+    painted = (shown == shown[0, 0]).all(-1)
+    assert shown.shape == (512, 1024, 3) and painted[:256].all() and not painted[256:].any()
+
+
+# ------------------------------------------------------------------------------------------------- the API
+
+
+@pytest.fixture(scope="module")
+def client(address, tmp_path_factory):
+    return Client(address, verbose=False, download_files=str(tmp_path_factory.mktemp("downloads")))
+
+
+def look(client, photo: str | None, **settings):
+    given = {"photo": photo and handle_file(photo), "caption": "", "timesteps": "100", "seed": 0, "words": "cat", **settings}
+    return client.predict(**given, api_name="/photograph")
+
+
+def test_a_photograph_by_the_api(client, pipe, tmp_path):
+    path = turned(tmp_path / "large.png", 1500, 1000)
+    image, facts = look(client, path, words="cat, car")
+    shown = np.asarray(Image.open(image), dtype=int)
+    assert shown.shape[:2] == (round(MAX_SHOWN / 1.5), MAX_SHOWN)
+    assert np.abs(shown - np.asarray(shrunk(scene(1500, 1000)))).max() == 0  # upright
+    assert "A photograph of a cat and a car" in facts and "1500 × 1000 px, seen as 160 × 104" in facts
+
+    _, gallery, numbers, _ = client.predict("cat, car", crf=False, api_name="/attribute")
+    assert [Image.open(one["image"]).size for one in gallery] == [(MAX_SHOWN, round(MAX_SHOWN / 1.5))] * 2
+    made = photograph(pipe, path, PhotoSettings("A photograph of a cat and a car"))
+    expected = ask(pipe, made, MapSettings(("cat", "car"), crf=False))
+    assert np.allclose(numbers["peaks"], expected.peaks, atol=1e-3)
+    assert np.allclose(numbers["mask_shares"], [one.mean() for one in expected.masks], atol=0.02)
+
+
+def test_caption_timesteps_and_seed_are_heard(client, photo):
+    def peaks(**settings):
+        look(client, photo, **settings)
+        return client.predict("cat", crf=False, api_name="/attribute")[2]["peaks"]
+
+    plain = peaks()
+    assert peaks() == plain
+    others = [peaks(caption="a boat on the sea"), peaks(timesteps="500"), peaks(timesteps="100, 200"), peaks(seed=1)]
+    assert all(one != plain for one in others)
+
+
+def test_files_that_are_refused(client, tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    scene(300, 300).save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:2000])
+    scene(20, 20).save(tmp_path / "small.png")
+    scene(900, 100).save(tmp_path / "strip.png")
+    (tmp_path / "page.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    said = {"text.png": "not a picture", "cut.jpg": "not whole", "small.png": "each side needs", "strip.png": "crop it",
+            "page.svg": "not a picture"}  # fmt: skip
+    for name, part in said.items():
+        with pytest.raises(AppError, match=part) as caught:
+            look(client, str(tmp_path / name))
+        assert "Traceback" not in str(caught.value) and str(tmp_path) not in str(caught.value)
+    with pytest.raises(AppError, match="upload one"):
+        look(client, None)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "part"),
+    [
+        ({"timesteps": "1000"}, "timesteps"),
+        ({"timesteps": "all"}, "1000 timesteps are too many"),
+        ({"timesteps": "0-200"}, "201 timesteps are too many"),
+        ({"caption": "cat " * 90}, "The caption"),
+        ({"caption": "x" * 3000}, "3,000 characters"),
+        ({"seed": -1}, "minimum"),
+        ({"words": ""}, "neither a caption nor a word"),
+        ({"words": "?!"}, "not a word"),
+    ],
+)
+def test_settings_that_are_refused(client, photo, wrong, part):
+    with pytest.raises((AppError, ValueError), match=part) as caught:
+        look(client, photo, **wrong)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_a_token_from_a_photograph_by_the_api(client, photo, mask):
+    look(client, photo)
+    file, facts = client.predict(handle_file(mask), "cat", "fast", 4, 0.1, api_name="/optimize")
+    token = tokens.load(file)
+    assert token.names == ("cat",) and token.prompt == "A photograph of a cat" and token.steps is None
+    assert json.loads(token.settings)["photo"]["timesteps"] == [100] and "4 epochs" in facts
+    shown = client.predict("cat", crf=False, tokens=["cat · yours"], api_name="/attribute")[2]
+    assert shown["words"] == ["cat", "cat (token)"]
+    square = Image.new("L", (200, 200))
+    square.save(mask)
+    with pytest.raises(AppError, match="shapes differ"):
+        client.predict(handle_file(mask), "cat", "fast", 4, 0.1, api_name="/optimize")
+
+
+# ---------------------------------------------------------------------------------------------- the browser
+
+
+def upload(page, photo: str) -> None:
+    page.click("#source label:has-text('Upload')")
+    page.wait_for_selector("#photo-file input[type=file]", state="attached")
+    page.set_input_files("#photo-file input[type=file]", photo)
+    page.wait_for_selector("#photo-file img")
+
+
+def test_a_visit_with_a_photograph(visit, tmp_path):
+    page = visit()
+    upload(page, turned(tmp_path / "cat.jpg", 1500, 1000))
+    assert not page.is_visible("#prompt") and not page.is_visible("#examples")
+    assert page.inner_text("#generate") == "Find the words"
+    page.fill("#words textarea, #words input", "cat, car")
+    page.click("#generate")
+    page.wait_for_selector("#gallery img")
+    page.wait_for_selector("#generate:not([disabled])")
+    assert page.inner_text("#generate") == "Find the words"
+    assert "“A photograph of a cat and a car”" in page.inner_text("#facts")
+    box = page.locator("#image img").bounding_box()
+    assert abs(box["width"] / box["height"] - 1.5) < 0.02
+    picture, maps = sources(page, "#image"), sources(page, "#gallery")
+
+    page.fill("#words textarea, #words input", "grass")
+    page.wait_for_function("document.querySelectorAll('#gallery .caption-label').length === 1")
+    assert sources(page, "#image") == picture and sources(page, "#gallery") != maps
+    assert "“A photograph of a cat and a car”" in page.inner_text("#facts")  # recorded once
+    shoot(page, "photo", full=True)
+
+    with page.expect_download() as download:
+        page.click("#pack")
+    assert download.value.suggested_filename == "ovam-photo-noise-0.zip"
+    download.value.save_as(tmp_path / "all.zip")
+    with zipfile.ZipFile(tmp_path / "all.zip") as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    assert {Image.open(io.BytesIO(data)).size for name, data in files.items() if name.endswith(".png")} == {(1500, 1000)}
+    about = json.loads(files["settings.json"])
+    assert about["format"] == "ovam-photo/1" and about["photo"]["caption"] == "A photograph of a cat and a car"
+
+    page.click("#source label:has-text('Generate')")
+    page.wait_for_selector("#prompt")
+    assert page.inner_text("#generate") == "Generate" and sources(page, "#image") == picture
+
+
+def test_no_photograph_is_said_at_once(visit, tmp_path):
+    page = visit()
+    page.click("#source label:has-text('Upload')")
+    page.wait_for_selector("#photo-file")
+    page.click("#generate")
+    page.wait_for_selector(".toast-body:has-text('upload one')")
+    assert page.is_disabled("#stop")
+
+
+@pytest.mark.parametrize(("name", "width", "height"), [("narrow", 390, 844), ("wide", 1280, 900)])
+def test_it_fits(visit, photo, name, width, height):
+    page = visit(width, height)
+    page.click("#source label:has-text('Upload')")
+    page.wait_for_selector("#photo-file")
+    shoot(page, f"photo-{name}-empty", full=True)
+    upload(page, photo)
+    page.click("#generate")
+    page.wait_for_selector("#gallery img")
+    page.wait_for_timeout(500)
+    shoot(page, f"photo-{name}", full=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    image, masks = page.locator("#image img").bounding_box(), page.locator("#annotated .base-image").bounding_box()
+    assert abs(image["width"] - masks["width"]) < 2 and abs(image["height"] - masks["height"]) < 2
+    over = page.locator("#annotated .mask").first.bounding_box()
+    assert all(abs(over[side] - masks[side]) < 1.5 for side in ("x", "y", "width", "height"))
+
+
+def test_a_token_from_a_photograph(visit, photo, mask):
+    page = visit()
+    page.get_by_role("tab", name="Optimize a token").click()
+    page.click("#learn-source label:has-text('Upload')")
+    page.wait_for_selector("#learn-photo-file input[type=file]", state="attached")
+    page.click("#learn-use")
+    page.wait_for_selector(".toast-body:has-text('upload one')")
+    page.set_input_files("#learn-photo-file input[type=file]", photo)  # recorded at once
+    page.wait_for_selector("#learn:not([disabled])")
+    assert "“A photograph of a cat”" in page.inner_text("#learn-facts")
+    page.wait_for_timeout(2500)  # the editor lays its canvas out anew
+    page.click("#way label:has-text('Upload')")
+    page.set_input_files("#mask-file input[type=file]", mask)
+    page.wait_for_selector("#mask-file :text('mask.png')")
+    page.click("#learn-more > button")
+    page.fill("#epochs input[type=number]", "4")
+    page.press("#epochs input[type=number]", "Tab")
+    page.click("#learn")
+    page.wait_for_selector("#verdict .verdict")
+    page.wait_for_timeout(800)
+    shoot(page, "token-photo", full=True)
+    box = page.locator("#now img").bounding_box()
+    assert abs(box["width"] / box["height"] - 1.5) < 0.02
