@@ -185,13 +185,16 @@ class Timings:
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """How a class is asked for. by: "word" or "token"."""
+    """How a class is asked for. by: "word" or "token". mark: of the text, or of the token's own numbers: an embedding
+    that is computed differs in its last bits with the number of threads.
+    """
 
     attribution: Attribution
     tau: float
     alpha: float
     branch: str = "conditional"
     by: str = "word"
+    mark: str = ""
 
 
 @dataclass(frozen=True)
@@ -304,7 +307,7 @@ def questions(pipe: Any, work: Work, settings: Any, template: str = "{}") -> dic
             attribution = attribute_words(pipe, [name], template)[0]
         except ValueError as error:
             raise ValueError(f"Neither a token nor a word fits the class '{name[:60]}': {error}") from None
-        asked[name] = Question(attribution, own.tau, own.alpha)
+        asked[name] = Question(attribution, own.tau, own.alpha, mark=template.format(name))
     return {
         name: replace(
             one,
@@ -329,7 +332,8 @@ def _tokens(pipe: Any, classes: Sequence[str], settings: Any) -> dict[str, Quest
                 continue
             joint = tokens.attribution(pipe, token)
             own = Attribution(joint.embedding, (name,), (joint.groups[row],))
-            found[name] = Question(own, token.tau, token.alpha, token.branch, "token")
+            mark = f"{row} {digest(token.embedding.float().numpy().tobytes())}"
+            found[name] = Question(own, token.tau, token.alpha, token.branch, "token", mark)
     return found
 
 
@@ -360,7 +364,7 @@ def about_model(pipe: Any, asked: dict[str, Question]) -> dict[str, str]:
             one.tau,
             one.alpha,
             one.branch,
-            digest(one.attribution.embedding.float().cpu().numpy().tobytes()),
+            one.mark,
         ]
         for name, one in asked.items()
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 from gradio_client import Client, handle_file
@@ -11,7 +13,7 @@ from PIL import Image, ImageDraw
 
 import tabs.optimize as tab
 from ovam_core import tokens
-from ovam_core.optimize import IGNORE
+from ovam_core.optimize import IGNORE, optimize
 from tabs.optimize import (
     BACKGROUND,
     OBJECT,
@@ -294,7 +296,13 @@ def test_the_whole_way(visit, searches, tmp_path):
 
 
 def test_stop_keeps_the_best(visit, searches, monkeypatch):
+    def slowly(recordings, targets, start, settings, report, should_stop):
+        """500 epochs of the embedded model may be over before the button is reached."""
+        told = lambda epoch: (time.sleep(0.03), report(epoch))  # noqa: E731
+        return optimize(recordings, targets, start, settings, told, should_stop)
+
     monkeypatch.setattr(tab, "SHOW_EVERY", 0.1)
+    monkeypatch.setattr(tab, "optimize", slowly)
     page = visit()
     open_tab(page)
     draw_picture(page)
