@@ -19,7 +19,8 @@ import torch
 from ovam_core.evaluate import best_threshold, sweep, table
 from ovam_core.heatmap import heatmaps, resize
 from ovam_core.optimize import RECIPES, OptimizeSettings, initial_embedding, optimize
-from ovam_core.pipeline import EMBEDDED, load_pipeline, own_choice
+from ovam_core.pipeline import EMBEDDED, load_pipeline
+from ovam_core.recorder import own_choice
 from ovam_core.text import words_in_sentence
 from training import annotator
 from training.annotated import SEEDS, generations

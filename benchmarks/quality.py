@@ -30,11 +30,21 @@ import torch
 from PIL import Image
 
 from ovam_core import tokens
-from ovam_core.evaluate import best_threshold, by_class, confusion, gain, interval, miou, sweep, table
+from ovam_core.evaluate import (
+    best_threshold,
+    by_class,
+    confusion,
+    gain,
+    interval,
+    miou,
+    sweep,
+    table,
+)
 from ovam_core.heatmap import attribute, resize
 from ovam_core.mask import binary_masks, densecrf, self_attention_map
 from ovam_core.methods import ATTN2MASK, DAAM, OVAM
-from ovam_core.pipeline import EMBEDDED, defaults_for, embedded_folder, load_pipeline, own_grids, own_steps
+from ovam_core.pipeline import EMBEDDED, defaults_for, embedded_folder, load_pipeline
+from ovam_core.recorder import own_grids, own_steps
 from ovam_core.text import words_in_sentence
 from training import annotator, world
 from training.annotated import SEEDS as TOKEN_SEEDS

@@ -36,7 +36,8 @@ from .optimize import (
     read_mask,
 )
 from .photo import PhotoSettings, caption_of, fitted_size, photograph, read_photo
-from .pipeline import defaults_for, own_choice
+from .pipeline import defaults_for
+from .recorder import own_choice
 from .tokens import BACKGROUND, Token
 
 METADATA = "metadata.jsonl"

@@ -43,9 +43,9 @@ from .filters import ClipScorer, Filters, reason_kinds
 from .generate import GenerateSettings, Stopped
 from .heatmap import attribute, resize
 from .mask import binary_masks, self_attention_map
-from .pipeline import defaults_for, own_grids, own_steps
+from .pipeline import defaults_for
 from .prompts import Item, Skipped, Work, match_class
-from .recorder import Recording, record
+from .recorder import Recording, own_grids, own_steps, record
 from .text import Attribution, attribute_words
 
 MAX_BATCH = 256

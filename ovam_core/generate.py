@@ -43,8 +43,8 @@ from .methods import (
     maps_and_masks,
     method_named,
 )
-from .pipeline import defaults_for, own_grids, own_steps
-from .recorder import Recording, record
+from .pipeline import defaults_for
+from .recorder import Recording, own_grids, own_steps, record
 from .text import (
     Attribution,
     attribute_sentence,
@@ -181,6 +181,7 @@ class MapSettings:
     def filled(self, pipe: Any) -> MapSettings:
         """The same with the model's own tau and alpha where none are given, or the method's where OVAM's do not hold."""
         own, method = defaults_for(pipe), method_named(self.method)
+        # The model's tau stands for the share that most methods cut at; one of another share keeps its own.
         usual = own.tau if method.tau == OVAM.tau else method.tau
         tau, alpha = (mine if given is None else given for given, mine in ((self.tau, usual), (self.alpha, own.alpha)))
         return replace(self, tau=tau, alpha=alpha)

@@ -17,9 +17,9 @@ the caption's.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,9 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from .families import Call, Family, PixArt, StableDiffusionXL, family_of
-from .heatmap import _keys, resize
+from .heatmap import layer_keys, resize
 from .pipeline import EMBEDDED
-from .recorder import Branch, LayerQueries
+from .recorder import Branch, Hooked, LayerQueries, named
 from .text import FUNCTION_WORDS, Attribution, encode_padded, words_in_sentence
 
 FAMILIES = (Family, StableDiffusionXL, PixArt)  # those whose blocks have both attentions, with a softmax each
@@ -272,7 +272,7 @@ def head_weights(hidden: Tensor, projections: Tensor) -> Tensor:
 def cross_attention(layer: LayerQueries, embedding: Tensor) -> Tensor:
     """A_n (Eq. 3 of OVAM) of each head for an attribution prompt `[L, E]`: float32 `[heads, L, n]`."""
     queries = layer.queries[0].float()
-    keys = _keys(layer, embedding.to(queries.device))
+    keys = layer_keys(layer, embedding.to(queries.device))
     return (keys @ rearrange(queries, "h n d -> h d n")).softmax(dim=-2)
 
 
@@ -470,19 +470,14 @@ class _Block:
     own: nn.Module
 
 
-class GocaRecorder:
+class GocaRecorder(Hooked):
     """Context manager made by `record_goca`. `recordings` holds one GocaRecording an image, in the order of
     `pipe(...).images`.
     """
 
     def __init__(self, pipe, branch, step, layers, reference):
-        if branch not in ("conditional", "unconditional", "all"):
-            raise ValueError(f"branch is {branch!r}: choose 'conditional', 'unconditional' or 'all'.")
-        self.recordings: list[GocaRecording] = []
-        self._pipe = pipe
-        self._branch = branch
+        super().__init__(pipe, branch)
         self._step = step
-        self._family = family_of(pipe)
         found = _blocks(self._family)
         names = [x.name for x in found]
         self._kept = _matching(names, layers)
@@ -490,7 +485,6 @@ class GocaRecorder:
             reference_layer(pipe, names) if reference is None else _matching(names, reference)[0]
         )
         self._blocks = [x for x in found if x.name in self._kept or x.name == self._reference]
-        self._handles: list = []
         self._reset()
 
     def _reset(self) -> None:
@@ -501,31 +495,13 @@ class GocaRecorder:
         self._images = slice(0)  # the wanted part of the batch
         self._caught: dict[tuple[str, str], Tensor] = {}
 
-    def __enter__(self) -> Self:
-        if self._handles:
-            raise ValueError("This recorder is already in use: make a new one with record_goca(pipe).")
-        self._reset()
-        self.recordings = []
-        on = self._handles.append
-        self._listener = self._family.listen()
-        on(self._listener)
+    def _attach(self, on: Callable[[Any], None]) -> None:
         on(self._family.denoiser.register_forward_pre_hook(self._on_call, with_kwargs=True))
         for block in self._blocks:
             on(block.cross.to_q.register_forward_hook(self._after(block.name, "queries")))
             on(block.cross.to_out[0].register_forward_pre_hook(self._before(block.name, "hidden")))
             on(block.own.to_q.register_forward_hook(self._after(block.name, "own queries")))
             on(block.own.to_k.register_forward_hook(self._after(block.name, "own keys")))
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        try:
-            if kind is None:
-                self.recordings = self._finish()
-        finally:
-            self._reset()
 
     # What the hooks do. None of them returns a value, so none changes what the model computes.
 
@@ -557,18 +533,6 @@ class GocaRecorder:
             goal = NOISE * scheduler.config.num_train_timesteps
             self._wanted = min(scheduler.timesteps.tolist(), key=lambda t: abs(t - goal))
         return float(torch.as_tensor(call.timestep).flatten()[0]) == self._wanted
-
-    def _wanted_images(self, batch: int) -> slice:
-        if self._branch == "all":
-            return slice(0, batch)
-        if not self._listener.guided:
-            if self._branch == "unconditional":
-                raise ValueError(
-                    "Without guidance there is no unconditional half: record the conditional branch."
-                )
-            return slice(0, batch)
-        half = batch // 2  # diffusers concatenates [negative, positive]
-        return slice(half, batch) if self._branch == "conditional" else slice(0, half)
 
     # From what was caught to recordings.
 
@@ -669,9 +633,9 @@ def _blocks(family: Family) -> list[_Block]:
 
 
 def _matching(names: Sequence[str], parts: Iterable[str] | str | None) -> list[str]:
-    """The names that contain one of `parts`; those of the mid block only when a part says so."""
-    parts = [parts] if isinstance(parts, str) else [""] if parts is None else list(parts)
-    found = [x for x in names if any(p in x and ("mid_block" in p or "mid_block" not in x) for p in parts)]
+    """`named`, but at least one."""
+    found = named(names, parts, str)
     if not found:
-        raise ValueError(f"No layer matches {', '.join(parts)}: choose among {', '.join(names)}.")
+        wanted = ", ".join([parts] if isinstance(parts, str) else parts or ())
+        raise ValueError(f"No layer matches {wanted}: choose among {', '.join(names)}.")
     return found

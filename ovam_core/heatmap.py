@@ -74,7 +74,7 @@ def _heatmaps(recording: Recording, embeddings: list[Tensor]) -> list[Tensor]:
         stacked = torch.cat([x.to(device) for x in embeddings])
         grids: dict[tuple[int, int], Tensor | int] = {}
         for layer in recording.layers:
-            sums = _layer_sums(layer, _keys(layer, stacked), sizes)
+            sums = _layer_sums(layer, layer_keys(layer, stacked), sizes)
             grid = layer.height, layer.width
             grids[grid] = grids.get(grid, 0) + rearrange(sums, "l (h w) -> l h w", h=layer.height)
         # Resizing is linear: once a grid, after the sum over layers, steps and heads.
@@ -88,7 +88,7 @@ def _compute_device(recording: Recording, embedding: Tensor) -> torch.device:
     return embedding.device if stored.type == "cpu" else stored
 
 
-def _keys(layer: LayerQueries, embedding: Tensor) -> Tensor:
+def layer_keys(layer: LayerQueries, embedding: Tensor) -> Tensor:
     """Eq. 4: the layer's keys, float32 `[heads, L, d]`, times the softmax's scale, on the embedding's device.
 
     The layer may be elsewhere than the queries (CPU offload) and in another dtype.

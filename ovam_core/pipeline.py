@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from .families import family_of
-from .recorder import Recording
 
 EMBEDDED = "emoji-voc"
 DEFAULT_HUB_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -89,25 +88,6 @@ def defaults_for(pipe_or_name) -> ModelDefaults:
     factor = pipe_or_name.vae_scale_factor
     height, width = height * factor, width * factor
     return ModelDefaults(family.steps, family.guidance, height, width, max_size=2 * max(height, width))
-
-
-def own_choice(pipe, recording: Recording) -> Recording:
-    """The part of a recording that the model's defaults name: its grids and its timesteps."""
-    return own_steps(pipe, own_grids(pipe, recording))
-
-
-def own_grids(pipe, recording: Recording) -> Recording:
-    """The recording with the attention grids that the model's defaults name; with all where they name none of them."""
-    strides, side = defaults_for(pipe).strides, max(recording.image_size)
-    wanted = [one for one in recording.resolutions if strides is not None and round(side / one) in strides]
-    return recording.select(resolutions=wanted or None)
-
-
-def own_steps(pipe, recording: Recording) -> Recording:
-    """The recording without the steps that are noisier than the model's defaults want; with all where none is left."""
-    noisiest = defaults_for(pipe).noisiest
-    pairs = zip(recording.step_indices, recording.timesteps, strict=True)
-    return recording.select(steps=[step for step, timestep in pairs if timestep <= noisiest] or None)
 
 
 def embedded_folder() -> Path:

@@ -12,14 +12,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
 
 from .families import Call, family_of
+from .pipeline import defaults_for
 
 Branch = Literal["conditional", "unconditional", "all"]
+BRANCHES = get_args(Branch)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +106,7 @@ class Recording:
         are copied. Column sums follow `steps` only. The heatmap size stays.
         Raises ValueError when nothing is left.
         """
-        kept = _named(self.layers, _strings(layers))
+        kept = named(self.layers, layers, lambda x: x.name)
         if resolutions is not None:
             wanted = set(resolutions)
             kept = [x for x in kept if x.resolution in wanted]
@@ -138,6 +140,25 @@ class Recording:
         )
 
 
+def own_choice(pipe, recording: Recording) -> Recording:
+    """The part of a recording that the model's defaults name: its grids and its timesteps."""
+    return own_steps(pipe, own_grids(pipe, recording))
+
+
+def own_grids(pipe, recording: Recording) -> Recording:
+    """The recording with the attention grids that the model's defaults name; with all where they name none of them."""
+    strides, side = defaults_for(pipe).strides, max(recording.image_size)
+    wanted = [one for one in recording.resolutions if strides is not None and round(side / one) in strides]
+    return recording.select(resolutions=wanted or None)
+
+
+def own_steps(pipe, recording: Recording) -> Recording:
+    """The recording without the steps that are noisier than the model's defaults want; with all where none is left."""
+    noisiest = defaults_for(pipe).noisiest
+    pairs = zip(recording.step_indices, recording.timesteps, strict=True)
+    return recording.select(steps=[step for step, timestep in pairs if timestep <= noisiest] or None)
+
+
 def record(
     pipe,
     *,
@@ -169,25 +190,68 @@ def record(
     return Recorder(pipe, branch, steps, layers, resolutions, self_attention, offload, dtype)
 
 
-class Recorder:
+class Hooked:
+    """A context manager whose hooks listen to one call of a pipeline; what it caught are its `recordings`.
+
+    A subclass says what to hook (`_attach`), what to forget (`_reset`) and what was caught (`_finish`).
+    """
+
+    def __init__(self, pipe: Any, branch: Branch):
+        if branch not in BRANCHES:
+            raise ValueError(f"branch is {branch!r}: choose 'conditional', 'unconditional' or 'all'.")
+        self.recordings: list = []
+        self._pipe = pipe
+        self._branch = branch
+        self._family = family_of(pipe)
+        self._handles: list = []
+
+    def __enter__(self) -> Self:
+        if self._handles:
+            raise ValueError("This recorder is already in use: make a new one.")
+        self._reset()
+        self.recordings = []
+        self._listener = self._family.listen()
+        self._handles.append(self._listener)
+        self._attach(self._handles.append)
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        try:
+            if kind is None:
+                self.recordings = self._finish()
+        finally:
+            self._reset()
+
+    def _wanted_images(self, batch: int) -> slice:
+        """The part of the denoiser's batch that the branch means."""
+        if self._branch == "all":
+            return slice(0, batch)
+        if not self._listener.guided:
+            if self._branch == "unconditional":
+                raise ValueError(
+                    "Without guidance there is no unconditional half: record the conditional branch."
+                )
+            return slice(0, batch)
+        half = batch // 2  # diffusers concatenates [negative, positive]
+        return slice(half, batch) if self._branch == "conditional" else slice(0, half)
+
+
+class Recorder(Hooked):
     """Context manager made by `record`. `recordings` holds one Recording an image, in the order of `pipe(...).images`."""
 
     def __init__(self, pipe, branch, steps, layers, resolutions, self_attention, offload, dtype):
-        if branch not in ("conditional", "unconditional", "all"):
-            raise ValueError(f"branch is {branch!r}: choose 'conditional', 'unconditional' or 'all'.")
-        self.recordings: list[Recording] = []
-        self._pipe = pipe
-        self._branch = branch
+        super().__init__(pipe, branch)
         self._steps = None if steps is None else frozenset(steps)
         self._resolutions = None if resolutions is None else frozenset(resolutions)
         self._offload = offload
         self._dtype = dtype
-        self._family = family_of(pipe)
         self._cross, self._self = self._family.attentions()
-        self._kept_names = {name for name, _ in _named(self._cross.items(), _strings(layers), lambda x: x[0])}
+        self._kept_names = set(named(self._cross, layers, str))
         if not self_attention:
             self._self = {}
-        self._handles: list = []
         self._reset()
 
     def _reset(self) -> None:
@@ -204,31 +268,13 @@ class Recorder:
         self._waiting: dict[str, Tensor] = {}  # self-attention queries until their keys come
         self._sums: dict[str, list[Tensor]] = {}
 
-    def __enter__(self) -> Self:
-        if self._handles:
-            raise ValueError("This recorder is already in use: make a new one with record(pipe).")
-        self._reset()
-        self.recordings = []
-        on = self._handles.append
-        self._listener = self._family.listen()
-        on(self._listener)
+    def _attach(self, on: Callable[[Any], None]) -> None:
         on(self._family.denoiser.register_forward_pre_hook(self._on_call, with_kwargs=True))
         for name, attention in self._cross.items():
             on(attention.to_q.register_forward_hook(self._hook(self._on_query, name, attention)))
         for name, attention in self._self.items():
             on(attention.to_q.register_forward_hook(self._hook(self._on_self_query, name, attention)))
             on(attention.to_k.register_forward_hook(self._hook(self._on_self_key, name, attention)))
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        try:
-            if kind is None:
-                self.recordings = self._finish()
-        finally:
-            self._reset()
 
     # What the hooks do. None of them returns a value, so none changes what the model computes.
 
@@ -252,18 +298,6 @@ class Recorder:
             timestep = self._call.timestep
             self._timesteps.append(timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep)
             self._step_indices.append(self._number)
-
-    def _wanted_images(self, batch: int) -> slice:
-        if self._branch == "all":
-            return slice(0, batch)
-        if not self._listener.guided:
-            if self._branch == "unconditional":
-                raise ValueError(
-                    "Without guidance there is no unconditional half: record the conditional branch."
-                )
-            return slice(0, batch)
-        half = batch // 2  # diffusers concatenates [negative, positive]
-        return slice(half, batch) if self._branch == "conditional" else slice(0, half)
 
     def _on_query(self, name, attention, query) -> None:
         grid = self._family.grid(query.shape[1], self._call)
@@ -348,19 +382,15 @@ class Recorder:
         ]
 
 
-def _named(items, parts: list[str] | None, name_of=lambda x: x.name) -> list:
-    """Those of `items` whose name contains one of `parts`; the mid block only when a part says so."""
-    parts = [""] if parts is None else parts
+def named(items: Iterable, parts: Iterable[str] | str | None, name_of: Callable[[Any], str]) -> list:
+    """Those of `items` whose name contains one of `parts` (None: any); the mid block only when a part says so."""
+    # A lone string is one name, not an iterable of letters.
+    parts = [parts] if isinstance(parts, str) else [""] if parts is None else list(parts)
 
     def wanted(name: str) -> bool:
         return any(part in name and ("mid_block" in part or "mid_block" not in name) for part in parts)
 
     return [x for x in items if wanted(name_of(x))]
-
-
-def _strings(values: Iterable[str] | str | None) -> list[str] | None:
-    """A lone string is one name, not an iterable of letters."""
-    return [values] if isinstance(values, str) else None if values is None else list(values)
 
 
 def _by_image(steps: list[Tensor]) -> list[Tensor]:

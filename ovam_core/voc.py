@@ -62,10 +62,9 @@ from .photo import (
     read_photo,
     record_image,
 )
-from .pipeline import own_choice
 from .plot import VOC_CLASSES
 from .prompts import MAX_SEED, Item, Work, check_classes, find_classes, match_class
-from .recorder import Recording, record
+from .recorder import Recording, own_choice, record
 
 FORMAT = "ovam-evaluate/1"
 RUN = "evaluation"  # what messages call it

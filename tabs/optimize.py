@@ -15,7 +15,15 @@ from PIL import Image
 from ovam_core import plot
 from ovam_core.annotated import photo_target, token_of
 from ovam_core.evaluate import confusion, iou
-from ovam_core.generate import MAX_PROMPT, MAX_SEED, GenerateSettings, Generation, Maps, MapSettings, Stopped
+from ovam_core.generate import (
+    MAX_PROMPT,
+    MAX_SEED,
+    GenerateSettings,
+    Generation,
+    Maps,
+    MapSettings,
+    Stopped,
+)
 from ovam_core.heatmap import heatmaps
 from ovam_core.optimize import (
     IGNORE,
@@ -28,7 +36,7 @@ from ovam_core.optimize import (
     read_mask,
 )
 from ovam_core.photo import PhotoSettings
-from ovam_core.pipeline import own_choice
+from ovam_core.recorder import own_choice
 
 from .beside import beside
 from .desk import Desk, only_numbers, problem, visitor

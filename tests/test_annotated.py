@@ -13,9 +13,23 @@ from PIL import Image
 from ovam_core import tokens
 from ovam_core.__main__ import main
 from ovam_core.annotated import Example, by_class, check_same, learn, read_folder
-from ovam_core.generate import GenerateSettings, MapSettings, ask, branch_for, generate, load_settings
-from ovam_core.optimize import RECIPES, OptimizeSettings, initial_embedding, optimize, read_mask
-from ovam_core.pipeline import load_pipeline, own_choice
+from ovam_core.generate import (
+    GenerateSettings,
+    MapSettings,
+    ask,
+    branch_for,
+    generate,
+    load_settings,
+)
+from ovam_core.optimize import (
+    RECIPES,
+    OptimizeSettings,
+    initial_embedding,
+    optimize,
+    read_mask,
+)
+from ovam_core.pipeline import load_pipeline
+from ovam_core.recorder import own_choice
 from ovam_core.tokens import Token
 
 QUICK = ["--model", "emoji-voc", "--device", "cpu"]

@@ -17,8 +17,8 @@ from PIL import Image
 from ovam_core import photo
 from ovam_core.heatmap import attribute, resize
 from ovam_core.mask import self_attention_map
-from ovam_core.pipeline import EMBEDDED, defaults_for, load_pipeline, own_choice
-from ovam_core.recorder import Recording, record
+from ovam_core.pipeline import EMBEDDED, defaults_for, load_pipeline
+from ovam_core.recorder import Recording, own_choice, record
 from ovam_core.text import words_in_sentence
 from training import annotator, world
 from training.nouns import VOC_CLASSES, VOC_NOUNS
