@@ -10,15 +10,18 @@ import torch
 from PIL import Image
 
 from benchmarks import optimize as optimize_table
-from benchmarks import quality
+from benchmarks import quality, rendered
 from ovam_core import tokens
 from ovam_core.evaluate import confusion
 from ovam_core.heatmap import attribute
 from ovam_core.mask import make_masks
 from ovam_core.optimize import initial_embedding
+from ovam_core.photo import record_image
 from ovam_core.pipeline import load_pipeline
+from ovam_core.recorder import own_choice
+from ovam_core.text import words_in_sentence
 from ovam_core.tokens import Token
-from training import annotated
+from training import annotated, backgrounds, world
 from training.nouns import VOC_CLASSES
 
 CLASSES = ("bird", "potted plant")
@@ -59,12 +62,16 @@ def test_smoke_subset_of_the_quality_tables(pipe, tmp_path, shelf, capsys):
     assert list(figures["sets"]) == ["voc-sim", "captions"]
     for one in figures["sets"].values():
         methods = {(row["name"], row["asked"]) for row in one["rows"] if row["table"] == "Methods"}
-        assert methods == {(name, asked) for name in ("DAAM", "OVAM", "Attn2Mask") for asked in ("name", "token")}
+        assert methods == {(name, asked) for name in ("DAAM", "OVAM", "OVAM, own tau", "Attn2Mask") for asked in ("name", "token")}
         assert {row["table"] for row in one["rows"]} == {"Methods", "Post-processing", "Resolutions", "Steps", "Alpha"}
         assert sum(row["table"] == "Resolutions" for row in one["rows"]) == 14
         for row in one["rows"]:
             assert 0 <= row["low"] <= row["miou"] <= row["high"] <= 100 or row["n"] < 5
             assert 0 <= row["best_miou"] <= 100
+    apart = {row["name"]: row for row in figures["rendered"]}
+    assert {"OVAM, name", "OVAM, token", "GoCA", "GoCA without propagation", "GoCA + token"} <= set(apart)
+    assert all(0 <= row["miou"] <= 100 and row["n"] == 2 for row in apart.values()) and apart["OVAM, name"]["over"][0] == 0
+    assert "GoCA without rescaling" in text and "exact masks" in text
     assert "Token over name" in text and "Attn2Mask, token" in text and " nan" not in text
 
     # Again: nothing is generated, and the figures are the same.
@@ -103,7 +110,7 @@ def test_a_row_is_the_packages_own_mask(pipe, shelf):
     ((image, recording),) = annotated.generations(pipe, ["A photograph of a bird"], [7], steps=3)
     loaded = {name: tokens.load(shelf / tokens.file_name([name])) for name in CLASSES}
     asked = quality.asked_of(pipe, "bird", loaded)
-    rows = [row for row in quality.main_rows(3, [16, 8, 4]) if row.table == "Methods" or row.resolutions == (16, 8)]
+    rows = [row for row in quality.main_rows(3, [16, 8, 4], quality.own_cuts(pipe)) if row.table == "Methods" or row.resolutions == (16, 8)]
     truth = stand_in([image])[0] == 3
     with torch.no_grad():
         results = quality.evaluate(pipe, image, recording, truth, asked, rows)
@@ -112,6 +119,25 @@ def test_a_row_is_the_packages_own_mask(pipe, shelf):
             maps = attribute(part, asked[row.asked])
             mask = make_masks(part, maps, image, tau=row.tau, alpha=row.alpha, crf=row.crf)[0]
             assert results[row.key]["counts"] == confusion(mask, truth).tolist()
+
+
+def test_the_rendered_scenes_are_measured_by_the_packages_own_masks(pipe, shelf):
+    """A row's counts are those of masks made by hand; the caption lists the objects and the place."""
+    loaded = {name: tokens.load(shelf / tokens.file_name([name])) for name in CLASSES}
+    ((seed, made),) = rendered.scenes(1, CLASSES)
+    assert set(made.nouns) == set(CLASSES) and seed >= rendered.FIRST_SCENE
+    caption = rendered.caption_for(made)
+    assert all(name in caption for name in CLASSES) and backgrounds.BACKGROUNDS[made.background][0] in caption
+    found = {row["name"]: row for row in rendered.measure(pipe, loaded, 1)}
+    picture = Image.fromarray(made.image)
+    recording = own_choice(pipe, record_image(pipe, picture, caption, seed=seed))
+    scores = []
+    for name in made.nouns:
+        maps = attribute(recording, words_in_sentence(pipe, f"A photograph of a {name}", [name]))
+        mask = make_masks(recording, maps, picture, tau=0.4, alpha=0.85, crf=True)[0]
+        truth = made.labels == world.LABELS[name]
+        scores.append((mask & truth).sum() / (mask | truth).sum())
+    assert found["OVAM, name"]["miou"] == pytest.approx(100 * np.mean(scores))
 
 
 def test_seeds_and_captions_of_the_tables(tmp_path, shelf):
