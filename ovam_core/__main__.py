@@ -11,6 +11,7 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import transformers
@@ -19,9 +20,12 @@ from tqdm import tqdm
 from .annotated import METADATA, Example, by_class, learn, photo_settings, read_folder
 from .dataset import FORMATS, SHEET
 from .export import LIBRARY, ExportSettings, Progress, export, launched, measure, plan
+from .families import family_of
 from .filters import ClipScorer, Filters
 from .generate import (
     GenerateSettings,
+    Generation,
+    Made,
     MapSettings,
     ask,
     attributions,
@@ -72,24 +76,11 @@ def parser() -> argparse.ArgumentParser:
         description="Makes an image and writes it with a heatmap, an overlay and a mask for each word.",
     )
     one.add_argument("prompt", nargs="?", help="what the picture shows")
-    one.add_argument("--words", nargs="+", metavar="WORD", help="words to look for; quote phrases: 'red bus'")
-    one.add_argument("--attribution", metavar="SENTENCE", help="a full sentence to attribute; --words picks from it")
-    one.add_argument("--token", nargs="+", metavar="FILE", help="token files whose classes to look for")
-    one.add_argument("--out", required=True, metavar="DIR", help="folder for the files")
-    one.add_argument("--settings", metavar="FILE", help="a settings.json to make again; other options change it")
-    one.add_argument("--model", help="emoji-voc, a diffusers hub id or a folder")
-    one.add_argument("--device", help="cuda, mps or cpu")
+    add_asked(one)
+    add_model(one)
     one.add_argument("--seed", type=int)
-    one.add_argument("--steps", type=int, help="denoising steps")
-    one.add_argument("--guidance", type=float, help="guidance scale")
-    one.add_argument("--negative-prompt", metavar="TEXT")
-    one.add_argument("--size", metavar="WxH", help="pixels, multiples of 8, for example 128x96")
-    one.add_argument("--tau", type=float, help="threshold of the masks, 0 to 1 (the model's; tokens: their own)")
-    one.add_argument("--alpha", type=float, help="floor of the self-attention map, 0 to 1 (the model's; tokens: their own)")
-    one.add_argument("--no-crf", action="store_true", default=None, help="masks without the dense CRF")
+    add_run(one)
     one.add_argument("--timesteps", metavar="LIST", help="denoising steps to use for the maps, for example 0-9,14")
-    one.add_argument("--resolutions", metavar="LIST", nargs="+", help="attention grids to use, for example 16,8")
-    one.add_argument("--method", metavar="NAME", help=METHOD_HELP)
     one.set_defaults(run=run_generate)
     add_photo(commands)
     add_optimize(commands)
@@ -97,6 +88,39 @@ def parser() -> argparse.ArgumentParser:
     add_export(commands)
     add_evaluate(commands)
     return top
+
+
+def add_model(one: argparse.ArgumentParser) -> None:
+    """Options of every command that loads a model."""
+    one.add_argument("--model", help="emoji-voc, a diffusers hub id or a folder")
+    one.add_argument("--device", help="cuda, mps or cpu")
+
+
+def add_run(one: argparse.ArgumentParser) -> None:
+    """Options of the commands that draw images of any size."""
+    add_sampling(one)
+    one.add_argument("--size", metavar="WxH", help="pixels, multiples of 8, for example 128x96")
+
+
+def add_sampling(one: argparse.ArgumentParser) -> None:
+    """Options of every command that draws images."""
+    one.add_argument("--negative-prompt", metavar="TEXT")
+    one.add_argument("--steps", type=int, help="denoising steps")
+    one.add_argument("--guidance", type=float, help="guidance scale")
+
+
+def add_asked(one: argparse.ArgumentParser) -> None:
+    """What `generate` and `photo` ask of one picture, and where the answers go."""
+    one.add_argument("--words", nargs="+", metavar="WORD", help="words to look for; quote phrases: 'red bus'")
+    one.add_argument("--attribution", metavar="SENTENCE", help="a full sentence to attribute; --words picks from it")
+    one.add_argument("--token", nargs="+", metavar="FILE", help="token files whose classes to look for")
+    one.add_argument("--out", required=True, metavar="DIR", help="folder for the files")
+    one.add_argument("--settings", metavar="FILE", help="a settings.json of this command to use again; other options change it")
+    one.add_argument("--tau", type=float, help="threshold of the masks, 0 to 1 (the model's; tokens: their own)")
+    one.add_argument("--alpha", type=float, help="floor of the self-attention map, 0 to 1 (the model's; tokens: their own)")
+    one.add_argument("--no-crf", action="store_true", default=None, help="masks without the dense CRF")
+    one.add_argument("--resolutions", metavar="LIST", nargs="+", help="attention grids to use, for example 16,8")
+    one.add_argument("--method", metavar="NAME", help=METHOD_HELP)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -140,32 +164,12 @@ def run_generate(options: argparse.Namespace) -> None:
     about_maps = given_maps(options)
     if options.timesteps is not None:
         about_maps["steps"] = parse_numbers(options.timesteps, "timesteps")
-    words = None if options.words is None else ", ".join(options.words)
-
-    if options.settings is not None:
-        wanted, asked, model, device = load_settings(options.settings)
-        wanted, asked = replace(wanted, **about_image), replace(asked, **about_maps)
-        if words is not None or options.attribution is not None:
-            fresh = MapSettings.from_text(words or "", options.attribution or "")
-            asked = replace(asked, words=fresh.words, sentence=fresh.sentence)
-        model, device = options.model or model, options.device or device
-        asked.validate()
-        pipe = load_pipeline(model, device)
-    else:
-        if options.prompt is None:
-            raise ValueError("The prompt is missing; describe the picture in a few words.")
-        asked = MapSettings.from_text(words or "", options.attribution or "", **about_maps)
-        asked.validate()
-        pipe = load_pipeline(options.model, options.device)
-        wanted = GenerateSettings.for_model(pipe, **about_image)
-
-    if asked.tokens:  # a number that is given holds for all
-        asked = replace(asked, **given(token_tau=options.tau, token_alpha=options.alpha))
-    asked = asked.filled(pipe)
-    wanted.validate(pipe)
-    check_served(pipe, asked, wanted)
-    attributions(pipe, asked)  # a word that the encoder refuses is better known before the image than after it
-    make_folder(options.out)
+    if options.settings is None and options.prompt is None:
+        raise ValueError("The prompt is missing; describe the picture in a few words.")
+    before, asked, model, device = read_asked(options, about_maps, GenerateSettings)
+    pipe = load_pipeline(model, device)
+    wanted = GenerateSettings.for_model(pipe, **about_image) if before is None else replace(before, **about_image)
+    asked = check_asked(pipe, wanted, asked, options)
     made = generate(
         pipe,
         wanted,
@@ -173,11 +177,47 @@ def run_generate(options: argparse.Namespace) -> None:
         branch=branch_for(asked),
         with_goca=method_named(asked.method).needs_goca,
     )
+    answer(pipe, made, asked, options.out)
+    print(f"seed {wanted.seed}, {wanted.steps} steps, {made.seconds:.1f} s on {made.device}: {options.out}")
+
+
+def read_asked(options: argparse.Namespace, about_maps: dict, kind: type[Made]) -> tuple[Made | None, MapSettings, str, str]:
+    """What made the picture (None without --settings), what to ask of it, the model and the device."""
+    words = "" if options.words is None else ", ".join(options.words)
+    if options.settings is None:
+        asked = MapSettings.from_text(words, options.attribution or "", **about_maps)
+        before, model, device = None, options.model, options.device
+    else:
+        before, asked, model, device = load_settings(options.settings, kind)
+        asked = replace(asked, **about_maps)
+        if options.words is not None or options.attribution is not None:
+            fresh = MapSettings.from_text(words, options.attribution or "")
+            asked = replace(asked, words=fresh.words, sentence=fresh.sentence)
+        model, device = options.model or model, options.device or device
+    asked.validate()
+    return before, asked, model, device
+
+
+def check_asked(pipe: Any, wanted: Made, asked: MapSettings, options: argparse.Namespace) -> MapSettings:
+    """The same with the model's own numbers, once everything is known to work: better before the image than after it."""
+    if asked.tokens:  # a number that is given holds for all
+        asked = replace(asked, **given(token_tau=options.tau, token_alpha=options.alpha))
+    asked = asked.filled(pipe)
+    wanted.validate(pipe)
+    check_served(pipe, asked, wanted)
+    attributions(pipe, asked)
+    make_folder(options.out)
+    return asked
+
+
+def answer(pipe: Any, made: Generation, asked: MapSettings, folder: str) -> None:
+    """Maps and masks, written and listed."""
     maps = ask(pipe, made, asked)
-    save(options.out, made, maps, asked)
+    save(folder, made, maps, asked)
     for label, peak in zip(maps.labels, maps.peaks, strict=True):
         print(f"{label}: peak {peak:.2f}")
-    print(f"seed {wanted.seed}, {wanted.steps} steps, {made.seconds:.1f} s on {made.device}: {options.out}")
+    if about := family_of(pipe).about:
+        print(about)
 
 
 # --------------------------------------------------------------------------------------- photographs
@@ -193,20 +233,10 @@ def add_photo(commands: argparse._SubParsersAction) -> None:
     )
     one.add_argument("image", metavar="IMAGE", help="the photograph: JPEG, PNG, or what else Pillow reads")
     one.add_argument("--caption", metavar="TEXT", help="what it shows (lists the words); '' for none")
-    one.add_argument("--words", nargs="+", metavar="WORD", help="words to look for; quote phrases: 'red bus'")
-    one.add_argument("--attribution", metavar="SENTENCE", help="a full sentence to attribute; --words picks from it")
-    one.add_argument("--token", nargs="+", metavar="FILE", help="token files whose classes to look for")
-    one.add_argument("--out", required=True, metavar="DIR", help="folder for the files")
-    one.add_argument("--settings", metavar="FILE", help="a settings.json of this command to use again; other options change it")
-    one.add_argument("--model", help="emoji-voc, a diffusers hub id or a folder")
-    one.add_argument("--device", help="cuda, mps or cpu")
+    add_asked(one)
+    add_model(one)
     add_noise(one)
     one.add_argument("--seed", type=int, help="of the noise (0)")
-    one.add_argument("--tau", type=float, help="threshold of the masks, 0 to 1 (the model's; tokens: their own)")
-    one.add_argument("--alpha", type=float, help="floor of the self-attention map, 0 to 1 (the model's; tokens: their own)")
-    one.add_argument("--no-crf", action="store_true", default=None, help="masks without the dense CRF")
-    one.add_argument("--resolutions", metavar="LIST", nargs="+", help="attention grids to use, for example 16,8")
-    one.add_argument("--method", metavar="NAME", help=METHOD_HELP)
     one.set_defaults(run=run_photo)
 
 
@@ -229,34 +259,15 @@ def given_noise(options: argparse.Namespace) -> dict:
 def run_photo(options: argparse.Namespace) -> None:
     """Reads everything, refuses what is wrong, and only then loads the model."""
     about_photo = given(caption=options.caption, seed=options.seed) | given_noise(options)
-    about_maps = given_maps(options)
-    words = None if options.words is None else ", ".join(options.words)
     photo = read_photo(options.image)
-    if options.settings is not None:
-        wanted, asked, model, device = load_settings(options.settings, PhotoSettings)
-        wanted, asked = replace(wanted, **about_photo), replace(asked, **about_maps)
-        if words is not None or options.attribution is not None:
-            fresh = MapSettings.from_text(words or "", options.attribution or "")
-            asked = replace(asked, words=fresh.words, sentence=fresh.sentence)
-        model, device = options.model or model, options.device or device
-    else:
-        asked = MapSettings.from_text(words or "", options.attribution or "", **about_maps)
-        wanted = PhotoSettings(**{"caption": default_caption(asked), **about_photo})
-        model, device = options.model, options.device
-    asked.validate()
-    if asked.tokens:  # a number that is given holds for all
-        asked = replace(asked, **given(token_tau=options.tau, token_alpha=options.alpha))
+    before, asked, model, device = read_asked(options, given_maps(options), PhotoSettings)
+    if before is None:
+        before = PhotoSettings(caption=default_caption(asked))
+    wanted = replace(before, **about_photo)
     pipe = load_pipeline(model, device)
-    asked = asked.filled(pipe)
-    wanted.validate(pipe)
-    check_served(pipe, asked, wanted)
-    attributions(pipe, asked)
-    make_folder(options.out)
+    asked = check_asked(pipe, wanted, asked, options)
     made = photograph(pipe, photo, wanted, with_goca=method_named(asked.method).needs_goca)
-    maps = ask(pipe, made, asked)
-    save(options.out, made, maps, asked)
-    for label, peak in zip(maps.labels, maps.peaks, strict=True):
-        print(f"{label}: peak {peak:.2f}")
+    answer(pipe, made, asked, options.out)
     height, width = made.recording.image_size
     print(f"'{wanted.caption}', seen as {width}x{height}, {made.seconds:.1f} s on {made.device}: {options.out}")
 
@@ -282,12 +293,8 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     batch.add_argument("--images-per-prompt", metavar="N", type=int, default=1)
     batch.add_argument("--limit", metavar="N", type=int, help="at most this many prompts")
     batch.add_argument("--seed", type=int, default=0, help="of the first image; the next has the next (0)")
-    batch.add_argument("--negative-prompt", metavar="TEXT", help="for prompts without one of their own")
-    batch.add_argument("--model", help="emoji-voc, a diffusers hub id or a folder")
-    batch.add_argument("--device", help="cuda, mps or cpu")
-    batch.add_argument("--steps", type=int, help="denoising steps")
-    batch.add_argument("--guidance", type=float, help="guidance scale")
-    batch.add_argument("--size", metavar="WxH", help="pixels, multiples of 8, for example 128x96")
+    add_model(batch)
+    add_run(batch)
     batch.add_argument("--batch-size", metavar="N", type=int, help="images made together (4 on a GPU, else 1)")
     batch.add_argument("--threads", metavar="N", type=int, help="CPU threads a process (all cores); part of the settings")
     batch.add_argument("--tau", type=float, help="threshold, 0 to 1 (the model's; a token's own)")
@@ -404,8 +411,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     one.add_argument("--template", metavar="TEXT", help="attribution prompt of a class: 'a photograph of a {}' ({})")
     one.add_argument("--out", metavar="DIR", help="folder for label maps and results, in which the run can go on")
     one.add_argument("--limit", metavar="N", type=int, help="at most this many images")
-    one.add_argument("--model", help="emoji-voc, a diffusers hub id or a folder")
-    one.add_argument("--device", help="cuda, mps or cpu")
+    add_model(one)
     add_noise(one)
     one.add_argument("--seed", type=int, help="of the first photograph's noise; the next has the next (0)")
     one.add_argument("--tau", type=float, help="threshold, 0 to 1 (the method's)")
@@ -472,11 +478,8 @@ def add_optimize(commands: argparse._SubParsersAction) -> None:
     one.add_argument("--annotated", metavar="DIR", help="the same, but one token for each class in it")
     one.add_argument("--class", dest="classes", nargs="+", metavar="NAME", help="class of mask value 1, 2, ...")
     one.add_argument("--out", required=True, metavar="PATH", help="token file; with --annotated, a folder")
-    one.add_argument("--model", help="emoji-voc, a diffusers hub id or a folder")
-    one.add_argument("--device", help="cuda, mps or cpu")
-    one.add_argument("--negative-prompt", metavar="TEXT")
-    one.add_argument("--steps", type=int, help="denoising steps")
-    one.add_argument("--guidance", type=float, help="guidance scale")
+    add_model(one)
+    add_sampling(one)
     add_noise(one)
     one.add_argument("--recipe", choices=list(RECIPES), default="fast", help="fast, or the paper's own")
     one.add_argument("--epochs", type=int, help="epochs instead of the recipe's")
