@@ -455,7 +455,7 @@ def _generate(
             for branch in sorted({x.branch for x in wanted})
         }
         images = pipe(
-            [item.prompt for item in items],
+            prompt=[item.prompt for item in items],
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance,
             width=settings.width,

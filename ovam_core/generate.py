@@ -346,7 +346,7 @@ def generate(
     generator = torch.Generator("cpu").manual_seed(settings.seed)
     with record(pipe, branch=branch) as recorder, beside as weighted:
         images = pipe(
-            settings.prompt,
+            prompt=settings.prompt,
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance,
             width=settings.width,
@@ -402,11 +402,25 @@ def check_served(pipe: Any, settings: MapSettings, made: GenerateSettings | Phot
             f"{method.name} looks at step {method.only} of a run of {method.steps}: generate an image with "
             f"{method.steps} steps, or choose another method."
         )
+    if isinstance(made, GenerateSettings):
+        _check_parts(pipe, settings, made)
     if isinstance(method, GocaMethod):
         try:
             method.asking(pipe, made.caption, settings.words)
         except ValueError as error:
             raise ValueError(f"{method.name} cannot be asked this: {error}") from None
+
+
+def _check_parts(pipe: Any, settings: MapSettings, made: GenerateSettings) -> None:
+    """Refuses steps and grids that no recording of this image can have."""
+    calls = made.steps * getattr(pipe.scheduler, "order", 1)  # a second-order scheduler calls the model twice a step
+    if settings.steps is not None and min(settings.steps) >= calls:
+        raise ValueError(f"None of these steps will be there: choose among 0 to {made.steps - 1}.")
+    side, strides = max(made.width, made.height), family_of(pipe).strides
+    grids = {side // stride for stride in strides} | {-(-side // stride) for stride in strides}
+    if settings.resolutions is not None and not grids & set(settings.resolutions):
+        listed = ", ".join(str(grid) for grid in sorted(grids, reverse=True))
+        raise ValueError(f"No attention grid is {settings.resolutions[-1]} wide: choose among {listed}.")
 
 
 @torch.no_grad()

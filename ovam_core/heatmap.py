@@ -11,6 +11,7 @@ from einops import rearrange, reduce
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .joint import call_frozen
 from .recorder import LayerQueries, Recording
 from .text import Attribution
 
@@ -73,8 +74,8 @@ def _heatmaps(recording: Recording, embeddings: list[Tensor]) -> list[Tensor]:
     with torch.set_grad_enabled(wants_grad), torch.autocast(device.type, enabled=False):
         stacked = torch.cat([x.to(device) for x in embeddings])
         grids: dict[tuple[int, int], Tensor | int] = {}
-        for layer in recording.layers:
-            sums = _layer_sums(layer, layer_keys(layer, stacked), sizes)
+        for layer, keys in zip(recording.layers, _keys(recording, stacked, sizes), strict=True):
+            sums = _layer_sums(layer, keys, sizes)
             grid = layer.height, layer.width
             grids[grid] = grids.get(grid, 0) + rearrange(sums, "l (h w) -> l h w", h=layer.height)
         # Resizing is linear: once a grid, after the sum over layers, steps and heads.
@@ -89,33 +90,32 @@ def _compute_device(recording: Recording, embedding: Tensor) -> torch.device:
 
 
 def layer_keys(layer: LayerQueries, embedding: Tensor) -> Tensor:
-    """Eq. 4: the layer's keys, float32 `[heads, L, d]`, times the softmax's scale, on the embedding's device.
+    """Eq. 4: the layer's keys, float32 `[heads, L, d]`, times the softmax's scale, on the embedding's device."""
+    keys = rearrange(call_frozen(layer.keys, embedding), "l (h d) -> h l d", h=layer.queries.shape[1])
+    return _scaled(keys, layer, embedding)
 
-    The layer may be elsewhere than the queries (CPU offload) and in another dtype.
-    """
-    parameter = next(layer.keys.parameters(), None)
-    given = embedding
-    if parameter is not None:
-        given = given.to(parameter.dtype)
-        if parameter.device.type != "meta":  # else accelerate's hooks bring weights and input together
-            given = given.to(parameter.device)
-    if torch.is_grad_enabled() and parameter is not None:
-        frozen = {name: p.detach() for name, p in layer.keys.named_parameters()}
-        keys = torch.func.functional_call(layer.keys, frozen, (given,))  # no gradient for the model
-    else:
-        keys = layer.keys(given)
-    heads = layer.queries.shape[1]
-    keys = rearrange(keys.to(embedding.device, torch.float32), "l (h d) -> h l d", h=heads)
-    return keys * layer.scale
+
+def _keys(recording: Recording, embedding: Tensor, sizes: list[int]) -> Iterator[Tensor]:
+    """The same for every layer; `[T, heads, L, d]` where the words are carried along a text stream."""
+    if recording.stream is None:
+        return (layer_keys(layer, embedding) for layer in recording.layers)
+    names = [layer.name for layer in recording.layers]
+    carried = zip(recording.layers, recording.stream.keys(embedding, sizes, names), strict=True)
+    return (_scaled(keys, layer, embedding) for layer, keys in carried)
+
+
+def _scaled(keys: Tensor, layer: LayerQueries, embedding: Tensor) -> Tensor:
+    return keys.to(embedding.device, torch.float32) * layer.scale
 
 
 def _layer_sums(layer: LayerQueries, keys: Tensor, sizes: list[int]) -> Tensor:
     """Attention of every token to every pixel, summed over steps and heads: float32 `[sum(sizes), n]`.
 
-    keys: `[heads, sum(sizes), d]`, prompts one after the other; each prompt has a softmax of its own.
+    keys: `[heads, sum(sizes), d]`, or with the steps before the heads; prompts one after the other, each with a softmax
+    of its own.
     """
     if all(size == 2 for size in sizes):  # the softmax over two tokens is a sigmoid: half of the products
-        keys = keys[:, 1::2] - keys[:, 0::2]
+        keys = keys[..., 1::2, :] - keys[..., 0::2, :]
         second = _ProbabilitySums.apply(keys, layer.queries, torch.sigmoid, _sigmoid_slopes)
         first = layer.queries.shape[0] * layer.queries.shape[1] - second
         return rearrange([first, second], "two words n -> (words two) n")
@@ -126,20 +126,20 @@ def _layer_sums(layer: LayerQueries, keys: Tensor, sizes: list[int]) -> Tensor:
 class _ProbabilitySums(torch.autograd.Function):
     """Sum over steps and heads of `normalise(keys @ queries^T)`: `[rows, n]` in the dtype of the keys.
 
-    keys: `[heads, rows, d]`; queries: `[T, heads, n, d]`, no gradient. slopes: (probabilities, gradient of
-    the sum) to the gradient of the products. The probabilities `[T, heads, rows, n]` are kept for the
-    backward while they are few (KEPT_VALUES), else made again there block by block; a converted copy of the
-    queries is never kept.
+    keys: `[heads, rows, d]`, or `[T, heads, rows, d]` where each step has its own; queries: `[T, heads, n, d]`, no
+    gradient. slopes: (probabilities, gradient of the sum) to the gradient of the products. The probabilities
+    `[T, heads, rows, n]` are kept for the backward while they are few (KEPT_VALUES), else made again there block by
+    block; a converted copy of the queries is never kept.
     """
 
     @staticmethod
     def forward(ctx, keys: Tensor, queries: Tensor, normalise: Callable, slopes: Callable) -> Tensor:
         steps, heads, n, _ = queries.shape
-        rows = keys.shape[1]
+        rows = keys.shape[-2]
         keep = ctx.needs_input_grad[0] and steps * heads * rows * n <= KEPT_VALUES
         total, kept = keys.new_zeros(rows, n), []
-        for pixels, block in _blocks(queries, keys):
-            probabilities = normalise(_products(keys, block))
+        for pixels, at, block in _blocks(queries, keys):
+            probabilities = normalise(_products(_of_steps(keys, at), block))
             total[:, pixels] += reduce(probabilities, "t h l n -> l n", "sum")
             if keep:
                 kept.append(probabilities)
@@ -153,25 +153,32 @@ class _ProbabilitySums(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         keys, *kept = ctx.saved_tensors
         total = torch.zeros_like(keys)
-        for number, (pixels, block) in enumerate(_blocks(ctx.queries, keys)):
-            probabilities = kept[number] if kept else ctx.normalise(_products(keys, block))
+        for number, (pixels, at, block) in enumerate(_blocks(ctx.queries, keys)):
+            probabilities = kept[number] if kept else ctx.normalise(_products(_of_steps(keys, at), block))
             slopes = ctx.slopes(probabilities, gradient[:, pixels])
-            total += reduce(slopes @ block, "t h l d -> h l d", "sum")
+            own = _of_steps(total, at)
+            own += (slopes @ block).sum_to_size(own.shape)
         return total, None, None, None
 
 
-def _blocks(queries: Tensor, keys: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Pixels and queries `[t, heads, pixels, d]`, in the keys' device and dtype, a block at a time."""
+def _of_steps(keys: Tensor, at: slice) -> Tensor:
+    """The keys of some steps: all of them where the steps share them."""
+    return keys[at] if keys.ndim == 4 else keys
+
+
+def _blocks(queries: Tensor, keys: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Pixels, steps and queries `[t, heads, pixels, d]`, in the keys' device and dtype, a block at a time."""
     steps, heads, n, d = queries.shape
     copied = queries.dtype != keys.dtype or queries.device != keys.device
     budget = BLOCK_VALUES["cpu" if keys.device.type == "cpu" else "other"]
-    values = heads * max(keys.shape[1], d if copied else 0)  # of one pixel at one step
+    values = heads * max(keys.shape[-2], d if copied else 0)  # of one pixel at one step
     pixels = max(64, min(n, budget // values))
     together = max(1, min(steps, budget // (values * min(n, pixels))))
     for start in range(0, n, pixels):
         part = slice(start, min(n, start + pixels))
-        for block in queries[:, :, part].split(together):
-            yield part, block.to(keys.device, keys.dtype, non_blocking=True)
+        for first in range(0, steps, together):
+            at = slice(first, min(steps, first + together))
+            yield part, at, queries[at, :, part].to(keys.device, keys.dtype, non_blocking=True)
 
 
 def _products(keys: Tensor, block: Tensor) -> Tensor:

@@ -6,7 +6,8 @@
     masks = make_masks(recording, maps, photo)          # at the photograph's own size
 
 The recording is what `record` makes of a generated image, its steps being the timesteps: all that follows is the same.
-The model sees the photograph at its own area: `fitted_size` keeps the shape up to half a latent pixel a side.
+The model sees the photograph at its own area: `fitted_size` keeps the shape but for rounding the sides to the pixels of
+one latent, or of one patch. What a denoiser is given and what a timestep means to it, its family knows (families.py).
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
 from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from . import tokens
+from .families import FAMILIES, family_of
 from .generate import (
     MAX_PROMPT,
     MAX_SEED,
@@ -43,7 +44,7 @@ from .pipeline import defaults_for
 from .recorder import Recording, record
 from .text import FUNCTION_WORDS
 
-TIMESTEPS = (100,)  # of 1000, as GoCA takes for SD 1.5
+TIMESTEPS = (100,)  # of 1000, as GoCA takes for SD 1.5, SDXL and PixArt
 MAX_TIMESTEPS = 50
 MAX_PIXELS = 64_000_000  # of an upload
 MIN_SIDE = 32
@@ -57,7 +58,7 @@ class PhotoSettings:
 
     caption: what it shows; empty, the pass is that of the unconditional half. timesteps: how much noise is added, each
     from 0 to the training schedule's last, 999; one forward pass each. seed: of the noise, 0 to 2**32 - 1. width, height:
-    pixels in which the model sees it, multiples of its latent factor; None, both of them, for `fitted_size`.
+    pixels in which the model sees it, multiples of its family's `photo_multiple`; None, both of them, for `fitted_size`.
     """
 
     KIND: ClassVar[str] = "photo"
@@ -83,14 +84,15 @@ class PhotoSettings:
         _check_timesteps(pipe, self.timesteps)
         if (self.width is None) != (self.height is None):
             raise ValueError("Only one side of the size is given; give width and height, or neither.")
-        factor, largest = pipe.vae_scale_factor, defaults_for(pipe).max_size
+        smallest, largest = MIN_LATENTS * pipe.vae_scale_factor, defaults_for(pipe).max_size
+        multiple = family_of(pipe).photo_multiple
         for name, side in (("width", self.width), ("height", self.height)):
             if side is not None:
-                check_whole(f"The {name}", side, MIN_LATENTS * factor, largest)
-                if side % factor:
-                    below = side - side % factor
+                check_whole(f"The {name}", side, smallest, largest)
+                if side % multiple:
+                    below = side - side % multiple
                     raise ValueError(
-                        f"The {name} is {side} pixels, which is not a multiple of {factor}; {below} would do."
+                        f"The {name} is {side} pixels, which is not a multiple of {multiple}; {below} would do."
                     )
 
 
@@ -119,7 +121,7 @@ def photograph(
         model=getattr(pipe, "ovam_name", str(getattr(pipe, "name_or_path", "unknown"))),
         device=str(pipe._execution_device),
         seconds=time.perf_counter() - begun,
-        dtype=str(pipe.unet.dtype).removeprefix("torch."),
+        dtype=str(family_of(pipe).denoiser.dtype).removeprefix("torch."),
         goca=None if weighted is None else weighted.recordings[0],
     )
 
@@ -137,9 +139,10 @@ def record_image(
 
     image: a picture or its file, any mode; turned upright by its EXIF orientation. caption: the text of the forward
     passes; the words asked for later need not be in it. Empty, the pass is the unconditional half's, and `branch` says so.
-    timesteps: 0 to 999, noise by the training schedule (DDPM, Eq. 4), whatever the sampler. seed: of the noise, which is
-    drawn on the CPU for all timesteps at once. size: (height, width) in pixels that the model sees, multiples of its
-    latent factor; None: `fitted_size`. kept: keywords of `record`, such as resolutions, self_attention or offload.
+    timesteps: 0 to 999, noise by the training schedule, whatever the sampler: DDPM's Eq. 4; in Sana's flow matching the
+    share of noise, sigma, is the timestep / 1000. seed: of the noise, which is drawn on the CPU for all timesteps at once.
+    size: (height, width) in pixels that the model sees, multiples of the family's `photo_multiple`; None: `fitted_size`.
+    kept: keywords of `record`, such as resolutions, self_attention or offload.
 
     For masks at the photograph's own size, give `make_masks` the picture of `read_photo`. Raises ValueError, one
     sentence, for what is no picture, too small, too long for its width, and for settings that PhotoSettings refuses.
@@ -171,13 +174,13 @@ def record_images(
 class Noisy:
     """Photographs as the model is given them: what `denoise` passes forward, under whatever listens.
 
-    latents: `[T, B, C, h, w]`; timesteps: T of them; context: `[B, L, E]`, the captions; both in the UNet's dtype.
-    branch: which half of a guided batch the passes are like.
+    latents: `[T, B, C, h, w]`, in the denoiser's dtype; timesteps: T of them; condition: the captions and all else that
+    the denoiser gets, by its argument names (`Family.condition`). branch: which half of a guided batch the passes are like.
     """
 
     latents: Tensor
     timesteps: tuple[int, ...]
-    context: Tensor
+    condition: dict[str, Any]
     branch: str
 
 
@@ -204,18 +207,23 @@ def prepare(
     sizes = {size or fitted_size(pipe, photo) for photo in photos}
     if len(sizes) > 1:
         raise ValueError("The photographs differ in shape: record them apart, or give one size for all.")
-    clean = encode(pipe, photos, sizes.pop())
+    (shared,), family = sizes, family_of(pipe)
+    clean = encode(pipe, photos, shared)
     latents = torch.stack([noised(pipe, one, timesteps, seed + n) for n, one in enumerate(clean)], dim=1)
-    context = torch.cat([caption_embedding(pipe, caption) for caption in captions])
-    branch = "conditional" if captions[0].strip() else "unconditional"
-    return Noisy(latents.to(pipe.unet.dtype), tuple(timesteps), context, branch)
+    return Noisy(
+        latents=latents.to(family.denoiser.dtype),
+        timesteps=tuple(timesteps),
+        condition=family.condition(captions, shared),
+        branch="conditional" if captions[0].strip() else "unconditional",
+    )
 
 
 @torch.no_grad()
 def denoise(pipe: Any, noisy: Noisy) -> None:
     """One forward pass a timestep, all photographs in it. Recorders with branch="all" see one image each."""
+    family = family_of(pipe)
     for latents, timestep in zip(noisy.latents, noisy.timesteps, strict=True):
-        pipe.unet(latents, timestep, noisy.context)
+        family.denoiser(latents, timestep=family.moment(timestep, latents), **noisy.condition)
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -274,8 +282,8 @@ def _rgb(picture: Image.Image) -> Image.Image:
 def fitted_size(pipe: Any, photo: Image.Image) -> tuple[int, int]:
     """(height, width) in which the model sees a photograph: its shape, at the area of the model's own images.
 
-    Each side is rounded to the nearest multiple of the latent factor and none exceeds the model's limit. Raises
-    ValueError for less than MIN_SIDE pixels and for one side more than MAX_ASPECT times the other.
+    Each side is rounded to the nearest multiple of the family's `photo_multiple` and none exceeds the model's limit.
+    Raises ValueError for less than MIN_SIDE pixels and for one side more than MAX_ASPECT times the other.
     """
     own_size = f"{photo.width}x{photo.height}"
     if min(photo.size) < MIN_SIDE:
@@ -284,10 +292,10 @@ def fitted_size(pipe: Any, photo: Image.Image) -> tuple[int, int]:
         raise ValueError(
             f"The picture is {own_size}, one side more than {MAX_ASPECT:g} times the other; crop it."
         )
-    own, factor = defaults_for(pipe), pipe.vae_scale_factor
+    own, multiple = defaults_for(pipe), family_of(pipe).photo_multiple
     scale = math.sqrt(own.width * own.height / (photo.width * photo.height))
     scale = min(scale, own.max_size / max(photo.size))
-    return tuple(round(side * scale / factor) * factor for side in (photo.height, photo.width))
+    return tuple(round(side * scale / multiple) * multiple for side in (photo.height, photo.width))
 
 
 def caption_of(names: Sequence[str]) -> str:
@@ -320,8 +328,8 @@ def _article(name: str) -> str:
 
 @torch.no_grad()
 def encode(pipe: Any, photos: Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
-    """The scaled latents of RGB pictures, float32 `[B, C, height / factor, width / factor]`: the mean of the
-    autoencoder's distribution, so that they depend on no seed. size: (height, width).
+    """The scaled latents of RGB pictures, float32 `[B, C, height / factor, width / factor]`; they depend on no seed.
+    size: (height, width).
     """
     height, width = size
     small = [photo.resize((width, height), Image.Resampling.LANCZOS) for photo in photos]
@@ -330,46 +338,41 @@ def encode(pipe: Any, photos: Sequence[Image.Image], size: tuple[int, int]) -> T
         - 1
     )
     vae, given = pipe.vae, pipe.vae.dtype
-    upcast = given == torch.float16 and vae.config.force_upcast  # SDXL's overflows in half precision
+    # SDXL's overflows in half precision.
+    upcast = given == torch.float16 and getattr(vae.config, "force_upcast", False)
     if upcast:
         vae.to(torch.float32)
     try:
-        mean = vae.encode(pixels.to(pipe._execution_device, vae.dtype)).latent_dist.mean
+        return family_of(pipe).encode_image(pixels.to(pipe._execution_device, vae.dtype))
     finally:
         if upcast:
             vae.to(given)
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    return (mean.float() - shift) * vae.config.scaling_factor
 
 
 def noised(pipe: Any, latents: Tensor, timesteps: Sequence[int], seed: int = 0) -> Tensor:
-    """Latents `[C, h, w]` at each of T timesteps, `[T, C, h, w]`: sqrt(a_t) x + sqrt(1 - a_t) noise (DDPM, Eq. 4)."""
+    """Latents `[C, h, w]` with the family's noise of each of T timesteps, `[T, C, h, w]`."""
     several = latents.expand(len(timesteps), *latents.shape)
     noise = torch.randn(several.shape, generator=torch.Generator().manual_seed(seed)).to(several)
-    # The sampler's own add_noise counts on a schedule of inference steps and would take another moment's noise.
-    schedule = DDIMScheduler.from_config(pipe.scheduler.config)
-    return schedule.add_noise(several, noise, torch.tensor(timesteps, device=latents.device))
-
-
-@torch.no_grad()
-def caption_embedding(pipe: Any, caption: str) -> Tensor:
-    """The caption as the pipeline encodes a prompt: `[1, 77, E]` for CLIP, padding included; it may be empty."""
-    return pipe.encode_prompt(caption, pipe._execution_device, 1, False)[0]
+    return family_of(pipe).noised(several, noise, torch.tensor(timesteps, device=latents.device))
 
 
 # ------------------------------------------------------------------------------------------------ refusals
 
 
 def check_kind(pipe: Any) -> None:
-    """Raises ValueError for a pipeline whose UNet takes more than latents, a timestep and one text embedding."""
-    unet, vae = getattr(pipe, "unet", None), getattr(pipe, "vae", None)
-    name = type(pipe).__name__
-    if unet is None or vae is None or getattr(pipe, "text_encoder_2", None) is not None:
-        raise ValueError(f"Photographs cannot be recorded with a {name} yet; load Stable Diffusion 1 or 2.")
-    if unet.config.in_channels != vae.config.latent_channels or unet.config.addition_embed_type is not None:
-        raise ValueError(
-            f"The UNet of this {name} takes more than an image and a text; load Stable Diffusion 1 or 2."
-        )
+    """Raises ValueError for a pipeline of no family, of one whose adapter cannot condition a pass of its own, whose
+    denoiser takes more than an image and a text, or which was trained with noise that is not known.
+    """
+    family, name = family_of(pipe), type(pipe).__name__
+    *names, last = (one.name for one in FAMILIES if one.photographs)
+    able = f"load a text-to-image model of {', '.join(names)} or {last}."
+    if not family.photographs:
+        raise ValueError(f"Photographs cannot be recorded with {family.name} yet; {able}")
+    if not family.is_plain:
+        raise ValueError(f"The denoiser of this {name} takes more than an image and a text; {able}")
+    if not family.knows_noise:
+        kind = type(pipe.scheduler).__name__
+        raise ValueError(f"The {kind} of this {name} does not tell the noise of the training; {able}")
 
 
 def _check_timesteps(pipe: Any, timesteps: Sequence[int]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -47,6 +47,13 @@ _PIXART_512 = ModelDefaults(steps=20, guidance=4.5, height=512, width=512, max_s
 # Gemma's and Sana's activations leave the range of float16.
 _SANA = ModelDefaults(steps=20, guidance=4.5, height=1024, width=1024, max_size=1536, dtype=torch.bfloat16)
 _HUNYUAN = ModelDefaults(steps=50, guidance=5.0, height=1024, width=1024, max_size=1280)
+_SD3 = ModelDefaults(steps=28, guidance=7.0, height=1024, width=1024, max_size=1536)
+_SD35_MEDIUM = replace(_SD3, steps=40, guidance=4.5, dtype=torch.bfloat16)
+_SD35_LARGE = replace(_SD3, guidance=3.5, dtype=torch.bfloat16)
+_SD35_TURBO = replace(_SD35_LARGE, steps=4, guidance=0.0)
+_FLUX_DEV = ModelDefaults(steps=28, guidance=3.5, height=1024, width=1024, max_size=1536, dtype=torch.bfloat16)
+_FLUX_SCHNELL = replace(_FLUX_DEV, steps=4, guidance=0.0)
+_FLUX_2 = replace(_FLUX_DEV, guidance=4.0)
 
 KNOWN_MODELS: dict[str, ModelDefaults] = {
     # Its coarser grids, 8 x 8 and 4 x 4, and its first steps find little (benchmarks/quality.py, Resolutions and Steps).
@@ -68,6 +75,13 @@ KNOWN_MODELS: dict[str, ModelDefaults] = {
     "Tencent-Hunyuan/HunyuanDiT-Diffusers": _HUNYUAN,
     "Tencent-Hunyuan/HunyuanDiT-v1.1-Diffusers": _HUNYUAN,
     "Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers": _HUNYUAN,
+    "stabilityai/stable-diffusion-3-medium-diffusers": _SD3,
+    "stabilityai/stable-diffusion-3.5-medium": _SD35_MEDIUM,
+    "stabilityai/stable-diffusion-3.5-large": _SD35_LARGE,
+    "stabilityai/stable-diffusion-3.5-large-turbo": _SD35_TURBO,
+    "black-forest-labs/FLUX.1-dev": _FLUX_DEV,
+    "black-forest-labs/FLUX.1-schnell": _FLUX_SCHNELL,
+    "black-forest-labs/FLUX.2-dev": _FLUX_2,
 }
 
 
@@ -83,7 +97,7 @@ def defaults_for(pipe_or_name) -> ModelDefaults:
     if isinstance(pipe_or_name, str):
         return _SD1
     family = family_of(pipe_or_name)
-    sample = family.denoiser.config.sample_size
+    sample = family.sample_size
     height, width = (sample, sample) if isinstance(sample, int) else sample
     factor = pipe_or_name.vae_scale_factor
     height, width = height * factor, width * factor
@@ -101,8 +115,8 @@ def load_pipeline(model: str | None = None, device: str | None = None, dtype: to
 
     model: "emoji-voc", a folder, or a hub id "owner/name". None: the environment's OVAM_MODEL, else Stable Diffusion
         1.5 with CUDA and the embedded model without.
-    device: None: OVAM_DEVICE, else cuda, mps or cpu, the first there is. dtype: None: float16 (Sana:
-        bfloat16) on CUDA, else float32.
+    device: None: OVAM_DEVICE, else cuda, mps or cpu, the first there is. dtype: None: float16 (Sana,
+        Stable Diffusion 3.5 and Flux: bfloat16) on CUDA, else float32.
 
     Raises ValueError for a model that does not exist, a hub that cannot be reached, a model that is no
     text-to-image pipeline of a family in `families`, and a device that is not there.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .families import Call, family_of
+from .joint import TextStream
 from .pipeline import defaults_for
 
 Branch = Literal["conditional", "unconditional", "all"]
@@ -30,7 +31,8 @@ class LayerQueries:
 
     queries: `[T, heads, n, d]`, n = height * width, row-major, in the storage dtype; normalised and rotated where the
     model does so.
-    keys: the model's own way from embedding to keys, `[L, embed_dim]` -> `[L, heads * d]` (`to_k` in a UNet).
+    keys: the model's own way from embedding to keys, `[L, embed_dim]` -> `[L, heads * d]` (`to_k` in a UNet); None where
+    they come from the recording's text stream.
     scale: factor of the products before the softmax, 1 / sqrt(d) (Eq. 3).
     """
 
@@ -38,7 +40,7 @@ class LayerQueries:
     height: int
     width: int
     queries: Tensor
-    keys: Callable[[Tensor], Tensor]
+    keys: Callable[[Tensor], Tensor] | None
     scale: float
 
     @property
@@ -69,6 +71,8 @@ class Recording:
     timesteps: the scheduler's timestep of each kept step; step_indices: its number in the run, from 0. A step is
     one call of the denoiser: second-order schedulers (Heun, KDPM2) and PNDM call it more often than
     `num_inference_steps`.
+    stream: with joint attention, what carries words to their keys; None with cross-attention. Its tensors are up to
+    twice the size of the queries.
     The keys come from the pipeline's own layers: an adapter loaded or unloaded afterwards changes the maps.
     """
 
@@ -81,12 +85,14 @@ class Recording:
     image_size: tuple[int, int]
     embed_dim: int
     branch: str
+    stream: TextStream | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by the queries and column sums."""
+        """Bytes held by the queries, the column sums and the text stream."""
         tensors = [x.queries for x in self.layers] + [x.sums for x in self.column_sums]
-        return sum(x.numel() * x.element_size() for x in tensors)
+        own = sum(x.numel() * x.element_size() for x in tensors)
+        return own if self.stream is None else own + self.stream.nbytes
 
     @property
     def resolutions(self) -> tuple[int, ...]:
@@ -111,13 +117,13 @@ class Recording:
             wanted = set(resolutions)
             kept = [x for x in kept if x.resolution in wanted]
         if not kept:
-            names = ", ".join(x.name for x in self.layers)
-            raise ValueError(
-                "No recorded layer matches: choose among the resolutions "
-                f"{', '.join(map(str, self.resolutions))} and the layers {names}."
-            )
+            choice = f"the resolutions {', '.join(map(str, self.resolutions))}"
+            if layers is not None:
+                choice += f" and the layers {', '.join(x.name for x in self.layers)}"
+            raise ValueError(f"No recorded layer matches: choose among {choice}.")
+        stream = None if self.stream is None else self.stream.up_to([x.name for x in kept])
         if steps is None:
-            return replace(self, layers=tuple(kept))
+            return replace(self, layers=tuple(kept), stream=stream)
 
         wanted = set(steps)
         rows = [row for row, index in enumerate(self.step_indices) if index in wanted]
@@ -129,6 +135,7 @@ class Recording:
             column_sums=tuple(replace(x, sums=_take_rows(x.sums, rows)) for x in self.column_sums),
             timesteps=tuple(self.timesteps[row] for row in rows),
             step_indices=tuple(self.step_indices[row] for row in rows),
+            stream=None if stream is None else stream.each(lambda x: _take_rows(x, rows)),
         )
 
     def to(self, device: torch.device | str) -> Recording:
@@ -137,6 +144,7 @@ class Recording:
             self,
             layers=tuple(replace(x, queries=x.queries.to(device)) for x in self.layers),
             column_sums=tuple(replace(x, sums=x.sums.to(device)) for x in self.column_sums),
+            stream=None if self.stream is None else self.stream.each(lambda x: x.to(device)),
         )
 
 
@@ -175,15 +183,18 @@ def record(
     branch: which half of the guided batch to keep. The paper's is "conditional"; the authors' published code
         keeps "unconditional". "all" keeps every item of the batch as an image of its own: for direct calls of
         the UNet or transformer, where the pipeline's guidance says nothing.
-    steps: numbers of the denoiser's calls to keep, from 0 (default all). Memory is proportional to their count.
+    steps: numbers of the denoiser's calls to keep, from 0 (default all). Memory is proportional to their count; with joint
+        attention it is up to three times that of the queries, as the image's keys and values are kept beside them, in
+        every block up to the last one of `layers`.
     layers: names or parts of names, as in `pipe.unet.named_modules()` (`pipe.transformer`). Default: every
         cross-attention, in a UNet those of the down and up blocks, as in the paper. The mid block is kept only if a
         part says "mid_block".
     resolutions: larger grid sides to keep, such as {16, 8} (default all).
     self_attention: also keep the column sums of the highest-resolution self-attentions (Eq. 8); float32 [T, n] a
         layer. Made in blocks of rows: about twice COLUMN_BLOCK_BYTES at a time, never [heads, n, n].
-    offload: move the queries to host memory as they come (pinned, if the model runs on CUDA).
-    dtype: storage dtype of the queries (default: the model's).
+    offload: move the queries, and keys and values beside them, to host memory as they come (pinned, if the model runs on
+        CUDA).
+    dtype: storage dtype of the same (default: the model's).
 
     Raises ValueError for a pipeline of no family in `families`, and at the end of the block when nothing was caught.
     """
@@ -250,6 +261,7 @@ class Recorder(Hooked):
         self._dtype = dtype
         self._cross, self._self = self._family.attentions()
         self._kept_names = set(named(self._cross, layers, str))
+        self._beside = self._family.beside_queries(self._kept_names)
         if not self_attention:
             self._self = {}
         self._reset()
@@ -267,6 +279,7 @@ class Recorder(Hooked):
         self._grids: dict[str, tuple[int, int]] = {}
         self._waiting: dict[str, Tensor] = {}  # self-attention queries until their keys come
         self._sums: dict[str, list[Tensor]] = {}
+        self._streamed: dict[str, list[Tensor]] = {}  # what the family keeps beside the queries
 
     def _attach(self, on: Callable[[Any], None]) -> None:
         on(self._family.denoiser.register_forward_pre_hook(self._on_call, with_kwargs=True))
@@ -275,13 +288,15 @@ class Recorder(Hooked):
         for name, attention in self._self.items():
             on(attention.to_q.register_forward_hook(self._hook(self._on_self_query, name, attention)))
             on(attention.to_k.register_forward_hook(self._hook(self._on_self_key, name, attention)))
+        for name, (module, form) in self._beside.items():
+            on(module.register_forward_hook(self._hook(self._on_beside, name, form)))
 
     # What the hooks do. None of them returns a value, so none changes what the model computes.
 
-    def _hook(self, method, name, attention):
+    def _hook(self, method, name, own):
         def hook(module, inputs, output):
             if self._keeping:
-                method(name, attention, output.detach())
+                method(name, own, output.detach())
 
         return hook
 
@@ -290,6 +305,9 @@ class Recorder(Hooked):
         if self._number >= 0 and schedule is not self._schedule:
             raise ValueError("record() covers one call of the pipeline: use one `with` block for each call.")
         self._schedule = schedule
+        self._keeping = False
+        if not self._listener.counts(kwargs):
+            return
         self._number += 1
         self._call = self._family.call(args, kwargs)
         self._images = self._wanted_images(self._call.batch)
@@ -318,6 +336,9 @@ class Recorder(Hooked):
         store = torch.empty(query.shape, dtype=dtype, device=device, pin_memory=pinned)
         return store.copy_(query, non_blocking=pinned)
 
+    def _on_beside(self, name, form, output) -> None:
+        self._streamed.setdefault(name, []).append(self._stored(form(output[self._images], self._call)))
+
     def _on_self_query(self, name, attention, query) -> None:
         self._waiting[name] = query[self._images]
 
@@ -334,7 +355,7 @@ class Recorder(Hooked):
         query = self._family.queries(attention, query, self._call)
         key = self._family.self_keys(attention, key[self._images], self._call)
         pairs = zip(query, key, strict=True)
-        sums = torch.stack([self._family.received(q, k, attention.scale) for q, k in pairs])
+        sums = torch.stack([self._family.received(q, k, self._family.scale(attention)) for q, k in pairs])
         self._sums.setdefault(name, []).append(sums.cpu() if self._offload else sums)
 
     # From what was caught to recordings.
@@ -359,9 +380,10 @@ class Recorder(Hooked):
                 if image == len(layers):
                     layers.append([])
                 layers[image].append(
-                    LayerQueries(name, height, width, queries, keys, float(attention.scale))
+                    LayerQueries(name, height, width, queries, keys, self._family.scale(attention))
                 )
         sums = {name: _by_image(self._sums[name]) for name in self._self if name in self._sums}
+        beside = {name: _by_image(self._streamed.pop(name)) for name in self._beside}
         factor = self._pipe.vae_scale_factor
         common = {
             "timesteps": tuple(int(t) for t in self._timesteps),
@@ -376,6 +398,7 @@ class Recorder(Hooked):
             Recording(
                 layers=tuple(own),
                 column_sums=tuple(LayerColumnSums(n, *self._grids[n], sums[n][image]) for n in sums),
+                stream=self._family.stream({name: x[image] for name, x in beside.items()}),
                 **common,
             )
             for image, own in enumerate(layers)

@@ -315,6 +315,8 @@ def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
                 elem_classes="gallery",
             )
             scale = gr.HTML(None, html_template=f"${{value ? `{SCALE}` : ''}}", elem_id="scale")
+            if about := family_of(pipe).about:
+                gr.HTML(html.escape(about), elem_id="about", elem_classes="facts")
             with gr.Accordion(f"Method: {OVAM.name}", open=False, elem_id="methods") as methods:
                 method = gr.Radio(
                     [(f"{one.name}: {one.about}", one.name) for one in ALL_METHODS.values() if desk.with_goca or not one.needs_goca],

@@ -20,6 +20,7 @@ from ovam_core.generate import (
     MapSettings,
     Stopped,
     ask,
+    check_served,
     generate,
     load_settings,
     parse_numbers,
@@ -237,8 +238,8 @@ BAD = {
     "tau too large": ([PROMPT], [*WORDS, "--tau", "1.5"], "tau"),
     "alpha nan": ([PROMPT], [*WORDS, "--alpha", "nan"], "Alpha is nan"),
     "alpha infinite": ([PROMPT], [*WORDS, "--alpha", "inf"], "Alpha"),
-    "timestep not run": ([PROMPT], [*WORDS, "--timesteps", "7"], "recorded"),
-    "resolution not there": ([PROMPT], [*WORDS, "--resolutions", "3"], "resolution"),
+    "timestep not run": ([PROMPT], [*WORDS, "--timesteps", "7"], "choose among 0 to 1"),
+    "resolution not there": ([PROMPT], [*WORDS, "--resolutions", "3"], "No attention grid is 3 wide: choose among 16, 8, 4"),
     "no such model": ([PROMPT], [*WORDS, "--model", "no-such-model"], "no-such-model"),
     "no such folder": ([PROMPT], [*WORDS, "--model", "/no/such/folder"], "/no/such/folder"),
     "hub out of reach": ([PROMPT], [*WORDS, "--model", "nobody/nothing"], "hub cannot be reached"),
@@ -301,3 +302,10 @@ def test_the_real_command(tmp_path):
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert ran.returncode == 2 and ran.stdout == ""
     assert ran.stderr == "Error: The prompt is empty; describe the picture in a few words.\n"
+
+
+@pytest.mark.parametrize("asked", [{"steps": (9,)}, {"resolutions": (3,)}])
+def test_steps_and_grids_that_cannot_be_are_refused_before_the_image(pipe, asked):
+    settings = GenerateSettings.for_model(pipe, PROMPT, steps=3)
+    with pytest.raises(ValueError, match="choose among"):
+        check_served(pipe, MapSettings(("cat",), **asked).filled(pipe), settings)

@@ -695,7 +695,7 @@ def test_a_folder_is_loaded_and_known_by_its_family(name, tmp_path, monkeypatch)
     torch.testing.assert_close(encode_padded(pipe, PROMPT), encode_padded(pipe_of(name), PROMPT))
 
 
-@pytest.mark.parametrize("kind", ["DiTPipeline", "StableDiffusion3Pipeline", "FluxPipeline"])
+@pytest.mark.parametrize("kind", ["DiTPipeline", "StableDiffusion3Img2ImgPipeline", "LuminaPipeline"])
 def test_other_pipelines_are_refused_with_the_families_that_there_are(kind):
     with pytest.raises(ValueError) as caught:
         record(object.__new__(getattr(diffusers, kind)))

@@ -19,7 +19,7 @@ from ovam_core.heatmap import attribute, resize
 from ovam_core.mask import self_attention_map
 from ovam_core.pipeline import EMBEDDED, defaults_for, load_pipeline
 from ovam_core.recorder import Recording, own_choice, record
-from ovam_core.text import words_in_sentence
+from ovam_core.text import encode_padded, words_in_sentence
 from training import annotator, world
 from training.nouns import VOC_CLASSES, VOC_NOUNS
 
@@ -39,7 +39,7 @@ def record_scene(pipe, image: np.ndarray, caption: str, times=TIMES, seed: int =
     """One recording a time, from one UNet pass over the picture (uint8 [H, W, 3]) noised to each of `times`."""
     latent = photo.encode(pipe, [Image.fromarray(image)], image.shape[:2])[0]
     noisy = photo.noised(pipe, latent, times, seed).to(pipe.unet.dtype)
-    context = photo.caption_embedding(pipe, caption).expand(len(times), -1, -1)
+    context = encode_padded(pipe, caption).expand(len(times), -1, -1)
     with record(pipe, branch="all") as recorder:
         pipe.unet(noisy, torch.tensor(times, device=noisy.device), context)
     return recorder.recordings

@@ -1,0 +1,256 @@
+"""Words carried along the text stream of a model with joint attention: they read the image and do not touch it.
+
+In joint attention (Stable Diffusion 3, Flux) the text has a stream of its own: each block changes it by what it reads
+in the image, so a layer's text keys are no projection of the embedding alone. ConceptAttention (arXiv 2502.04320) lets
+further words take the prompt's way: in every block their queries meet their own keys and the image's, while no pixel
+meets theirs. The image's keys and values, kept from one run, therefore give the keys of any words afterwards: those
+that the model makes of them at the prompt's place, before this image. Of the padded prompt they are the model's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+Turn = tuple[Tensor, Tensor]  # cosines and sines `[n, d]` by which a rotary embedding turns queries and keys
+
+
+@dataclass(frozen=True, eq=False)
+class StreamBlock:
+    """One block of the text stream, and what its image stream showed to the text, for one image.
+
+    name: of its attention. to_keys: text and modulation to keys. carry: the text to the next block's, by
+    image_keys and image_values `[T, heads, n, d]`, normalised and rotated; all three None in the last block.
+    """
+
+    name: str
+    to_keys: TextKeys
+    carry: TextStep | None
+    image_keys: Tensor | None
+    image_values: Tensor | None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [x for x in (self.image_keys, self.image_values) if x is not None]
+
+    def onwards(self, text: Tensor, modulation: Tensor, turn: Turn | None, sizes: Sequence[int]) -> Tensor:
+        """The text `[T, L, C]` after this block; prompts of `sizes` tokens do not read one another."""
+        mask = _apart(sizes, self.image_keys.shape[2], text.device)
+        return call_frozen(self.carry, text, modulation, turn, self.image_keys, self.image_values, mask)
+
+
+@dataclass(frozen=True, eq=False)
+class TextStream:
+    """All that words need to be carried along the text stream of one image's run.
+
+    embed: from an embedding `[L, E]` into the stream, `[L, C]`. blocks: every block up to the last one whose keys are
+    asked for. modulation: `[T, C]`, what the timestep (and the prompt as a whole) says to the blocks at each step.
+    rotary: turns queries and keys by their tokens' places `[L]` in the prompt; None where the model does not.
+    """
+
+    embed: nn.Module
+    blocks: tuple[StreamBlock, ...]
+    modulation: Tensor
+    rotary: Callable[[Tensor], Turn] | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the image's keys and values and the modulation."""
+        return sum(x.nbytes for block in self.blocks for x in block.tensors) + self.modulation.nbytes
+
+    def keys(self, embedding: Tensor, sizes: Sequence[int], names: Collection[str]) -> Iterator[Tensor]:
+        """Keys `[T, heads, L, d]` in each block of `names`, in the blocks' order, dtype and device.
+
+        embedding: `[L, E]`, attribution prompts of `sizes` rows one after the other; each is carried as if it were
+        alone. Differentiable with respect to it; of every block the inputs alone are kept for the gradient.
+        """
+        text = repeat(call_frozen(self.embed, embedding), "l c -> t l c", t=len(self.modulation))
+        places = torch.cat([torch.arange(size, device=text.device) for size in sizes])
+        turn = None if self.rotary is None else self.rotary(places)
+        for block in self.blocks:
+            if block.name in names:
+                yield call_frozen(block.to_keys, text, self.modulation, turn)
+            if block.carry is not None:
+                # Text is its only argument: autograd refuses to save tensors of a run under inference_mode.
+                onwards = partial(block.onwards, modulation=self.modulation, turn=turn, sizes=sizes)
+                text = checkpoint(onwards, text, use_reentrant=False, preserve_rng_state=False)
+
+    def up_to(self, names: Collection[str]) -> TextStream:
+        """The stream as far as the last block of `names`."""
+        last = max(i for i, block in enumerate(self.blocks) if block.name in names)
+        end = replace(self.blocks[last], carry=None, image_keys=None, image_values=None)
+        return replace(self, blocks=(*self.blocks[:last], end))
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> TextStream:
+        """The same with `change` applied to every tensor; all of them have the steps first."""
+
+        def changed(x: Tensor | None) -> Tensor | None:
+            return None if x is None else change(x)
+
+        blocks = tuple(
+            replace(x, image_keys=changed(x.image_keys), image_values=changed(x.image_values))
+            for x in self.blocks
+        )
+        return replace(self, blocks=blocks, modulation=change(self.modulation))
+
+
+def text_stream(
+    embed: nn.Module,
+    blocks: dict[str, nn.Module],
+    kept: dict[str, Tensor],
+    rotary: Callable[[Tensor], Turn] | None = None,
+) -> TextStream:
+    """A stream of the model's own modules.
+
+    blocks: those of diffusers by the name of their attention, up to the last one that is asked for. kept:
+    "modulation", and for every block but the last "<name>.keys" and "<name>.values".
+    """
+    *before, last = blocks
+    parts = [
+        StreamBlock(x, TextKeys(blocks[x]), TextStep(blocks[x]), kept[f"{x}.keys"], kept[f"{x}.values"])
+        for x in before
+    ]
+    end = StreamBlock(last, TextKeys(blocks[last]), None, None, None)
+    return TextStream(embed, (*parts, end), kept["modulation"], rotary)
+
+
+# --------------------------------------------------------------------------------- the text's half of a block
+
+
+class TextKeys(nn.Module):
+    """Text `[T, L, C]` and modulation `[T, C]` to its keys in one block, `[T, heads, L, d]`."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        attention = block.attn
+        self.norm = _adaptive_norm(block)
+        self.project, self.norm_key, self.heads = attention.add_k_proj, attention.norm_added_k, attention.heads
+
+    def forward(self, text: Tensor, modulation: Tensor, turn: Turn | None) -> Tensor:
+        normed = self.norm(text, modulation)[0]
+        return rotated(_by_head(self.project(normed), self.heads, self.norm_key), turn)
+
+
+class TextStep(nn.Module):
+    """One block's text stream: `[T, L, C]` to `[T, L, C]`, by attention to itself and to the image, then feed-forward.
+
+    image_keys, image_values: `[T, heads, n, d]`. mask: bool `[L, L + n]`, what each token may read; None for all.
+    """
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        attention = block.attn
+        self.norm = _adaptive_norm(block)
+        self.to_query, self.norm_query = attention.add_q_proj, attention.norm_added_q
+        self.to_key, self.norm_key = attention.add_k_proj, attention.norm_added_k
+        self.to_value, self.to_out = attention.add_v_proj, attention.to_add_out
+        self.heads = attention.heads
+        self.norm_2, self.feed_forward = block.norm2_context, block.ff_context
+
+    def forward(
+        self,
+        text: Tensor,
+        modulation: Tensor,
+        turn: Turn | None,
+        image_keys: Tensor,
+        image_values: Tensor,
+        mask: Tensor | None,
+    ) -> Tensor:
+        normed, gate, shift, scale, gate_2 = self.norm(text, modulation)
+        query = rotated(_by_head(self.to_query(normed), self.heads, self.norm_query), turn)
+        key = rotated(_by_head(self.to_key(normed), self.heads, self.norm_key), turn)
+        value = _by_head(self.to_value(normed), self.heads, None)
+        keys, values = torch.cat([key, image_keys], dim=2), torch.cat([value, image_values], dim=2)
+        read = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+        text = text + gate * self.to_out(rearrange(read, "t h l d -> t l (h d)"))
+        text = text + gate_2 * self.feed_forward(self.norm_2(text) * (1 + scale) + shift)
+        # Where float16 ends, Flux goes on with its largest number.
+        return text.clip(-65504, 65504) if text.dtype == torch.float16 else text
+
+
+class _ModulatedNorm(nn.Module):
+    """The block's own norm: the text made ready for attention, and gate, shift, scale and gate `[T, 1, C]` for the rest."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, text: Tensor, modulation: Tensor) -> tuple[Tensor, ...]:
+        normed, *rest = self.norm(text, emb=modulation)
+        return normed, *(x[:, None] for x in rest)
+
+
+class _LastNorm(_ModulatedNorm):
+    """The same in the last block of Stable Diffusion 3, where the text ends at its keys and values."""
+
+    def forward(self, text: Tensor, modulation: Tensor) -> tuple[Tensor, ...]:
+        return (self.norm(text, modulation),)
+
+
+class _SharedNorm(_ModulatedNorm):
+    """The same in Flux 2, where the modulation `[T, 6 C]` is made once for all blocks, and not from `[T, C]` in each."""
+
+    def forward(self, text: Tensor, modulation: Tensor) -> tuple[Tensor, ...]:
+        shift, scale, *rest = modulation[:, None].chunk(6, dim=-1)
+        return self.norm(text) * (1 + scale) + shift, *rest
+
+
+def _adaptive_norm(block: nn.Module) -> _ModulatedNorm:
+    if getattr(block, "context_pre_only", False):
+        return _LastNorm(block.norm1_context)
+    if isinstance(block.norm1_context, nn.LayerNorm):
+        return _SharedNorm(block.norm1_context)
+    return _ModulatedNorm(block.norm1_context)
+
+
+def _by_head(projected: Tensor, heads: int, norm: nn.Module | None) -> Tensor:
+    x = rearrange(projected, "t l (h d) -> t h l d", h=heads)
+    return x if norm is None else norm(x)
+
+
+def rotated(x: Tensor, turn: Turn | None) -> Tensor:
+    """Queries or keys `[b, heads, n, d]` turned by their position; None leaves them as they are."""
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    return x if turn is None else apply_rotary_emb(x, turn)
+
+
+def _apart(sizes: Sequence[int], n: int, device: torch.device) -> Tensor | None:
+    """Which token may read which: those of its own prompt and all `n` pixels, bool `[L, L + n]`; None for one prompt."""
+    if len(sizes) == 1:
+        return None
+    prompt = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(device)
+    return F.pad(prompt[:, None] == prompt, (0, n), value=True)
+
+
+# ---------------------------------------------------------------------------------------- the model's own modules
+
+
+def call_frozen(module: nn.Module, *inputs: Any) -> Tensor:
+    """`module(*inputs)`, tensors in the dtype and on the device of its weights, with no gradient for them.
+
+    The module may be elsewhere than the inputs (CPU offload) and in another dtype.
+    """
+    weight = next(module.parameters(), None)
+    if weight is None:
+        return module(*inputs)
+
+    def brought(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        x = x.to(weight.dtype) if x.is_floating_point() else x
+        return x if weight.is_meta else x.to(weight.device)  # accelerate's hooks bring weights and input together
+
+    given = tuple(brought(x) for x in inputs)
+    if not torch.is_grad_enabled():
+        return module(*given)
+    frozen = {name: p.detach() for name, p in module.named_parameters()}
+    return torch.func.functional_call(module, frozen, given)

@@ -1,0 +1,789 @@
+"""Models with joint attention on tiny random pipelines of diffusers' own classes.
+
+The reference is each model's own blocks: called with other words in the prompt's place, before the image as it was in
+the run, a block gives the words' way through it and shows PyTorch's attention function their keys.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_tokenizer
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from PIL import Image
+from test_families import WORDS, make_clip, make_t5
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPTextModelWithProjection,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    MistralConfig,
+    PixtralVisionConfig,
+    PreTrainedTokenizerFast,
+)
+
+import app
+from ovam_core import (
+    attribute,
+    attribute_sentence,
+    attribute_words,
+    defaults_for,
+    encode_padded,
+    heatmaps,
+    initial_embedding,
+    load_pipeline,
+    photo,
+    record,
+    self_attention_map,
+    token_strings,
+    tokens,
+)
+from ovam_core import generate as images
+from ovam_core.__main__ import main
+from ovam_core.families import family_of
+from ovam_core.generate import GenerateSettings, MapSettings
+from ovam_core.goca import record_goca
+from ovam_core.optimize import OptimizeSettings, optimize
+
+PROMPT = "a photograph of the cat"
+IMAGE, GRID = (32, 48), (8, 12)
+SD3 = ["sd3", "sd3.5", "sd3-without-t5"]
+FLUX = ["flux-dev", "flux-schnell", "flux-2"]
+ALL = SD3 + FLUX
+
+
+# --------------------------------------------------------------------------------------------- tiny pipelines
+
+
+def make_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+        shift_factor=0.1,
+    ).eval()
+
+
+def make_sd3(qk_norm=None, dual=(), with_t5=True):
+    transformer = SD3Transformer2DModel(
+        sample_size=32,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=72,
+        caption_projection_dim=16,
+        pooled_projection_dim=32 + 24,
+        pos_embed_max_size=48,
+        dual_attention_layers=dual,
+        qk_norm=qk_norm,
+    )
+    first, second = make_tokenizer(), make_tokenizer()
+    second.pad_token = "!"
+    tokenizer, t5 = make_t5(72) if with_t5 else (None, None)
+    return StableDiffusion3Pipeline(
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=make_vae(),
+        text_encoder=make_clip(first, 32, CLIPTextModelWithProjection),
+        tokenizer=first,
+        text_encoder_2=make_clip(second, 24, CLIPTextModelWithProjection),
+        tokenizer_2=second,
+        text_encoder_3=t5,
+        tokenizer_3=tokenizer,
+    )
+
+
+def make_flux(guidance_embeds):
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=3,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=32,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(2, 2, 4),
+    )
+    clip, (tokenizer, t5) = make_tokenizer(), make_t5(24)
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=make_vae(),
+        text_encoder=make_clip(clip, 32),
+        tokenizer=clip,
+        text_encoder_2=t5,
+        tokenizer_2=tokenizer,
+        transformer=transformer.eval(),
+    )
+
+
+# As Mistral's: a start token, the system message, and the prompt within an instruction.
+TEMPLATE = """{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}[SYS]{{ m['content'][0]['text'] }}[/SYS]\
+{% else %}[INST]{{ m['content'][0]['text'] }}[/INST]{% endif %}{% endfor %}"""
+
+
+def make_mistral(width: int):
+    """A byte-level tokenizer that knows a few whole words, and a language model deep enough for the pipeline's layers."""
+    marks = ["<pad>", "<s>", "</s>", "[SYS]", "[/SYS]", "[INST]", "[/INST]"]
+    vocab = {x: i for i, x in enumerate([*marks, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    merges = []
+    for word in WORDS:
+        for left in ("Ġ", ""):
+            for letter in word:
+                if left:
+                    merges.append((left, letter))
+                left += letter
+                vocab.setdefault(left, len(vocab))
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=list(dict.fromkeys(merges))))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens(marks)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=TEMPLATE,
+        padding_side="left", model_max_length=512,
+    )  # fmt: skip
+    text = MistralConfig(
+        vocab_size=len(vocab), hidden_size=width, intermediate_size=16, num_hidden_layers=31,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=1024,
+    )  # fmt: skip
+    vision = PixtralVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=16, patch_size=8
+    )
+    config = Mistral3Config(text_config=text, vision_config=vision, image_token_index=len(vocab) - 1)
+    return fast, Mistral3ForConditionalGeneration(config).eval()
+
+
+def make_flux2():
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=3,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=3 * 16,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(2, 2, 2, 2),
+    )
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+    )
+    tokenizer, mistral = make_mistral(16)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return Flux2Pipeline(scheduler, vae.eval(), mistral, tokenizer, transformer.eval())
+
+
+MAKERS = {
+    "sd3": make_sd3,
+    "sd3.5": lambda: make_sd3("rms_norm", (0, 1)),
+    "sd3-without-t5": lambda: make_sd3(with_t5=False),
+    "flux-dev": lambda: make_flux(True),
+    "flux-schnell": lambda: make_flux(False),
+    "flux-2": make_flux2,
+}
+
+
+@functools.cache
+def pipe_of(name: str):
+    """Shared by the tests: they leave it as it is."""
+    torch.manual_seed(0)
+    pipe = MAKERS[name]()
+    # Random weights attend almost evenly and hardly change the text: louder ones make the maps differ.
+    for key, weight in pipe.transformer.named_parameters():
+        if key.endswith((".to_q.weight", ".to_k.weight", "add_q_proj.weight", "add_k_proj.weight")):
+            weight.data *= 4
+        if "norm1_context" in key or "modulation_txt" in key:
+            weight.data *= 4
+        if any(part in key for part in ("norm_q", "norm_k", "norm_added")):
+            weight.data = torch.randn_like(weight) + 1
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate(name, prompt=PROMPT, steps=2, guidance=4.0, size=IMAGE, **more):
+    """Float images `[images, 3, height, width]`."""
+    return pipe_of(name)(
+        prompt=prompt,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        height=size[0],
+        width=size[1],
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+        **more,
+    ).images
+
+
+def positive(name, guidance=4.0) -> int:
+    """The conditional item of the batch: only Stable Diffusion 3 has [negative, positive]."""
+    return 1 if name in SD3 and guidance > 1 else 0
+
+
+# --------------------------------------------------------------------------------------------------- reference
+
+
+class Spy:
+    """What each block of a pipeline was given, and its joint attention after norms and rotation: name -> one a step."""
+
+    def __init__(self, name, monkeypatch):
+        self.name, self.model, self.text_first = name, pipe_of(name).transformer, name in FLUX
+        self.blocks = dict(self.model.named_children())["transformer_blocks"]
+        self.names = [f"transformer_blocks.{i}.attn" for i in range(len(self.blocks))]
+        self.given = {x: [] for x in self.names}
+        self.attended = {x: [] for x in self.names}
+        self._inside, self._handles, self._ids = None, [], None
+        original = F.scaled_dot_product_attention
+
+        def spied(query, key, value, *args, **more):
+            if self._inside is not None:
+                self.attended[self._inside].append((query, key))
+            return original(query, key, value, *args, **more)
+
+        monkeypatch.setattr(F, "scaled_dot_product_attention", spied)
+        self._handles.append(self.model.register_forward_pre_hook(self._on_model, with_kwargs=True))
+        for x, block in zip(self.names, self.blocks, strict=True):
+            before = functools.partial(self._on_block, x)
+            self._handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
+            self._handles += self._listen(x, block)
+
+    def _listen(self, name, block):
+        enter = functools.partial(self._enter, name)
+        before = block.attn.register_forward_pre_hook(enter, with_kwargs=True)
+        return [before, block.attn.register_forward_hook(self._leave)]
+
+    def _on_model(self, module, args, kwargs):
+        self._ids = kwargs.get("img_ids")
+
+    def _on_block(self, name, module, args, kwargs):
+        self.given[name].append(kwargs)
+
+    def _enter(self, name, module, args, kwargs):
+        self._inside = name
+
+    def _leave(self, *_):
+        self._inside = None
+
+    def stop(self):
+        for handle in self._handles:
+            handle.remove()
+
+    def parts(self, seen, item):
+        """(image queries, image keys, text keys) of one item, `[heads, n or L, d]`."""
+        query, key = (x[item] for x in seen)
+        n = GRID[0] * GRID[1]
+        if self.text_first:
+            return query[:, -n:], key[:, -n:], key[:, :-n]
+        return query[:, :n], key[:, :n], key[:, n:]
+
+    def model_maps(self, item):
+        """Image queries against the model's own text keys, softmax over the text alone: `[tokens, *GRID]`."""
+        found = []
+        for calls in self.attended.values():
+            for seen in calls:
+                query, _, key = self.parts(seen, item)
+                found.append(plain_maps(query.double(), key.double()))
+        return torch.cat(found).mean(dim=0).float()
+
+    def maps_of(self, item, embedding, names=None, steps=None):
+        """The maps of other words by the model's own blocks, which read them in the prompt's place."""
+        found = []
+        listening = [x for pair in zip(self.names, self.blocks, strict=True) for x in self._listen(*pair)]
+        for step in range(len(self.given[self.names[0]])) if steps is None else steps:
+            text = self.model.context_embedder(embedding)[None]
+            for name, block in zip(self.names, self.blocks, strict=True):
+                given = {**self.given[name][step], "encoder_hidden_states": text}
+                for key in given.keys() & {"hidden_states", "temb", "temb_mod_img", "temb_mod_txt"}:
+                    given[key] = given[key][item : item + 1]
+                if self.text_first:
+                    places = torch.zeros(len(embedding), self._ids.shape[-1])
+                    if self.name == "flux-2":
+                        places[:, 3] = torch.arange(len(embedding))
+                    ids = torch.cat([places, self._ids[0] if self._ids.ndim == 3 else self._ids])
+                    given["image_rotary_emb"] = self.model.pos_embed(ids)
+                text, _ = block(**given)
+                query, _, key = self.parts(self.attended[name].pop(), 0)
+                if names is None or name in names:
+                    found.append(plain_maps(query, key))
+        for handle in listening:
+            handle.remove()
+        return torch.cat(found).mean(dim=0)
+
+
+def plain_maps(query, key):
+    """Softmax over tokens, `[heads, tokens, *GRID]`."""
+    logits = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+    return torch.softmax(logits, dim=-1).transpose(-1, -2).unflatten(-1, GRID)
+
+
+def recorded(name, monkeypatch, options=None, **more):
+    spy = Spy(name, monkeypatch)
+    with record(pipe_of(name), **(options or {})) as recorder:
+        generate(name, **more)
+    spy.stop()
+    return recorder.recordings, spy
+
+
+@functools.cache
+def recording_of(name: str):
+    with record(pipe_of(name)) as recorder:
+        generate(name)
+    return recorder.recordings[0]
+
+
+def words_of(name, count=3, seed=1):
+    width = family_of(pipe_of(name)).embed_dim
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+
+
+# --------------------------------------------------------------------------------------------------- recording
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_image_is_bit_identical_and_nothing_is_left_on_the_pipeline(name, guidance):
+    pipe = pipe_of(name)
+
+    def state():
+        hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in pipe.transformer.modules()]
+        return hooks, set(vars(pipe)), set(vars(pipe.transformer))
+
+    plain = generate(name, guidance=guidance)
+    after = state()  # a pipeline remembers its last run by itself
+    with record(pipe):
+        image = generate(name, guidance=guidance)
+    assert torch.equal(plain, image)
+    assert plain.shape == (1, 3, *IMAGE)
+    assert state() == after
+    assert not any(after[0])
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_the_padded_prompt_gives_the_attention_of_the_model(name, guidance, monkeypatch):
+    (recording,), spy = recorded(name, monkeypatch, guidance=guidance)
+    assert (recording.height, recording.width) == GRID
+    assert recording.image_size == IMAGE
+    expected = spy.model_maps(positive(name, guidance))
+    maps = heatmaps(recording, encode_padded(pipe_of(name), PROMPT))
+    assert len(maps) == {"sd3-without-t5": 77 + 256, "sd3": 77 + 256, "sd3.5": 77 + 256}.get(name, 512)
+    torch.testing.assert_close(maps, expected, atol=2e-6, rtol=1e-3)
+    # A flat map would match anything, and so would tokens in any order.
+    assert (maps.std(dim=(1, 2)) / maps.mean(dim=(1, 2))).max() > 0.05
+    assert maps.mean(dim=(1, 2)).max() > 1.2 / len(maps)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_carried_prompt_has_the_keys_of_the_model_in_every_block_and_step(name, monkeypatch):
+    (recording,), spy = recorded(name, monkeypatch)
+    embedding = encode_padded(pipe_of(name), PROMPT)
+    with torch.no_grad():
+        found = list(recording.stream.keys(embedding, [len(embedding)], spy.names))
+    assert len(found) == 3
+    for name_of_block, keys in zip(spy.names, found, strict=True):
+        own = torch.stack([spy.parts(x, positive(name))[2] for x in spy.attended[name_of_block]])
+        torch.testing.assert_close(keys, own, atol=1e-4, rtol=1e-4)
+    changed = (found[2] - found[0]).abs().max()
+    assert changed > 0.1  # the stream does change the text
+    assert (found[1][0] - found[1][1]).abs().max() > 1e-3  # from step to step too
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_other_words_are_carried_as_the_models_blocks_carry_them(name, count, monkeypatch):
+    (recording,), spy = recorded(name, monkeypatch)
+    words = words_of(name, count)
+    with torch.no_grad():
+        expected = spy.maps_of(positive(name), words)
+    maps = heatmaps(recording, words)
+    torch.testing.assert_close(maps, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(maps.sum(dim=0), torch.ones(GRID), atol=1e-5, rtol=0)
+    assert count == 1 or maps.std(dim=(1, 2)).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", SD3)
+def test_the_other_half_of_the_batch(name, monkeypatch):
+    (recording,), spy = recorded(
+        name, monkeypatch, {"branch": "unconditional"}, negative_prompt="the red bus"
+    )
+    maps = heatmaps(recording, encode_padded(pipe_of(name), "the red bus"))
+    torch.testing.assert_close(maps, spy.model_maps(0), atol=2e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["sd3.5", "flux-dev", "flux-2"])
+def test_several_images_have_recordings_of_their_own(name, monkeypatch):
+    recordings, spy = recorded(name, monkeypatch, prompt=[PROMPT, "the red bus"], num_images_per_prompt=2)
+    assert len(recordings) == 4
+    first = 4 if name == "sd3.5" else 0
+    words = words_of(name)
+    for image, recording in enumerate(recordings):
+        with torch.no_grad():
+            expected = spy.maps_of(first + image, words)
+        torch.testing.assert_close(heatmaps(recording, words), expected, atol=1e-5, rtol=0)
+    stores = {x.stream.blocks[0].image_keys.untyped_storage().data_ptr() for x in recordings}
+    assert len(stores) == 4
+    same = torch.equal(recordings[0].stream.modulation, recordings[2].stream.modulation)
+    assert same == (name == "flux-2")  # it knows no pooled text
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_self_attention_is_that_of_the_image_alone(name, monkeypatch):
+    (recording,), spy = recorded(name, monkeypatch)
+    assert [x.name for x in recording.column_sums] == spy.names
+    for layer in recording.column_sums:
+        for step, seen in enumerate(spy.attended[layer.name]):
+            query, key, _ = spy.parts(seen, positive(name))
+            logits = query.double() @ key.double().transpose(-1, -2) / query.shape[-1] ** 0.5
+            expected = torch.softmax(logits, dim=-1).sum(dim=(0, 1)).float()
+            torch.testing.assert_close(layer.sums[step], expected, atol=1e-4, rtol=1e-4)
+    attention = self_attention_map(recording, 0.85)
+    assert attention.shape == GRID
+    assert attention.min() == pytest.approx(0.85)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_timesteps_are_the_schedulers(name):
+    recording = recording_of(name)
+    assert recording.timesteps == tuple(int(t) for t in pipe_of(name).scheduler.timesteps)
+    assert recording.step_indices == (0, 1)
+
+
+# ----------------------------------------------------------------------------------------- parts of a recording
+
+
+@pytest.mark.parametrize("name", ["sd3.5", "flux-dev", "flux-2"])
+def test_steps_and_layers_can_be_chosen_before_and_after(name, monkeypatch):
+    options = {"steps": [0, 2], "layers": ["blocks.1."], "self_attention": False}
+    (part,), spy = recorded(name, monkeypatch, options, steps=3)
+    words = words_of(name)
+    with torch.no_grad():
+        expected = spy.maps_of(positive(name), words, names=spy.names[1:2], steps=[0, 2])
+    torch.testing.assert_close(heatmaps(part, words), expected, atol=1e-5, rtol=0)
+    assert [x.name for x in part.stream.blocks] == spy.names[:2]  # what comes after the layer is not kept
+    assert [len(x.tensors) for x in part.stream.blocks] == [2, 0]
+    one = part.layers[0].queries
+    assert part.nbytes == 3 * one.nbytes + part.stream.modulation.nbytes
+    assert part.stream.modulation.shape == (2, 6 * 16 if name == "flux-2" else 16)
+
+    with record(pipe_of(name)) as recorder:
+        generate(name, steps=3)
+    (whole,) = recorder.recordings
+    chosen = whole.select(steps=[0, 2], layers=["blocks.1."])
+    torch.testing.assert_close(heatmaps(chosen, words), heatmaps(part, words))
+    assert [x.name for x in chosen.stream.blocks] == spy.names[:2]
+    assert len(whole.stream.blocks) == 3
+    with torch.no_grad():
+        expected = spy.maps_of(positive(name), words, names=[spy.names[0], spy.names[2]])
+    some = heatmaps(whole.select(layers=["blocks.0", "blocks.2"]), words)
+    torch.testing.assert_close(some, expected, atol=1e-5, rtol=0)
+
+
+def test_layers_and_steps_that_are_not_there_are_refused_in_one_sentence():
+    for options in ({"layers": ["attn2"]}, {"steps": [9]}, {"resolutions": [5]}):
+        with pytest.raises(ValueError, match="Nothing was recorded.*check steps, layers"), record(pipe_of("sd3.5"), **options):
+            generate("sd3.5")
+    with pytest.raises(ValueError, match="No recorded layer matches"):
+        recording_of("sd3.5").select(layers=["attn2"])
+
+
+def test_the_size_of_a_recording_is_three_times_its_queries_less_the_last_layers():
+    recording = recording_of("sd3")
+    queries = recording.layers[0].queries.nbytes
+    stream = 2 * 2 * queries + recording.stream.modulation.nbytes
+    assert recording.stream.nbytes == stream
+    assert recording.nbytes == 3 * queries + stream + sum(x.sums.nbytes for x in recording.column_sums)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux-schnell"])
+def test_storage_in_half_precision(name):
+    with record(pipe_of(name), dtype=torch.bfloat16) as recorder:
+        generate(name)
+    (half,) = recorder.recordings
+    for block in half.stream.blocks:
+        assert all(x.dtype == torch.bfloat16 for x in block.tensors)
+    assert half.layers[0].queries.dtype == torch.bfloat16
+    words = words_of(name)
+    torch.testing.assert_close(heatmaps(half, words), heatmaps(recording_of(name), words), atol=0.03, rtol=0)
+
+
+def test_a_model_in_half_precision():
+    name = "flux-dev"
+    pipe = make_flux(True)
+    pipe.transformer.load_state_dict(pipe_of(name).transformer.state_dict())
+    pipe.text_encoder_2.load_state_dict(pipe_of(name).text_encoder_2.state_dict())
+    pipe.to(torch.bfloat16).set_progress_bar_config(disable=True)
+    with record(pipe) as recorder:
+        pipe(PROMPT, num_inference_steps=2, height=32, width=48, output_type="latent")
+    (recording,) = recorder.recordings
+    maps = heatmaps(recording, encode_padded(pipe, PROMPT))
+    assert maps.dtype == torch.float32
+    torch.testing.assert_close(maps.sum(dim=0), torch.ones(GRID), atol=1e-4, rtol=0)
+    x = words_of(name).requires_grad_()
+    heatmaps(recording, x)[0].sum().backward()
+    assert torch.isfinite(x.grad).all() and x.grad.abs().max() > 0
+
+
+def test_a_recording_moves_as_a_whole():
+    moved = recording_of("sd3.5").to("meta")
+    found = [x.queries for x in moved.layers] + [x.sums for x in moved.column_sums] + [moved.stream.modulation]
+    found += [x for block in moved.stream.blocks for x in block.tensors]
+    assert len(found) == 3 + 3 + 1 + 4
+    assert all(x.is_meta for x in found)
+
+
+# --------------------------------------------------------------------------------------------------------- words
+
+
+def test_tokens_of_each_family():
+    letters = ["z", "o", "o"]
+    clip = ["<SoT>", "the", "red", *letters, "<EoT>"]
+    t5 = token_strings(pipe_of("flux-dev"), "the red zoo")
+    assert t5[:2] == ["the", "red"] and t5[-4:] == [*letters, "<EoT>"]
+    assert token_strings(pipe_of("sd3"), "the red zoo") == [*clip, *t5]
+    assert token_strings(pipe_of("sd3-without-t5"), "the red zoo") == clip
+    mistral = token_strings(pipe_of("flux-2"), "the red zoo")
+    assert [x for x in mistral if x != "Ġ"] == clip  # a space of its own before letters
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_unpadded_text_is_encoded_as_in_generation(name):
+    pipe = pipe_of(name)
+    own = attribute_sentence(pipe, "the red bus").embedding
+    padded = encode_padded(pipe, "the red bus")
+    if name in SD3:
+        clip = len(pipe.tokenizer("the red bus").input_ids)
+        padded = torch.cat([padded[:clip], padded[77 : 77 + len(own) - clip]])
+    if name == "flux-2":  # its padding stands ahead; between the start token and the prompt stands the system message
+        start = 512 - len(family_of(pipe).tokenize("the red bus").ids[0])
+        padded = torch.cat([padded[start : start + 1], padded[-len(own) + 1 :]])
+    torch.testing.assert_close(own, padded[: len(own)], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_padded_prompt_is_what_the_model_was_given(name):
+    seen = []
+
+    def hook(module, args, kwargs):
+        seen.append(kwargs["encoder_hidden_states"][positive(name)])
+
+    handle = pipe_of(name).transformer.register_forward_pre_hook(hook, with_kwargs=True)
+    generate(name)
+    handle.remove()
+    assert torch.equal(encode_padded(pipe_of(name), PROMPT), seen[0])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_any_word_has_one_map_that_does_not_depend_on_its_neighbours(name, monkeypatch):
+    (recording,), spy = recorded(name, monkeypatch)
+    pipe = pipe_of(name)
+    found = attribute_words(pipe, ["cat", "zebra", "the red bus"])  # the last two are not in the prompt
+    maps = attribute(recording, found)
+    assert maps.shape == (3, *GRID)
+    for one, own, word in zip(found, maps, ("cat", "zebra", "the red bus"), strict=True):
+        strings = token_strings(pipe, word)
+        taken = "".join(strings[i] for i in one.groups[0]).replace("▁", "")
+        times = 2 if name in ("sd3", "sd3.5") else 1  # CLIP and T5 both read the word
+        assert taken == word.removeprefix("the ").replace(" ", "") * times
+        with torch.no_grad():
+            expected = spy.maps_of(positive(name), one.embedding)[list(one.groups[0])].mean(dim=0)
+        torch.testing.assert_close(own, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name, room, limit", [("sd3", 75, 77), ("sd3-without-t5", 75, 77), ("flux-dev", 511, 512)])
+def test_the_longest_text_and_one_that_is_too_long(name, room, limit):
+    pipe = pipe_of(name)
+    text = " ".join(["cat"] * room)
+    assert len(attribute_sentence(pipe, text).labels) >= limit
+    with pytest.raises(ValueError, match=f"takes {limit}, its start and end included: shorten it"):
+        attribute_sentence(pipe, text + " cat")
+    with pytest.raises(ValueError, match="empty"):
+        attribute_sentence(pipe, "  ")
+
+
+def test_the_system_message_counts_against_the_length_of_flux_2():
+    pipe = pipe_of("flux-2")
+    taken = len(family_of(pipe).tokenize("cat").ids[0]) - 1
+    assert taken > 100
+    text = " ".join(["cat"] * (512 - taken))
+    assert len(attribute_sentence(pipe, text).labels) == 512 - taken + 2
+    with pytest.raises(ValueError, match="takes 512, its start and end included: shorten it"):
+        attribute_sentence(pipe, text + " cat")
+
+
+# -------------------------------------------------------------------------------------------------------- tokens
+
+
+@pytest.mark.parametrize("name", ["sd3.5", "sd3", "flux-dev", "flux-2"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_gradient_is_autograds_through_the_models_blocks(name, count, monkeypatch):
+    (recording,), spy = recorded(name, monkeypatch)
+    weights = torch.rand(count, *GRID, generator=torch.Generator().manual_seed(0))
+    mine, plain = (words_of(name, count).requires_grad_() for _ in range(2))
+    (heatmaps(recording, mine) * weights).sum().backward()
+    assert all(p.grad is None for p in pipe_of(name).transformer.parameters())
+    (expected,) = torch.autograd.grad((spy.maps_of(positive(name), plain) * weights).sum(), plain)
+    torch.testing.assert_close(mine.grad, expected, atol=1e-5, rtol=1e-3)
+    assert expected.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["sd3.5", "flux-dev"])
+def test_gradient_of_few_values_at_a_time(name, monkeypatch):
+    words = words_of(name, 3)
+    recording = recording_of(name)
+
+    def gradient():
+        x = words.clone().requires_grad_()
+        heatmaps(recording, x)[1].square().sum().backward()
+        return x.grad
+
+    whole = gradient()
+    monkeypatch.setattr("ovam_core.heatmap.BLOCK_VALUES", {"cpu": 2 * 8 * 64, "other": 1})  # a step at a time
+    monkeypatch.setattr("ovam_core.heatmap.KEPT_VALUES", 0)
+    torch.testing.assert_close(gradient(), whole, atol=1e-6, rtol=1e-4)
+
+
+def test_gradient_of_a_recording_made_in_inference_mode():
+    pipe = pipe_of("sd3")
+    with torch.inference_mode(), record(pipe) as recorder:
+        generate("sd3")
+    x = words_of("sd3").requires_grad_()
+    heatmaps(recorder.recordings[0], x)[0].sum().backward()
+    y = words_of("sd3").requires_grad_()
+    heatmaps(recording_of("sd3"), y)[0].sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_token_is_learned_saved_and_asked_for(name, tmp_path):
+    pipe, target = pipe_of(name), np.zeros(IMAGE, np.uint8)
+    target[:16] = 1
+    start = initial_embedding(pipe, ["car"])
+    assert start.shape == (2, family_of(pipe).embed_dim)
+    found = optimize([recording_of(name)], [target], start, OptimizeSettings(epochs=3, method="adam", rate=0.01))
+    assert found.loss < found.losses[0]
+    token = tokens.Token(found.embedding, ("background", "car"), "tiny")
+    path = tokens.save(tmp_path / "car.safetensors", token)
+    with pytest.warns(UserWarning, match="was made with tiny"):
+        asked = tokens.attribution(pipe, tokens.load(path))
+    assert torch.equal(attribute(recording_of(name), asked)[0], heatmaps(recording_of(name), found.embedding)[1])
+
+
+# ----------------------------------------------------------------------------------------------------- pipelines
+
+
+def test_a_pass_of_skip_layer_guidance_is_no_step():
+    options = {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 0.6}
+    seen = []
+    handle = pipe_of("sd3.5").transformer.register_forward_pre_hook(lambda *_: seen.append(1))
+    with record(pipe_of("sd3.5")) as recorder:
+        generate("sd3.5", steps=3, **options)
+    handle.remove()
+    assert len(seen) == 4  # of which one skips layers
+    assert recorder.recordings[0].step_indices == (0, 1, 2)
+    assert len(recorder.recordings) == 1
+    assert all(len(x.queries) == 3 for x in recorder.recordings[0].layers)
+
+
+def test_the_negative_pass_of_a_true_guidance_is_no_step(monkeypatch):
+    (recording,), spy = recorded("flux-dev", monkeypatch, negative_prompt="red", true_cfg_scale=3.0)
+    assert recording.step_indices == (0, 1)
+    spy.attended = {name: calls[::2] for name, calls in spy.attended.items()}
+    maps = heatmaps(recording, encode_padded(pipe_of("flux-dev"), PROMPT))
+    torch.testing.assert_close(maps, spy.model_maps(0), atol=2e-6, rtol=1e-3)
+
+
+def test_an_image_to_edit_is_refused_with_flux_2():
+    picture = Image.new("RGB", (64, 64))
+    with pytest.raises(ValueError, match="does not fit a grid of 16 x 16 patches"), record(pipe_of("flux-2")):
+        generate("flux-2", image=picture)
+
+
+def test_flux_has_no_unconditional_half():
+    with (
+        pytest.raises(ValueError, match="record the conditional branch"),
+        record(pipe_of("flux-dev"), branch="unconditional"),
+    ):
+        generate("flux-dev")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_generate_makes_an_image_and_answers_words(name):
+    pipe, told = pipe_of(name), []
+    settings = GenerateSettings.for_model(pipe, PROMPT, steps=2, width=64, height=96)
+    made = images.generate(pipe, settings, on_step=lambda done, of: told.append((done, of)))
+    assert told == [(0, 2), (1, 2), (2, 2)]
+    assert made.image.size == (64, 96)
+    assert made.recording.height == 96 // family_of(pipe).strides[0]
+    found = images.ask(pipe, made, MapSettings(words=("cat", "zebra"), crf=False))
+    assert found.labels == ["cat", "zebra"]
+    assert found.heatmaps.shape == (2, 96, 64)
+    with pytest.raises(ValueError, match="The height is 67 pixels, which is not a multiple of"):
+        replace(settings, height=67).validate(pipe)
+
+
+def test_a_negative_prompt_is_taken_or_refused():
+    settings = GenerateSettings.for_model(pipe_of("sd3"), PROMPT, steps=1, width=64, height=64)
+    with_red = replace(settings, negative_prompt="red")
+    plain, changed = (images.generate(pipe_of("sd3"), x).image for x in (settings, with_red))
+    assert plain.tobytes() != changed.tobytes()
+    for negative in ("red", ["", "red"]):
+        with pytest.raises(ValueError, match="Flux takes no negative prompt"):
+            family_of(pipe_of("flux-dev")).arguments(negative, print)
+    with pytest.raises(ValueError, match="leave it empty"):
+        images.generate(pipe_of("flux-dev"), replace(with_red, guidance=3.5))
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux-dev"])
+def test_a_folder_is_loaded_and_known_by_its_family(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("OVAM_DEVICE", "cpu")
+    pipe_of(name).save_pretrained(tmp_path / name)
+    pipe = load_pipeline(str(tmp_path / name))
+    assert type(family_of(pipe)) is type(family_of(pipe_of(name)))
+    defaults, family = defaults_for(pipe), family_of(pipe)
+    assert (defaults.steps, defaults.guidance) == (family.steps, family.guidance)
+    assert defaults.height == (32 if name in SD3 else 128) * 2
+    torch.testing.assert_close(encode_padded(pipe, PROMPT), encode_padded(pipe_of(name), PROMPT))
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux-dev", "flux-2"])
+def test_what_is_not_there_for_these_models_is_refused(name):
+    with pytest.raises(ValueError, match="GoCA is not there for"):
+        record_goca(pipe_of(name))
+    with pytest.raises(ValueError, match="Photographs cannot be recorded with"):
+        photo.check_kind(pipe_of(name))
+
+
+def test_the_command_line_and_the_page_say_what_the_map_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OVAM_DEVICE", "cpu")
+    about = "a word is carried along the text stream, where it reads the image and does not touch it"
+    pipe = pipe_of("flux-schnell")
+    pipe.save_pretrained(tmp_path / "model")
+    options = ["--model", str(tmp_path / "model"), "--steps", "1", "--size", "64x64", "--no-crf"]
+    assert main(["generate", PROMPT, *options, "--words", "cat", "--out", str(tmp_path / "out")]) == 0
+    assert about in capsys.readouterr().out
+    monkeypatch.setattr(pipe, "ovam_name", "tiny", raising=False)
+    shown = [x["props"] for x in app.build(pipe).config["components"] if x["props"].get("elem_id") == "about"]
+    assert about in shown[0]["value"]
