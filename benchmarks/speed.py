@@ -51,7 +51,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ovam_core.families import column_sums
+from ovam_core.family import column_sums
 from ovam_core.heatmap import heatmaps
 from ovam_core.optimize import EDGE, RECIPES, Epoch, Optimized, OptimizeSettings, optimize
 from ovam_core.pipeline import EMBEDDED, load_pipeline

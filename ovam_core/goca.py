@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from .families import Call, Family, PixArt, StableDiffusionXL, family_of
+from .families import PixArt, StableDiffusionXL, family_of
+from .family import Call, Family
 from .heatmap import layer_keys, resize
 from .pipeline import EMBEDDED
 from .recorder import Branch, Hooked, LayerQueries, named

@@ -7,7 +7,7 @@
 
 The recording is what `record` makes of a generated image, its steps being the timesteps: all that follows is the same.
 The model sees the photograph at its own area: `fitted_size` keeps the shape but for rounding the sides to the pixels of
-one latent, or of one patch. What a denoiser is given and what a timestep means to it, its family knows (families.py).
+one latent, or of one patch. What a denoiser is given and what a timestep means to it, its family knows (family.py).
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def photograph(
         denoise(pipe, noisy)
     return Generation(
         image=image,
-        recording=replace(recorder.recordings[0], branch=noisy.branch),
+        recording=_told(recorder.recordings[0], noisy),
         settings=settings,
         model=getattr(pipe, "ovam_name", str(getattr(pipe, "name_or_path", "unknown"))),
         device=str(pipe._execution_device),
@@ -138,9 +138,11 @@ def record_image(
     """One photograph as a `Recording` whose T steps are the timesteps, in the order given.
 
     image: a picture or its file, any mode; turned upright by its EXIF orientation. caption: the text of the forward
-    passes; the words asked for later need not be in it. Empty, the pass is the unconditional half's, and `branch` says so.
-    timesteps: 0 to 999, noise by the training schedule, whatever the sampler: DDPM's Eq. 4; in Sana's flow matching the
-    share of noise, sigma, is the timestep / 1000. seed: of the noise, which is drawn on the CPU for all timesteps at once.
+    passes; the words asked for later need not be in it. Empty, the pass is the unconditional half's (with Flux, which
+    has none, the empty prompt's), and `branch` says so.
+    timesteps: 0 to 999, noise by the training schedule, whatever the sampler: DDPM's Eq. 4; in flow matching (Sana,
+    Stable Diffusion 3, Flux) the share of noise, sigma, is the timestep / 1000. seed: of the noise, which is drawn on
+    the CPU for all timesteps at once.
     size: (height, width) in pixels that the model sees, multiples of the family's `photo_multiple`; None: `fitted_size`.
     kept: keywords of `record`, such as resolutions, self_attention or offload.
 
@@ -167,14 +169,14 @@ def record_images(
     noisy = prepare(pipe, images, captions, timesteps, seed, size)
     with record(pipe, branch="all", **kept) as recorder:
         denoise(pipe, noisy)
-    return [replace(one, branch=noisy.branch) for one in recorder.recordings]
+    return [_told(one, noisy) for one in recorder.recordings]
 
 
 @dataclass(frozen=True, eq=False)
 class Noisy:
     """Photographs as the model is given them: what `denoise` passes forward, under whatever listens.
 
-    latents: `[T, B, C, h, w]`, in the denoiser's dtype; timesteps: T of them; condition: the captions and all else that
+    latents: `[T, B, C, h, w]`, or packed as the denoiser takes them (`Family.packed`), in its dtype; timesteps: T of them; condition: the captions and all else that
     the denoiser gets, by its argument names (`Family.condition`). branch: which half of a guided batch the passes are like.
     """
 
@@ -211,7 +213,7 @@ def prepare(
     clean = encode(pipe, photos, shared)
     latents = torch.stack([noised(pipe, one, timesteps, seed + n) for n, one in enumerate(clean)], dim=1)
     return Noisy(
-        latents=latents.to(family.denoiser.dtype),
+        latents=torch.stack([family.packed(one) for one in latents]).to(family.denoiser.dtype),
         timesteps=tuple(timesteps),
         condition=family.condition(captions, shared),
         branch="conditional" if captions[0].strip() else "unconditional",
@@ -224,6 +226,12 @@ def denoise(pipe: Any, noisy: Noisy) -> None:
     family = family_of(pipe)
     for latents, timestep in zip(noisy.latents, noisy.timesteps, strict=True):
         family.denoiser(latents, timestep=family.moment(timestep, latents), **noisy.condition)
+
+
+def _told(recording: Recording, noisy: Noisy) -> Recording:
+    """With what a recorder cannot know: the half, and the timesteps, which Flux is given in the model's own precision."""
+    timesteps = tuple(noisy.timesteps[step] for step in recording.step_indices)
+    return replace(recording, branch=noisy.branch, timesteps=timesteps)
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -328,8 +336,8 @@ def _article(name: str) -> str:
 
 @torch.no_grad()
 def encode(pipe: Any, photos: Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
-    """The scaled latents of RGB pictures, float32 `[B, C, height / factor, width / factor]`; they depend on no seed.
-    size: (height, width).
+    """The scaled latents of RGB pictures, float32 `[B, C, height / factor, width / factor]` (Flux 2: in patches of
+    2 x 2, `[B, 4 C, ...]`); they depend on no seed. size: (height, width).
     """
     height, width = size
     small = [photo.resize((width, height), Image.Resampling.LANCZOS) for photo in photos]
@@ -360,14 +368,12 @@ def noised(pipe: Any, latents: Tensor, timesteps: Sequence[int], seed: int = 0) 
 
 
 def check_kind(pipe: Any) -> None:
-    """Raises ValueError for a pipeline of no family, of one whose adapter cannot condition a pass of its own, whose
-    denoiser takes more than an image and a text, or which was trained with noise that is not known.
+    """Raises ValueError for a pipeline of no family, whose denoiser takes more than an image and a text, or which was
+    trained with noise that is not known.
     """
     family, name = family_of(pipe), type(pipe).__name__
-    *names, last = (one.name for one in FAMILIES if one.photographs)
+    *names, last = (one.name for one in FAMILIES)
     able = f"load a text-to-image model of {', '.join(names)} or {last}."
-    if not family.photographs:
-        raise ValueError(f"Photographs cannot be recorded with {family.name} yet; {able}")
     if not family.is_plain:
         raise ValueError(f"The denoiser of this {name} takes more than an image and a text; {able}")
     if not family.knows_noise:

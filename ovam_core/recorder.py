@@ -17,7 +17,8 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor
 
-from .families import Call, family_of
+from .families import family_of
+from .family import Call
 from .joint import TextStream
 from .pipeline import defaults_for
 

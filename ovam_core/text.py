@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .families import EOT, SOT, Tokens, family_of
+from .families import family_of
+from .family import EOT, SOT, Tokens
 
 MAX_WORDS = 32
 MAX_WORD_CHARS = 200

@@ -47,7 +47,6 @@ from ovam_core import (
     heatmaps,
     initial_embedding,
     load_pipeline,
-    photo,
     record,
     self_attention_map,
     token_strings,
@@ -769,11 +768,9 @@ def test_a_folder_is_loaded_and_known_by_its_family(name, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux-dev", "flux-2"])
-def test_what_is_not_there_for_these_models_is_refused(name):
+def test_goca_is_not_there_for_these_models(name):
     with pytest.raises(ValueError, match="GoCA is not there for"):
         record_goca(pipe_of(name))
-    with pytest.raises(ValueError, match="Photographs cannot be recorded with"):
-        photo.check_kind(pipe_of(name))
 
 
 def test_the_command_line_and_the_page_say_what_the_map_is(tmp_path, monkeypatch, capsys):

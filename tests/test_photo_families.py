@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -18,8 +17,13 @@ from diffusers import (
 )
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
+from einops import rearrange
 from PIL import Image
 from test_families import ALL, MAKERS, PROMPT, SIZES, AttentionSpy, attended, make_pixart, pipe_of
+from test_joint import ALL as JOINT
+from test_joint import GRID, IMAGE, SD3, Spy
+from test_joint import MAKERS as JOINT_MAKERS
+from test_joint import pipe_of as joint_pipe_of
 
 from ovam_core import encode_padded, heatmaps
 from ovam_core.annotated import Example, learn, photo_settings
@@ -78,13 +82,14 @@ def pipe_of_kind(kind: str):
 
 
 def calls_of(pipe, run) -> list[dict]:
-    """The arguments of each call of the denoiser in `run()`, by name; those that are left out or None are not there."""
+    """The arguments of each call of the denoiser in `run()`, by name; those that are left out, None or {} are not there."""
     model, found = family_of(pipe).denoiser, []
     names = inspect.signature(model.forward)
 
     def listen(module, args, kwargs):
         given = names.bind(*args, **kwargs).arguments
-        found.append({name: x for name, x in given.items() if x is not None and name != "return_dict"})
+        given = {name: x for name, x in given.items() if x is not None and name != "return_dict"}
+        found.append({name: x for name, x in given.items() if isinstance(x, torch.Tensor) or x != {}})
 
     handle = model.register_forward_pre_hook(listen, with_kwargs=True)
     try:
@@ -92,6 +97,23 @@ def calls_of(pipe, run) -> list[dict]:
     finally:
         handle.remove()
     return found
+
+
+def passes_like(pipe, theirs: list[dict], captions: list[str], size) -> list[dict]:
+    """Our calls of the denoiser for the latents and timesteps of the pipeline's run."""
+    latents = torch.stack([x["hidden_states" if "hidden_states" in x else "sample"] for x in theirs])
+    at = tuple(pipe.scheduler.timesteps.tolist())
+    noisy = Noisy(latents, at, family_of(pipe).condition(captions, size), "conditional")
+    return calls_of(pipe, lambda: denoise(pipe, noisy))
+
+
+def assert_same(ours: list[dict], theirs: list[dict]) -> None:
+    """Bit for bit, dtypes and shapes too."""
+    for own, their in zip(ours, theirs, strict=True):
+        own["timestep"] = torch.as_tensor(own["timestep"])
+        assert own.keys() == their.keys()
+        for name in own:
+            torch.testing.assert_close(own[name], their[name], atol=0, rtol=0, msg=lambda text: f"{name}: {text}")
 
 
 @torch.no_grad()
@@ -108,17 +130,39 @@ def test_the_denoiser_is_given_what_its_pipeline_gives_it(kind):
     )
     at = pipe.scheduler.timesteps.tolist()
     assert len(theirs) == len(at) == 2
-    latents = torch.stack([next(iter(x.values())) for x in theirs])
-    noisy = Noisy(latents, tuple(at), family_of(pipe).condition(["", PROMPT], size), "conditional")
-    ours = calls_of(pipe, lambda: denoise(pipe, noisy))
-    for own, their in zip(ours, theirs, strict=True):
-        own["timestep"] = torch.as_tensor(own["timestep"])
-        assert own.keys() == their.keys()
-        for name in own:  # dtypes, too
-            torch.testing.assert_close(own[name], their[name], atol=0, rtol=0, msg=lambda text: f"{name}: {text}")
+    ours = passes_like(pipe, theirs, ["", PROMPT], size)
+    assert_same(ours, theirs)
     assert (kind == "pixart-1024") == (
         "pixart" in kind and ours[0]["added_cond_kwargs"]["resolution"] is not None
     )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", JOINT)
+@pytest.mark.parametrize("prompt", [PROMPT, ""])
+def test_a_denoiser_with_joint_attention_is_given_what_its_pipeline_gives_it(name, prompt):
+    """At the family's usual guidance. Stable Diffusion 3 has a guided batch; Flux has one caption an image."""
+    pipe = joint_pipe_of(name)
+    guidance = family_of(pipe).guidance
+    plain = {"num_inference_steps": 2, "height": IMAGE[0], "width": IMAGE[1], "output_type": "latent"}
+    theirs = calls_of(pipe, lambda: pipe(prompt=prompt, guidance_scale=guidance, **plain))
+    assert len(theirs) == 2
+    assert len(theirs[0]["hidden_states"]) == (2 if name in SD3 else 1)
+    assert ("guidance" in theirs[0]) == (name in ("flux-dev", "flux-2"))
+    captions = ["", prompt] if name in SD3 else [prompt]
+    assert_same(passes_like(pipe, theirs, captions, IMAGE), theirs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["flux-dev", "flux-schnell", "flux-2"])
+def test_a_denoiser_in_half_precision_is_given_what_its_pipeline_gives_it(name):
+    pipe = JOINT_MAKERS[name]().to(torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    run = {"num_inference_steps": 2, "height": IMAGE[0], "width": IMAGE[1], "output_type": "latent"}
+    theirs = calls_of(pipe, lambda: pipe(prompt=PROMPT, guidance_scale=family_of(pipe).guidance, **run))
+    assert_same(passes_like(pipe, theirs, [PROMPT], IMAGE), theirs)
+    recording = record_image(pipe, picture(), PROMPT, (700, 300, 999), size=IMAGE, steps=[0, 2])
+    assert recording.timesteps == (700, 999)  # as asked for, where bfloat16 knows 699.2 and 1000
 
 
 # -------------------------------------------------------------------------------------- the pass, written by hand
@@ -222,6 +266,78 @@ def test_the_recording_is_that_of_a_pass_by_hand(name, caption, monkeypatch):
         torch.testing.assert_close(maps, expected, atol=1e-5, rtol=0)
 
 
+def joint_latents(pipe, image: Image.Image, timesteps, seed: int) -> list[torch.Tensor]:
+    """What the denoiser is to get: normalised, noised, and with Flux in patches of 2 x 2."""
+    values = torch.from_numpy(np.array(image.resize(IMAGE[::-1], Image.Resampling.LANCZOS)))
+    mean = pipe.vae.encode(values[None].permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist.mean
+    if "Flux2" in type(pipe).__name__:
+        norm, patches = pipe.vae.bn, rearrange(mean, "b c (h y) (w x) -> b (c y x) h w", y=2, x=2)
+        spread = (norm.running_var + pipe.vae.config.batch_norm_eps).sqrt()
+        clean = (patches - norm.running_mean[:, None, None]) / spread[:, None, None]
+    else:
+        clean = (mean - 0.1) * pipe.vae.config.scaling_factor
+    noise = torch.randn((len(timesteps), *clean.shape[1:]), generator=torch.Generator().manual_seed(seed))
+    mixed = [(1 - t / 1000) * clean + t / 1000 * one for t, one in zip(timesteps, noise, strict=True)]
+    if "Flux2" in type(pipe).__name__:
+        return [rearrange(x, "b c h w -> b (h w) c") for x in mixed]
+    if "Flux" in type(pipe).__name__:
+        return [rearrange(x, "b c (h y) (w x) -> b (h w) (c y x)", y=2, x=2) for x in mixed]
+    return mixed
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["sd3", "flux-dev", "flux-2"])
+def test_latents_of_a_photograph_for_joint_attention(name):
+    pipe, timesteps = JOINT_MAKERS[name](), (100, 300, 0)
+    if name == "flux-2":
+        pipe.vae.bn.running_mean.normal_()
+        pipe.vae.bn.running_var.uniform_(0.5, 2)
+    calls = calls_of(pipe, lambda: record_image(pipe, picture(), PROMPT, timesteps, seed=5, size=IMAGE))
+    for call, expected, t in zip(calls, joint_latents(pipe, picture(), timesteps, 5), timesteps, strict=True):
+        torch.testing.assert_close(call["hidden_states"], expected, atol=1e-5, rtol=1e-5)
+        assert call["timestep"].tolist() == pytest.approx([t if name == "sd3" else t / 1000])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", JOINT)
+@pytest.mark.parametrize("caption", [PROMPT, ""])
+def test_maps_of_a_photograph_are_the_joint_attention_of_the_pass(name, caption, monkeypatch):
+    pipe, spy = joint_pipe_of(name), Spy(name, monkeypatch)
+    recording = record_image(pipe, picture(), caption, (100, 300), size=IMAGE)
+    spy.stop()
+    assert (recording.height, recording.width) == GRID and recording.image_size == IMAGE
+    assert (recording.timesteps, recording.step_indices) == ((100, 300), (0, 1))
+    assert recording.branch == ("conditional" if caption else "unconditional")
+    maps = heatmaps(recording, encode_padded(pipe, caption or PROMPT))
+    if caption:
+        torch.testing.assert_close(maps, spy.model_maps(0), atol=2e-6, rtol=1e-3)
+    words = torch.randn(3, family_of(pipe).embed_dim, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(heatmaps(recording, words), spy.maps_of(0, words), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["sd3.5", "flux-dev", "flux-2"])
+def test_several_photographs_with_joint_attention(name):
+    pipe, images, captions = joint_pipe_of(name), [picture(seed=1), picture(50, 100, seed=2)], [PROMPT, "a red bus"]
+    words = torch.randn(2, family_of(pipe).embed_dim, generator=torch.Generator().manual_seed(1))
+    together = record_images(pipe, images, captions, (50, 200), seed=4, size=IMAGE)
+    assert len(together) == 2
+    found = [heatmaps(x, words) for x in together]
+    for n, maps in enumerate(found):
+        alone = record_image(pipe, images[n], captions[n], (50, 200), seed=4 + n, size=IMAGE)
+        torch.testing.assert_close(maps, heatmaps(alone, words), atol=1e-4, rtol=1e-3)
+    assert (found[0] - found[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux-schnell", "flux-2"])
+def test_words_are_answered_at_the_photographs_size_with_joint_attention(name):
+    size = {} if name == "sd3" else {"width": 64, "height": 32}
+    made = photograph(joint_pipe_of(name), picture(), PhotoSettings(PROMPT, **size))
+    assert made.recording.image_size == ((32, 64) if size else (48, 88))
+    found = ask(joint_pipe_of(name), made, MapSettings(("cat", "zebra"), crf=False))
+    assert found.heatmaps.shape == found.masks.shape == (2, 45, 90)
+    assert (found.heatmaps.std(axis=(1, 2)) > 0).all()
+
+
 @pytest.mark.parametrize("name", ["sdxl", "pixart-sigma", "sana", "hunyuan"])
 def test_several_photographs_in_one_batch(name):
     images, captions = [picture(seed=1), picture(50, 100, seed=2)], [PROMPT, "a red bus"]
@@ -311,14 +427,14 @@ def test_the_sides_of_what_is_seen(name, multiple, size):
         record_image(pipe, picture(), PROMPT, size=(size[0], size[1] - 1))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [*ALL, "sd3", "flux-dev", "flux-2"])
 def test_models_that_see_more_than_an_image_and_a_text_are_refused(name):
-    pipe = MAKERS[name]()
+    pipe = (MAKERS | JOINT_MAKERS)[name]()
     check_kind(pipe)
     family_of(pipe).denoiser.register_to_config(in_channels=9)  # as of an inpainting model
     with pytest.raises(ValueError, match="takes more than an image and a text; load") as caught:
         record_image(pipe, picture(), PROMPT)
-    assert "\n" not in str(caught.value) and all(x.name in str(caught.value) for x in FAMILIES if x.photographs)
+    assert "\n" not in str(caught.value) and all(x.name in str(caught.value) for x in FAMILIES)
 
 
 def test_the_refiner_and_unknown_noise_are_refused():
@@ -330,12 +446,3 @@ def test_the_refiner_and_unknown_noise_are_refused():
     pipe.scheduler = EDMEulerScheduler()
     with pytest.raises(ValueError, match="EDMEulerScheduler .* does not tell the noise"):
         check_kind(pipe)
-
-
-def test_families_whose_photographs_are_not_there_are_refused():
-    for family in FAMILIES:
-        if not family.photographs:
-            pipe = object.__new__(getattr(diffusers, family.pipelines[0]))
-            with pytest.raises(ValueError, match=f"cannot be recorded with {family.name} yet; load") as caught:
-                check_kind(pipe)
-            assert "\n" not in str(caught.value) and "PixArt" in str(caught.value)

@@ -12,7 +12,7 @@ from ovam_core import (
     attribute,
     attribute_words,
     encode_padded,
-    families,
+    family,
     heatmaps,
     record,
 )
@@ -163,12 +163,12 @@ def test_sizes_that_are_not_square(tiny, height, width):
 
 
 def test_grid_size():
-    assert families.grid_size(64 * 96, 64, 96) == (64, 96)
-    assert families.grid_size(16 * 24, 64, 96) == (16, 24)
-    assert families.grid_size(5 * 8, 17, 30) == (5, 8)  # odd sides are rounded up
-    assert families.grid_size(4 * 7, 17, 30) == (4, 7)  # or down
+    assert family.grid_size(64 * 96, 64, 96) == (64, 96)
+    assert family.grid_size(16 * 24, 64, 96) == (16, 24)
+    assert family.grid_size(5 * 8, 17, 30) == (5, 8)  # odd sides are rounded up
+    assert family.grid_size(4 * 7, 17, 30) == (4, 7)  # or down
     with pytest.raises(ValueError, match="does not fit"):
-        families.grid_size(77, 64, 96)
+        family.grid_size(77, 64, 96)
 
 
 # A part of the run
@@ -437,13 +437,13 @@ def test_column_sums_stay_in_blocks(monkeypatch):
     monkeypatch.setattr(torch, "softmax", watched)
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(heads, n, 4, generator=generator).half() for _ in range(2))
-    sums = families.column_sums(q, k, 0.5)
+    sums = family.column_sums(q, k, 0.5)
     monkeypatch.undo()
-    assert max(made) <= families.COLUMN_BLOCK_BYTES["cpu"] < heads * n * n * 4 / 100
+    assert max(made) <= family.COLUMN_BLOCK_BYTES["cpu"] < heads * n * n * 4 / 100
     assert sums.dtype == torch.float32
     torch.testing.assert_close(sums.sum().item(), float(heads * n), atol=1, rtol=0)
     expected = softmax(q[0].float() @ k[0].float().T * 0.5, dim=-1).sum(dim=0)
-    torch.testing.assert_close(families.column_sums(q[:1], k[:1], 0.5), expected, atol=1e-2, rtol=1e-4)
+    torch.testing.assert_close(family.column_sums(q[:1], k[:1], 0.5), expected, atol=1e-2, rtol=1e-4)
 
 
 # Refusals

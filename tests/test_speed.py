@@ -13,7 +13,7 @@ from reference import generate
 
 from benchmarks import speed
 from ovam_core import heatmap
-from ovam_core.families import column_sums
+from ovam_core.family import column_sums
 from ovam_core.heatmap import heatmaps
 from ovam_core.optimize import RECIPES, optimize
 from ovam_core.recorder import record
