@@ -79,8 +79,8 @@ def test_maps_find_their_objects_in_held_out_scenes(pipe):
     uniform = best_mean_iou([np.ones((128, 128))] * len(masks), masks)
     blob = best_mean_iou([centred_blob(128)] * len(masks), masks)
     print(f"rendered: which of two {right / pixels:.1%}, IoU {ours:.3f}, uniform {uniform:.3f}, blob {blob:.3f}")
-    assert right / pixels > 0.68
-    assert ours > 0.38
+    assert right / pixels > 0.82
+    assert ours > 0.48
     assert ours > 1.5 * max(uniform, blob)
 
 
@@ -98,5 +98,5 @@ def test_maps_find_their_objects_in_generated_images(pipe):
     uniform = best_mean_iou([np.ones((128, 128))] * len(masks), masks)
     blob = best_mean_iou([centred_blob(128)] * len(masks), masks)
     print(f"generated: {len(masks)} of 20 drawn, IoU {ours:.3f}, uniform {uniform:.3f}, blob {blob:.3f}")
-    assert len(masks) >= 10
+    assert len(masks) >= 16
     assert ours > 1.2 * max(uniform, blob)

@@ -14,16 +14,16 @@ from einops import rearrange
 from PIL import Image
 
 CLASSES = 21  # background and the 20 VOC classes
-FOLD = 4  # the network works on FOLD x FOLD pixel blocks, far cheaper than on pixels
-RATE, BATCH = 2e-3, 16
+FOLD = 2  # the network works on FOLD x FOLD pixel blocks, far cheaper than on pixels
+RATE, BATCH = 1.5e-3, 8
 FOLDER = Path(__file__).parent / "annotator"
 
 
 def build() -> UNet2DModel:
     """A convolutional U-Net of diffusers' own blocks, used without its time input."""
     return UNet2DModel(
-        in_channels=3 * FOLD**2, out_channels=CLASSES * FOLD**2, block_out_channels=(64, 96, 128, 128),
-        down_block_types=("DownBlock2D",) * 4, up_block_types=("UpBlock2D",) * 4,
+        in_channels=3 * FOLD**2, out_channels=CLASSES * FOLD**2, block_out_channels=(32, 64, 96, 128, 128),
+        down_block_types=("DownBlock2D",) * 5, up_block_types=("UpBlock2D",) * 5,
         layers_per_block=1, norm_num_groups=8, add_attention=False,
     )  # fmt: skip
 

@@ -162,7 +162,7 @@ Measured by `python -m training.figures` on a CPU, on scenes and seeds that no t
 
 | figure | measured | target |
 |---|---|---|
-| "A photograph of a <classname>": the annotator finds that class as the largest ({figures["seeds"]} seeds x 20 classes) | {figures["drawn"]:.0%} | {targets[0]} |
+| "A photograph of a <classname>": the annotator finds that class as the largest ({figures["seeds"]} seeds x 20 classes) | {figures["drawn"]:.1%} | {targets[0]} |
 | which of two: object pixels won by the right noun, each asked for alone in "A photograph of a <classname>" ({figures["scenes"]} scenes, t = 100, 200, 300; chance 50 %) | {figures["which_of_two"]:.1%} | {targets[1]} |
 | mean IoU of those maps (attention grids that the model's defaults use) at the best single threshold ({figures["iou_threshold"]:.2f} of the peak) | {figures["iou"]:.2f} | {targets[2]} |
 | self-attention map (Eq. 8): a pixel of an object receives more attention than one of the background (0.5 says nothing) | {figures["received_auc"]:.2f} | |

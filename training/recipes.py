@@ -43,7 +43,7 @@ CPU = Recipe(
     unet_widths=(96, 160, 160), unet_layers=1, heads=4, text_width=256, max_tokens=20,
     scenes=30_000, vae_scenes=6_000, vae_minutes=7, vae_batch=16, vae_rate=2e-3,
     unet_minutes=150, unet_batch=32, unet_rate=8e-4,
-    annotator_scenes=8_000, annotator_minutes=22,
+    annotator_scenes=12_000, annotator_minutes=45,
 )  # fmt: skip
 
 FULL = Recipe(
