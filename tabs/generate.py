@@ -238,7 +238,7 @@ def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
             with gr.Row(elem_classes="tokens"):
                 pick = gr.Dropdown(
                     list(desk.shelf.shipped), value=[], multiselect=True, max_choices=MAX_TOKENS, scale=4, min_width=180,
-                    label="Tokens", info="Learned from one mask each; they cut out their class more exactly.",
+                    label="Tokens", info="Learned from one mask each; each stands in for a class name.",
                     elem_id="tokens",
                 )  # fmt: skip
                 # The visitor's shelf checks the names; Gradio knows only those that were there when the page was built.
