@@ -413,9 +413,10 @@ def check_served(pipe: Any, settings: MapSettings, made: GenerateSettings | Phot
 
 def _check_parts(pipe: Any, settings: MapSettings, made: GenerateSettings) -> None:
     """Refuses steps and grids that no recording of this image can have."""
-    calls = made.steps * getattr(pipe.scheduler, "order", 1)  # a second-order scheduler calls the model twice a step
+    # A second-order scheduler calls the model twice a step, PNDM once more than it has steps.
+    calls = made.steps * getattr(pipe.scheduler, "order", 1) + 1
     if settings.steps is not None and min(settings.steps) >= calls:
-        raise ValueError(f"None of these steps will be there: choose among 0 to {made.steps - 1}.")
+        raise ValueError(f"None of these steps is in a run of {made.steps}: choose among 0 to {made.steps - 1}.")
     side, strides = max(made.width, made.height), family_of(pipe).strides
     grids = {side // stride for stride in strides} | {-(-side // stride) for stride in strides}
     if settings.resolutions is not None and not grids & set(settings.resolutions):

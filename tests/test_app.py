@@ -115,7 +115,7 @@ BAD_WORDS = {
     "tau nan": ({"tau": "NaN"}, "is NaN; give a number"),
     "alpha too large": ({"alpha": 7}, "greater than maximum"),
     "steps": ({"steps": "0-99999999999"}, "steps"),
-    "a step not run": ({"steps": "150"}, "recorded"),
+    "a step not run": ({"steps": "150"}, "None of these steps is in a run of 4: choose among 0 to 3"),
     "no grids": ({"grids": []}, "resolution"),
     "a grid not there": ({"grids": ["1/3"]}, "1/3"),
     "no such method": ({"method": "SAM"}, "SAM"),

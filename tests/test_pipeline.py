@@ -116,7 +116,7 @@ def test_a_pipeline_of_another_kind(tmp_path):
         up_block_types=("UpBlock2D",) * 2,
     )
     DDPMPipeline(unet, DDIMScheduler()).save_pretrained(tmp_path / "ddpm")
-    with pytest.raises(ValueError, match="DDPMPipeline is not a text-to-image pipeline.*Sana or HunyuanDiT"):
+    with pytest.raises(ValueError, match="DDPMPipeline is not a text-to-image pipeline.*HunyuanDiT.*Flux or Flux 2"):
         load_pipeline(str(tmp_path / "ddpm"))
 
 
