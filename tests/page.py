@@ -76,8 +76,12 @@ def shoot(page, name: str, full: bool = False) -> None:
 
 def set_steps(page, steps: int) -> None:
     page.click("#advanced > button")
-    page.fill("#steps input[type=number]", str(steps))
-    page.press("#steps input[type=number]", "Tab")
+    for _ in range(5):  # a page that is still being put together on a busy machine sets its own value again
+        page.fill("#steps input[type=number]", str(steps))
+        page.press("#steps input[type=number]", "Tab")
+        page.wait_for_timeout(300)
+        if page.input_value("#steps input[type=number]") == str(steps):
+            break
     page.click("#advanced > button")
 
 
