@@ -4,6 +4,8 @@
   that the model was trained on (held-out seeds), in which a class may be named by a synonym or a hypernym.
 * Truth: the annotator's label maps of the generated images. As in the paper the main object of each image is evaluated (the
   class asked for in VOC-sim; in captions the caption's class that covers most), and images without a clear one are left out.
+* "Ceiling": the truth itself, averaged over the cells of the attention grid and cut at each threshold: what a perfect map
+  would score there, for the edge of an object on a coarse grid lies where the map is a half.
 * Every row is given at the paper's thresholds and at its own best single threshold. The search for that one is made
   without the dense CRF, which would have to run at every threshold; so it compares maps, not post-processing.
 * The interval is a 95 % bootstrap over images.
@@ -28,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from benchmarks import rendered
@@ -61,6 +64,7 @@ CLEAR = 0.02  # share of the image that an object must cover to count as its mai
 ALPHAS = (0.0, 0.5, 0.7, 0.85, 0.95)
 MANY_OBJECTS = (0.0, 0.6, 0.4)  # shares of captions with 1, 2, 3 objects
 SETS = ("voc-sim", "captions")
+CEILING = "Ceiling"
 ASKED = ("name", "token")
 
 
@@ -117,6 +121,7 @@ def main_rows(steps: int, resolutions: Sequence[int], own: dict[str, tuple[float
             Row("Post-processing", "dense CRF", asked, tau, 1.0, True),
             Row("Post-processing", "self-attention and dense CRF", asked, tau, alpha, True),
         ]
+        rows += [Row(CEILING, f"a perfect map{', dense CRF' if crf else ''}", asked, tau, 1.0, crf) for crf in (False, True)]
         for count in range(1, len(resolutions) + 1):
             for grids in itertools.combinations(resolutions, count):
                 name = " + ".join(f"{grid}x{grid}" for grid in grids)
@@ -194,7 +199,8 @@ def evaluate(pipe, image: Image.Image, recording, truth: np.ndarray, asked: dict
         if floor not in attentions:
             attentions[floor] = self_attention_map(chosen, row.alpha)
         weight = 1 + row.alpha - attentions[floor] if row.inverted else attentions[floor]
-        weighted = resize((maps[part][row.asked] * weight)[None], size)
+        map_ = perfect_map(truth, chosen) if row.table == CEILING else maps[part][row.asked]
+        weighted = resize((map_ * weight)[None], size)
         mask = binary_masks(weighted, row.tau)[0].numpy()
         if row.crf:  # rows of different tables may be the same mask
             same = mask.tobytes()
@@ -206,6 +212,11 @@ def evaluate(pipe, image: Image.Image, recording, truth: np.ndarray, asked: dict
             "sweep": sweep(weighted[0].numpy(), truth, THRESHOLDS).tolist(),
         }
     return results
+
+
+def perfect_map(truth: np.ndarray, recording) -> torch.Tensor:
+    """The share of each cell of the recording's grid that the object bool [H, W] covers: float32 [h, w]."""
+    return F.adaptive_avg_pool2d(torch.from_numpy(truth)[None].float(), (recording.height, recording.width))[0]
 
 
 def asked_of(pipe, name: str, loaded: dict) -> dict:

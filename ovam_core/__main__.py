@@ -17,7 +17,7 @@ import diffusers
 import transformers
 from tqdm import tqdm
 
-from .annotated import METADATA, Example, by_class, learn, photo_settings, read_folder
+from .annotated import METADATA, Example, by_class, learn, learn_apart, photo_settings, read_folder
 from .dataset import FORMATS, SHEET
 from .export import LIBRARY, ExportSettings, Progress, export, launched, measure, plan
 from .families import family_of
@@ -484,6 +484,10 @@ def add_optimize(commands: argparse._SubParsersAction) -> None:
     one.add_argument("--recipe", choices=list(RECIPES), default="fast", help="fast, or the paper's own")
     one.add_argument("--epochs", type=int, help="epochs instead of the recipe's")
     one.add_argument("--stay", type=float, metavar="W", help="weight on staying near the class name's embedding")
+    one.add_argument(
+        "--apart", type=float, metavar="W",
+        help="with --annotated: weight on staying dark in the other classes' images; all recordings are held at a time",
+    )  # fmt: skip
     one.add_argument("--branch", choices=list(BRANCHES), default="conditional", help="half of the guided batch")
     one.add_argument("--tau", type=float, help="threshold that the token file recommends (the model's)")
     one.add_argument("--alpha", type=float, help="self-attention floor that the token file recommends (the model's)")
@@ -523,6 +527,8 @@ def run_optimize(options: argparse.Namespace) -> None:
         raise ValueError("Give one of --mask (with --prompt), --image-set and --annotated.")
     settings = replace(RECIPES[options.recipe], **given(epochs=options.epochs, stay=options.stay))
     settings.validate()
+    if options.apart is not None and options.annotated is None:
+        raise ValueError("--apart keeps the classes of a folder apart; add --annotated, or leave it out.")
     for name, value in given(tau=options.tau, alpha=options.alpha).items():
         if not 0 <= value <= 1:
             raise ValueError(f"{name} is {value}; choose a number from 0 to 1.")
@@ -558,19 +564,19 @@ def run_optimize(options: argparse.Namespace) -> None:
             sets = {options.out: [replace(one, classes=tuple(options.classes)) for one in sets[options.out]]}
     else:
         groups = by_class(read_folder(options.annotated, pipe))
-        sets = {Path(options.out) / file_name([name]): group for name, group in groups.items()}
+        paths = {name: Path(options.out) / file_name([name]) for name in groups}
+        sets = {paths[name]: group for name, group in groups.items()}
     make_folder(Path(options.out) if options.annotated is not None else Path(options.out).parent)
 
-    for path, examples in sets.items():
-        token, found = learn(
-            pipe,
-            examples,
-            settings,
-            branch=options.branch,
-            tau=options.tau,
-            alpha=options.alpha,
-            on_epoch=show_loss if sys.stderr.isatty() else None,
-        )
+    wanted = {
+        "branch": options.branch, "tau": options.tau, "alpha": options.alpha,
+        "on_epoch": show_loss if sys.stderr.isatty() else None,
+    }  # fmt: skip
+    if options.apart is not None:
+        learned = ((paths[name], *made) for name, *made in learn_apart(pipe, groups, settings, options.apart, **wanted))
+    else:
+        learned = ((path, *learn(pipe, examples, settings, **wanted)) for path, examples in sets.items())
+    for path, token, found in learned:
         save_token(path, token)
         why = f" ({found.reason})" if found.reason else ""
         print(f"{', '.join(token.names)}: loss {found.loss:.4f} after {found.epochs} epochs, {found.seconds:.1f} s{why}: {path}")

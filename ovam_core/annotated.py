@@ -16,7 +16,8 @@ photograph is kept itself, and is recorded in one forward pass (photo.py):
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -183,17 +184,57 @@ def learn(
     if any(example.classes != classes for example in examples):
         raise ValueError("The rows of an image set must all name the same class; use --annotated for one token a class.")
     start = initial_embedding(pipe, classes)
-    # Masks are read before any time is spent on images.
-    targets = [_target(pipe, one) for one in examples]
-    made = []
+    made, targets = _record_all(pipe, examples, branch, on_image)
+    found = optimize([own_choice(pipe, one.recording) for one in made], targets, start, settings, on_epoch, should_stop)
+    return token_of(made, classes, found, settings, tau, alpha), found
+
+
+def learn_apart(
+    pipe: Any,
+    groups: dict[str, list[Example]],
+    settings: OptimizeSettings = RECIPES["fast"],
+    apart: float = 1.0,
+    *,
+    branch: str = "conditional",
+    tau: float | None = None,
+    alpha: float | None = None,
+    on_epoch: Callable[[Epoch], None] | None = None,
+) -> Iterator[tuple[str, Token, Optimized]]:
+    """A token for each class of `groups` (see `by_class`), each of which takes the other classes' images for background.
+
+    One image of one object says what the class is and not what it is not: such a token finds objects of other classes
+    too. Here Eq. 6 gets a term for each image of another class, all background, which together weigh `apart` times what
+    the class's own images do. Such images must not show the class. All recordings are held at a time. Raises ValueError as
+    `learn` does, and for a single class.
+    """
+    if len(groups) < 2 or not math.isfinite(apart) or apart <= 0:
+        raise ValueError(f"Tokens kept apart need two classes or more and a weight above 0, not {len(groups)} and {apart:g}.")
+    starts = {name: initial_embedding(pipe, [name]) for name in groups}
+    examples = [one for group in groups.values() for one in group]
+    made, targets = _record_all(pipe, examples, branch)
+    recordings = [own_choice(pipe, one.recording) for one in made]
+    for name in groups:
+        own = [one.classes == (name,) for one in examples]
+        labels = [target if mine else np.zeros_like(target) for target, mine in zip(targets, own, strict=True)]
+        share = apart * sum(own) / (len(own) - sum(own))
+        weights = [1.0 if mine else share for mine in own]
+        found = optimize(recordings, labels, starts[name], settings, on_epoch, weights=weights)
+        its_own = [one for one, mine in zip(made, own, strict=True) if mine]
+        yield name, token_of(its_own, (name,), found, settings, tau, alpha, {"apart": apart, "others": len(own) - sum(own)}), found
+
+
+def _record_all(
+    pipe: Any, examples: Sequence[Example], branch: str, on_image: Callable[[int, int], None] | None = None
+) -> tuple[list[Generation], list[np.ndarray]]:
+    """The images of the examples and their labels. Masks are read before any time is spent on images."""
+    targets, made = [_target(pipe, one) for one in examples], []
     for number, one in enumerate(examples):
         if on_image is not None:
             on_image(number, len(examples))
         made.append(_make(pipe, one, branch))
     if len({one.recording.branch for one in made}) > 1:
         raise ValueError("Some captions are empty and others are not; give every photograph a caption, or none.")
-    found = optimize([own_choice(pipe, one.recording) for one in made], targets, start, settings, on_epoch, should_stop)
-    return token_of(made, classes, found, settings, tau, alpha), found
+    return made, targets
 
 
 def _target(pipe: Any, example: Example) -> np.ndarray:
@@ -230,10 +271,11 @@ def token_of(
     settings: OptimizeSettings,
     tau: float | None = None,
     alpha: float | None = None,
+    more: dict[str, Any] | None = None,
 ) -> Token:
-    """The result of `optimize` as a token that says how it came to be."""
+    """The result of `optimize` as a token that says how it came to be. more: further facts of the search."""
     first = made[0].settings
-    how = asdict(settings) | {"epochs": found.epochs, "images": len(made)}
+    how = asdict(settings) | {"epochs": found.epochs, "images": len(made)} | (more or {})
     own = defaults_for(made[0].model)
     if isinstance(first, PhotoSettings):
         prompt, steps, kind = first.caption, None, "photo"

@@ -16,6 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from . import fused
 from .joint import TextStream
 
 SOT, EOT = "<SoT>", "<EoT>"
@@ -64,6 +65,7 @@ class Family:
     name = "Stable Diffusion 1 and 2"
     about = ""  # what a word's map is, where it is not the cross-attention to the word in place of the prompt
     steps, guidance = 30, 7.5  # usual settings of models that are not known by name
+    pack = 1  # latents that `packed` makes one of
 
     def __init__(self, pipe: Any):
         self.pipe = pipe
@@ -213,8 +215,6 @@ class Family:
         """Whether `condition` is all that the denoiser takes beside latents and a timestep."""
         return self._sees_latents_alone and self.denoiser.config.addition_embed_type is None
 
-    pack = 1  # latents that `packed` makes one of
-
     @property
     def _sees_latents_alone(self) -> bool:
         """Inpainting and editing models see a mask or an image beside them."""
@@ -287,9 +287,7 @@ class Transformer(Family):
 
     pipelines: tuple[str, ...] = ()
     timestep_position = 2  # among the arguments of the denoiser
-    pixels = (
-        8  # sides that are not multiples of it are refused or rounded by the pipeline, whatever the patches
-    )
+    pixels = 8  # sides that are not multiples of it are refused or rounded by the pipeline, whatever the patches
 
     @classmethod
     def fits(cls, pipe: Any) -> bool:
@@ -519,8 +517,13 @@ def column_sums(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
     query, key: `[heads, n, d]`. The `[n, n]` attention is made in blocks of rows: the peak is about two blocks
     of COLUMN_BLOCK_BYTES (at least one row of all heads) in float32, 4 MiB on a CPU; all heads of a 64 x 64
-    grid at once would be 512 MiB.
+    grid at once would be 512 MiB. On a GPU with Triton none of it is stored.
     """
+    plain = functools.partial(_column_sums, query, key, scale)
+    return fused.column_sums(query, key, scale, plain) if fused.serves_columns(query, key) else plain()
+
+
+def _column_sums(query: Tensor, key: Tensor, scale: float) -> Tensor:
     heads, n, _ = query.shape
     block_bytes = COLUMN_BLOCK_BYTES["cpu" if query.device.type == "cpu" else "other"]
     rows = max(1, min(n, block_bytes // (4 * heads * n)))

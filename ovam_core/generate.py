@@ -215,7 +215,7 @@ class MapSettings:
     def _check_method(self) -> None:
         method = method_named(self.method)
         if method.asks == "token" and (self.words or self.sentence.strip() or not self.tokens):
-            raise ValueError(f"{method.name} asks for tokens alone: choose a token, and another method for words.")
+            raise ValueError(f"{method.name} takes tokens, not words: choose a token and no words, or another method.")
         if isinstance(method, GocaMethod) and self.tokens:
             raise ValueError(
                 f"{method.name} compares words; for a token choose {GOCA_TOKEN.name} or {OVAM_TOKEN.name}."

@@ -11,6 +11,7 @@ from einops import rearrange, reduce
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import fused
 from .joint import call_frozen
 from .recorder import LayerQueries, Recording
 from .text import Attribution
@@ -116,11 +117,22 @@ def _layer_sums(layer: LayerQueries, keys: Tensor, sizes: list[int]) -> Tensor:
     """
     if all(size == 2 for size in sizes):  # the softmax over two tokens is a sigmoid: half of the products
         keys = keys[..., 1::2, :] - keys[..., 0::2, :]
-        second = _ProbabilitySums.apply(keys, layer.queries, torch.sigmoid, _sigmoid_slopes)
+        second = _sums(keys, layer.queries, None, torch.sigmoid, _sigmoid_slopes)
         first = layer.queries.shape[0] * layer.queries.shape[1] - second
         return rearrange([first, second], "two words n -> (words two) n")
     softmax, slopes = partial(_softmax_each, sizes=sizes), partial(_softmax_slopes, sizes=sizes)
-    return _ProbabilitySums.apply(keys, layer.queries, softmax, slopes)
+    return _sums(keys, layer.queries, sizes, softmax, slopes)
+
+
+def _sums(keys: Tensor, queries: Tensor, sizes: list[int] | None, normalise: Callable, slopes: Callable) -> Tensor:
+    """`_ProbabilitySums`, or its kernels where they run. sizes: rows over which `normalise` sums, None for each alone."""
+
+    def plain(keys: Tensor, queries: Tensor) -> Tensor:
+        return _ProbabilitySums.apply(keys, queries, normalise, slopes)
+
+    if fused.serves(keys, queries, sizes):
+        return fused.ProbabilitySums.apply(keys, queries, sizes, plain)
+    return plain(keys, queries)
 
 
 class _ProbabilitySums(torch.autograd.Function):

@@ -196,7 +196,7 @@ def maps_and_masks(
     """
     if method.asks == "token" and (words or not tokens):
         raise ValueError(
-            f"{method.name} asks for tokens alone: choose a token, and another method for words."
+            f"{method.name} takes tokens, not words: choose a token and no words, or another method."
         )
     if not words and not tokens:
         raise ValueError("There is no word to look for: give at least one.")

@@ -218,18 +218,20 @@ def optimize(
     settings: OptimizeSettings = RECIPES["fast"],
     on_epoch: Callable[[Epoch], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    weights: Sequence[float] | None = None,
 ) -> Optimized:
     """The embedding X' that minimises Eq. 6, the sum over images of the sum over tokens of BCE (Eq. 7).
 
     recordings: one an image, of one model. targets: one an image, uint8 `[H, W]` at image size: the row of `start` that
-    each pixel belongs to, 0 for background, 255 to leave it out. start: `[L, E]`, L at least 2.
+    each pixel belongs to, 0 for background, 255 to leave it out; an image may be all background if another is not.
+    start: `[L, E]`, L at least 2. weights: of each image in the sum, above 0, default 1 each as in Eq. 6.
     on_epoch: called after every epoch. should_stop: asked before every epoch; True ends with the best so far.
     BCE is the mean over labelled pixels of the map at the target's size: that is what the paper's rate of 100
     presupposes. A loss that is not finite ends the search and the best so far is returned; `reason` says so.
     Raises ValueError for targets that do not fit.
     """
     settings.validate()
-    tasks = _tasks(recordings, targets, start)
+    tasks = _tasks(recordings, targets, start, weights)
     device = start.device if recordings[0].layers[0].queries.device.type == "cpu" else tasks[0].target.device
     begun = time.perf_counter()
 
@@ -301,7 +303,7 @@ def _optimizer(x: Tensor, settings: OptimizeSettings) -> torch.optim.Optimizer:
 
 @dataclass(frozen=True, eq=False)
 class _Task:
-    """One image: its recording, `target` bool `[L, H, W]`, `weight` float `[H, W]` with a sum of one."""
+    """One image: its recording, `target` bool `[L, H, W]`, `weight` float `[H, W]` with the image's weight as its sum."""
 
     recording: Recording
     target: Tensor
@@ -314,13 +316,18 @@ class _Task:
         return -(right.log() * self.weight).sum()
 
 
-def _tasks(recordings: Sequence[Recording], targets: Sequence[np.ndarray], start: Tensor) -> list[_Task]:
+def _tasks(
+    recordings: Sequence[Recording], targets: Sequence[np.ndarray], start: Tensor, weights: Sequence[float] | None
+) -> list[_Task]:
     if not recordings or len(recordings) != len(targets):
         raise ValueError(f"There are {len(recordings)} recordings and {len(targets)} masks: give one mask an image.")
+    weights = [1.0] * len(recordings) if weights is None else weights
+    if len(weights) != len(recordings) or not all(math.isfinite(weight) and weight > 0 for weight in weights):
+        raise ValueError("The weights of the images must be numbers above 0, one for each.")
     if start.ndim != 2 or len(start) < 2:
         raise ValueError("The embedding to start from needs a background row and at least one row for a class.")
     tasks, seen = [], set()
-    for recording, labels in zip(recordings, targets, strict=True):
+    for recording, labels, weight in zip(recordings, targets, weights, strict=True):
         labels = np.asarray(labels)
         if labels.ndim != 2 or labels.dtype.kind not in "iub":
             raise ValueError(f"A mask must be whole numbers [height, width], not {labels.dtype} {list(labels.shape)}.")
@@ -332,7 +339,7 @@ def _tasks(recordings: Sequence[Recording], targets: Sequence[np.ndarray], start
         device = start.device if stored.type == "cpu" else stored
         rows = torch.arange(len(start), device=device)[:, None, None]
         target = (torch.from_numpy(labels.astype(np.int64)).to(device)[None] == rows)
-        tasks.append(_Task(recording, target, torch.from_numpy(kept / kept.sum()).float().to(device)))
+        tasks.append(_Task(recording, target, torch.from_numpy(kept * (weight / kept.sum())).float().to(device)))
     strange, missing = seen - set(range(len(start))), set(range(1, len(start))) - seen
     if strange:
         raise ValueError(f"A mask holds the label {max(strange)}, but the embedding has {len(start)} rows.")

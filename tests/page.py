@@ -74,14 +74,21 @@ def shoot(page, name: str, full: bool = False) -> None:
     page.screenshot(path=ARTIFACTS / f"{name}.png", full_page=full)
 
 
+def set_number(page, selector: str, value: int) -> None:
+    """Types a number until the field holds it: a page still being put together on a busy machine sets its own again."""
+    field = f"{selector} input[type=number]"
+    for _ in range(6):
+        page.fill(field, str(value))
+        page.press(field, "Tab")
+        page.wait_for_timeout(500)
+        if page.input_value(field) == str(value):
+            return
+    raise AssertionError(f"{selector} does not keep {value}")
+
+
 def set_steps(page, steps: int) -> None:
     page.click("#advanced > button")
-    for _ in range(5):  # a page that is still being put together on a busy machine sets its own value again
-        page.fill("#steps input[type=number]", str(steps))
-        page.press("#steps input[type=number]", "Tab")
-        page.wait_for_timeout(300)
-        if page.input_value("#steps input[type=number]") == str(steps):
-            break
+    set_number(page, "#steps", steps)
     page.click("#advanced > button")
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ovam_core import tokens
 from ovam_core.__main__ import main
-from ovam_core.annotated import Example, by_class, check_same, learn, read_folder
+from ovam_core.annotated import Example, by_class, check_same, learn, learn_apart, read_folder
 from ovam_core.generate import (
     GenerateSettings,
     MapSettings,
@@ -88,6 +88,36 @@ def test_learning_is_generating_and_optimising(pipe, mask):
     recordings = [own_choice(pipe, generate(pipe, image(pipe, seed)).recording) for seed in (1, 2)]
     found = optimize(recordings, [read_mask(mask, (64, 96))] * 2, initial_embedding(pipe, ["cat"]), FEW)
     torch.testing.assert_close(token.embedding, found.embedding)
+
+
+def test_apart_the_other_classes_images_are_background(pipe, folder):
+    groups = by_class(read_folder(folder, pipe))
+    learned = list(learn_apart(pipe, groups, FEW, 0.5))
+    assert [(name, token.names) for name, token, _ in learned] == [("cat", ("cat",)), ("dog", ("dog",))]
+    recordings = [own_choice(pipe, generate(pipe, one.image).recording) for group in groups.values() for one in group]
+    target = read_mask(folder / "mask.png", (64, 96))
+    none = np.zeros_like(target)
+    for (_, token, result), targets, weights in zip(
+        learned, ([target, target, none], [none, none, target]), ([1, 1, 1.0], [0.25, 0.25, 1]), strict=True
+    ):
+        found = optimize(recordings, targets, initial_embedding(pipe, token.names), FEW, weights=weights)
+        torch.testing.assert_close(token.embedding, found.embedding)
+        assert result.losses == pytest.approx(found.losses)
+    about = json.loads(learned[1][1].settings)
+    assert (about["optimization"]["images"], about["optimization"]["apart"], about["optimization"]["others"]) == (1, 0.5, 2)
+    assert about["image"]["guidance"] == 1.5  # of its own image
+
+
+@pytest.mark.parametrize("apart", [0, -1, float("nan"), float("inf")])
+def test_no_weight_no_apart(pipe, folder, apart):
+    with pytest.raises(ValueError, match="weight above 0"):
+        next(learn_apart(pipe, by_class(read_folder(folder, pipe)), FEW, apart))
+
+
+def test_one_class_cannot_be_kept_apart(pipe, folder):
+    groups = by_class(read_folder(folder, pipe))
+    with pytest.raises(ValueError, match="two classes"):
+        next(learn_apart(pipe, {"cat": groups["cat"]}, FEW))
 
 
 def test_the_other_half_of_the_batch(pipe, mask):
@@ -221,6 +251,10 @@ def test_several_images_and_a_set_of_tokens(folder, tmp_path, capsys):
     assert main(["optimize", "--annotated", str(folder), "--epochs", "2", "--out", str(out), *QUICK]) == 0
     assert sorted(path.name for path in out.iterdir()) == ["cat.safetensors", "dog.safetensors"]
     assert json.loads(tokens.load(out / "cat.safetensors").settings)["optimization"]["images"] == 2
+    apart = tmp_path / "apart"
+    assert main(["optimize", "--annotated", str(folder), "--apart", "1", "--epochs", "2", "--out", str(apart), *QUICK]) == 0
+    assert json.loads(tokens.load(apart / "dog.safetensors").settings)["optimization"]["others"] == 2
+    assert tokens.load(apart / "dog.safetensors").loss > tokens.load(out / "dog.safetensors").loss
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()[:2]]
     write(folder, rows)
     file = tmp_path / "one.safetensors"
@@ -275,6 +309,7 @@ BAD = {
     "class of punctuation": (["--mask", "MASK", "--prompt", PROMPT, "--class", "?", "--size", "96x64"], "not a word"),
     "class too often": (["--mask", "MASK", "--prompt", PROMPT, "--class", "cat", "cat", "--size", "96x64"], "once"),
     "no folder": (["--annotated", "/no/such"], "no metadata.jsonl"),
+    "apart from nothing": (["--image-set", "/no/such", "--apart", "1"], "add --annotated"),
     "options beside a folder": (["--annotated", "/no/such", "--seed", "1"], "leave those options out"),
 }
 

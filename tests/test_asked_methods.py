@@ -111,7 +111,7 @@ def test_a_photograph_by_goca(tiny):
 REFUSED = {
     "no such method": ({"method": "SAM"}, "There is no method 'SAM'; choose among DAAM"),
     "a number": ({"method": 3}, "There is no method '3'"),
-    "words by token": ({"method": "OVAM + token"}, "asks for tokens alone"),
+    "words by token": ({"method": "OVAM + token"}, "takes tokens, not words"),
     "no token": ({"method": "GoCA + token", "words": ()}, "choose a token"),
     "a sentence": ({"method": "GoCA", "sentence": "the cat"}, "asks for words alone"),
     "steps": ({"method": "GoCA", "steps": (1,)}, "name no denoising steps"),
@@ -168,7 +168,7 @@ def test_method_on_the_command_line(folder, tmp_path, capsys):
     with np.load(tmp_path / "photo" / "heatmaps.npz") as file:
         assert np.allclose(file["maps"], expected.heatmaps, atol=1e-4)
     capsys.readouterr()
-    for wrong, part in (("sam", "There is no method 'sam'"), ("attn2mask", "100 steps"), ("ovam + token", "tokens alone")):
+    for wrong, part in (("sam", "There is no method 'sam'"), ("attn2mask", "100 steps"), ("ovam + token", "takes tokens")):
         assert main([*about, "--method", wrong]) == 2
         said = capsys.readouterr().err.strip()
         assert said.startswith("Error: ") and part in said and "\n" not in said

@@ -13,7 +13,7 @@ from benchmarks import optimize as optimize_table
 from benchmarks import quality, rendered
 from ovam_core import tokens
 from ovam_core.evaluate import confusion
-from ovam_core.heatmap import attribute
+from ovam_core.heatmap import attribute, resize
 from ovam_core.mask import make_masks
 from ovam_core.optimize import initial_embedding
 from ovam_core.photo import record_image
@@ -63,7 +63,7 @@ def test_smoke_subset_of_the_quality_tables(pipe, tmp_path, shelf, capsys):
     for one in figures["sets"].values():
         methods = {(row["name"], row["asked"]) for row in one["rows"] if row["table"] == "Methods"}
         assert methods == {(name, asked) for name in ("DAAM", "OVAM", "OVAM, own tau", "Attn2Mask") for asked in ("name", "token")}
-        assert {row["table"] for row in one["rows"]} == {"Methods", "Post-processing", "Resolutions", "Steps", "Alpha"}
+        assert {row["table"] for row in one["rows"]} == {"Methods", "Post-processing", "Ceiling", "Resolutions", "Steps", "Alpha"}
         assert sum(row["table"] == "Resolutions" for row in one["rows"]) == 14
         for row in one["rows"]:
             assert 0 <= row["low"] <= row["miou"] <= row["high"] <= 100 or row["n"] < 5
@@ -119,6 +119,18 @@ def test_a_row_is_the_packages_own_mask(pipe, shelf):
             maps = attribute(part, asked[row.asked])
             mask = make_masks(part, maps, image, tau=row.tau, alpha=row.alpha, crf=row.crf)[0]
             assert results[row.key]["counts"] == confusion(mask, truth).tolist()
+
+
+def test_a_perfect_map_is_cut_by_the_grid_alone(pipe):
+    """Cells of 8 x 8 pixels: edges on them are found at a half, and lie further in at the paper's 0.8."""
+    ((_, recording),) = annotated.generations(pipe, ["A photograph of a bird"], [7], steps=3)
+    truth = np.zeros((128, 128), bool)
+    truth[32:96, 32:96] = True
+    exact = quality.perfect_map(truth, quality.own_grids(pipe, recording))
+    assert exact.shape == (16, 16) and exact.unique().tolist() == [0, 1] and exact.sum() == 64
+    shown = resize(exact[None], (128, 128))[0].numpy()
+    kept = {tau: (shown >= tau).sum() / truth.sum() for tau in (0.5, 0.8)}
+    assert kept[0.5] == pytest.approx(1, abs=0.02) and 0.8 < kept[0.8] < 0.9
 
 
 def test_the_rendered_scenes_are_measured_by_the_packages_own_masks(pipe, shelf):
@@ -184,12 +196,15 @@ def test_the_script_that_makes_the_shipped_tokens(pipe, tmp_path, monkeypatch, c
     monkeypatch.setattr(annotated, "load_pipeline", lambda *_: pipe)
     folder, out = tmp_path / "folder", tmp_path / "tokens"
     asked = ["--folder", str(folder), "--out", str(out), "--steps", "2", "--epochs", "2"]
-    assert annotated.main([*asked, "--classes", "bird"]) == 0
-    (row,) = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    assert annotated.main([*asked, "--classes", "bird", "chair"]) == 0
+    row, other = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    assert (other["class"], other["seed"]) == ("chair", annotated.SEEDS[0])
     assert row["seed"] == annotated.SEEDS[1] and row["class"] == "bird"
     assert (np.asarray(Image.open(folder / row["mask"])) > 0).sum() == (stand_in([0])[0] == 3).sum()
     token = tokens.load(out / "bird.safetensors")
     assert (token.names, token.seed, token.prompt) == (("bird",), row["seed"], "A photograph of a bird")
+    how = json.loads(token.settings)["optimization"]
+    assert (how["images"], how["others"], how["apart"], how["stay"]) == (1, 1, annotated.APART, annotated.STAY)
     with pytest.raises(ValueError, match="shows a cat"):
         annotated.find(pipe, None, "cat", steps=1, seeds=[1, 2])
 

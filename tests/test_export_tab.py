@@ -8,7 +8,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from page import shoot
+from page import set_number, shoot
 from PIL import Image
 
 from ovam_core.prompts import Prompt
@@ -108,11 +108,6 @@ def test_the_bar_says_how_far_how_fast_how_long():
 def open_tab(page) -> None:
     page.get_by_role("tab", name="Batch mask export").click()
     page.wait_for_selector("#export")
-
-
-def set_number(page, selector: str, value: int) -> None:
-    page.fill(f"{selector} input[type=number]", str(value))
-    page.press(f"{selector} input[type=number]", "Tab")
 
 
 def test_an_export_stopped_and_gone_on_with(visit, tmp_path):

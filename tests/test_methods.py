@@ -129,9 +129,9 @@ def test_refusals(tiny, seen, token):
     bare = Seen(seen.image, seen.recording, PROMPT)
     with pytest.raises(ValueError, match="no word to look for"):
         maps_and_masks(OVAM, tiny, seen)
-    with pytest.raises(ValueError, match="asks for tokens alone"):
+    with pytest.raises(ValueError, match="takes tokens, not words"):
         maps_and_masks(OVAM_TOKEN, tiny, seen, words=["cat"])
-    with pytest.raises(ValueError, match="asks for tokens alone"):
+    with pytest.raises(ValueError, match="takes tokens, not words"):
         maps_and_masks(GOCA_TOKEN, tiny, seen, words=["cat"], tokens=[token])
     with pytest.raises(ValueError, match="compares words; for a token choose"):
         maps_and_masks(GOCA, tiny, seen, words=["cat"], tokens=[token])

@@ -253,6 +253,21 @@ def test_staying_near_the_start(recordings):
     assert (near.embedding - start_of(2)).norm() < (free.embedding - start_of(2)).norm()
 
 
+def test_weights_of_images(recordings):
+    """Eq. 6 with a factor an image; one of them all background."""
+    targets, start, one = [blob(), np.zeros_like(blob())], start_of(2), OptimizeSettings(epochs=1, stay=0)
+    found = optimize(recordings, targets, start, one, weights=[1, 0.3])
+    maps = [resize(heatmaps(recording, start), target.shape) for recording, target in zip(recordings, targets, strict=True)]
+    each = [
+        sum(F.binary_cross_entropy(x[row], torch.from_numpy(target == row).float()) for row in (0, 1))
+        for x, target in zip(maps, targets, strict=True)
+    ]
+    assert found.loss == pytest.approx(float(each[0] + 0.3 * each[1]), rel=1e-5)
+    for wrong in ([1], [1, 0], [1, float("nan")]):
+        with pytest.raises(ValueError, match="weights of the images"):
+            optimize(recordings, targets, start, one, weights=wrong)
+
+
 def test_only_the_embedding_is_changed(tiny, recordings):
     before = [x.clone() for x in tiny.unet.parameters()]
     start = start_of(2)

@@ -235,12 +235,6 @@ def stroke(page, left: float, top: float, right: float, bottom: float) -> None:
     page.wait_for_timeout(500)
 
 
-def set_epochs(page, epochs: int) -> None:
-    page.click("#learn-more > button")
-    page.fill("#epochs input[type=number]", str(epochs))
-    page.press("#epochs input[type=number]", "Tab")
-
-
 @pytest.fixture
 def searches(monkeypatch):
     """What the server's optimize() was given."""
@@ -262,7 +256,6 @@ def test_the_whole_way(visit, searches, tmp_path):
     shoot(page, "token-empty", full=True)
     draw_picture(page)
     stroke(page, 0.3, 0.3, 0.6, 0.7)
-    set_epochs(page, 12)
     page.click("#learn")
     page.wait_for_selector("#verdict .verdict")
     page.wait_for_selector("#learn:not([disabled])")
@@ -272,7 +265,7 @@ def test_the_whole_way(visit, searches, tmp_path):
     target = searches[0]
     assert target.shape == (128, 128) and set(np.unique(target)) == {0, 1}  # the image's true size, whatever the canvas
     assert 0.002 < target.mean() < 0.8  # where exactly is the editor's zoom; pixels are compared above
-    assert "12 epochs" in page.inner_text("#verdict") and "IoU with your mask" in page.inner_text("#verdict")
+    assert "loss" in page.inner_text("#verdict") and "IoU with your mask" in page.inner_text("#verdict")
     assert page.locator("#curve svg polyline").count() == 1
     assert len(sources(page, "#heat-slider")) == 2 and len(sources(page, "#mask-slider")) == 2
 
@@ -333,7 +326,6 @@ def test_an_uploaded_mask(visit, searches, tmp_path):
     page.click("#way label:has-text('Upload')")
     page.set_input_files("#mask-file input[type=file]", square_mask(tmp_path))
     page.wait_for_selector("#mask-file :text('mask.png')")
-    set_epochs(page, 3)
     page.click("#learn")
     page.wait_for_selector("#verdict .verdict")
     assert searches[0].sum() == 60 * 70
