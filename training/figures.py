@@ -129,8 +129,10 @@ def card(figures: dict, training: dict, marks: dict) -> str:
         else "**The shipped weights are from the CPU recipe, not from the full GPU recipe**: 20 VOC classes, 128 x 128 pixels."
     )
     grids = " and ".join(f"{side} x {side}" for side in training["attention_grids"])
-    weakest = sorted(figures["drawn_by_class"], key=figures["drawn_by_class"].get)[:5]
-    classes = ", ".join(f"{name} {figures['drawn_by_class'][name]:.0%}" for name in VOC_CLASSES)
+    drawn = figures["drawn_by_class"]
+    weakest = [name for name in sorted(drawn, key=drawn.get)[:5] if drawn[name] < 0.9]
+    weak = f" Weakest classes: {', '.join(weakest)}." if weakest else ""
+    classes = ", ".join(f"{name} {drawn[name]:.0%}" for name in VOC_CLASSES)
     return f"""---
 license: mit
 pipeline_tag: text-to-image
@@ -164,7 +166,7 @@ Measured by `python -m training.figures` on a CPU, on scenes and seeds that no t
 |---|---|---|
 | "A photograph of a <classname>": the annotator finds that class as the largest ({figures["seeds"]} seeds x 20 classes) | {figures["drawn"]:.1%} | {targets[0]} |
 | which of two: object pixels won by the right noun, each asked for alone in "A photograph of a <classname>" ({figures["scenes"]} scenes, t = 100, 200, 300; chance 50 %) | {figures["which_of_two"]:.1%} | {targets[1]} |
-| mean IoU of those maps (attention grids that the model's defaults use) at the best single threshold ({figures["iou_threshold"]:.2f} of the peak) | {figures["iou"]:.2f} | {targets[2]} |
+| mean IoU of those maps (attention grids that the model's defaults use) at the best single threshold ({figures["iou_threshold"]:.2f} of the peak) | {figures["iou"]:.3f} | {targets[2]} |
 | self-attention map (Eq. 8): a pixel of an object receives more attention than one of the background (0.5 says nothing) | {figures["received_auc"]:.2f} | |
 | seconds for one image, default steps, {figures["threads"]} cores | {figures["seconds_an_image"]:.1f} | 8 at most |
 | annotator ({marks["images"]:,} images in {marks["minutes"]:.0f} minutes), mIoU on 400 held-out rendered scenes | {marks["rendered"]:.1%} | 95 % |
@@ -178,7 +180,7 @@ One row a VOC class in id order, one column a seed.
 
 ## Limits
 It knows the words of its captions and nothing else: other words fall back to characters that were never trained and
-have no meaningful map. Weakest classes: {", ".join(weakest)}. Small objects and fine outlines are
+have no meaningful map.{weak} Small objects and fine outlines are
 soft; scenes of three objects often lose one. It knows no photographs.
 
 ## Licence
