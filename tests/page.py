@@ -92,5 +92,35 @@ def set_steps(page, steps: int) -> None:
     page.click("#advanced > button")
 
 
+def upload(page, selector: str, file: str, shown: str) -> None:
+    """Hands a file to a field until `shown` stands on the page: a field that just appeared may not listen yet."""
+    from playwright.sync_api import TimeoutError
+
+    page.wait_for_selector(f"{selector} input[type=file]", state="attached")
+    page.wait_for_timeout(500)
+    for patience in (20_000, 20_000, 60_000):
+        try:
+            page.set_input_files(f"{selector} input[type=file]", file, timeout=patience)
+            page.wait_for_selector(shown, timeout=patience)
+            return
+        except TimeoutError:
+            continue
+    raise AssertionError(f"{selector} does not take {file}")
+
+
+def upload_mask(page, file: str) -> None:
+    """On the second tab; the way is chosen anew until its field is there."""
+    from playwright.sync_api import TimeoutError
+
+    for patience in (15_000, 30_000, 60_000):
+        page.click("#way label:has-text('Upload')")
+        try:
+            page.wait_for_selector("#mask-file", timeout=patience)
+            break
+        except TimeoutError:
+            page.click("#way label >> nth=0")
+    upload(page, "#mask-file", file, f"#mask-file :text('{Path(file).name}')")
+
+
 def sources(page, selector: str) -> list[str]:
     return page.eval_on_selector_all(f"{selector} img", "all => all.map(one => one.src)")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
-from page import shoot, sources
+from page import shoot, sources, upload_mask
 from PIL import Image, ImageDraw
 
 import tabs.optimize as tab
@@ -323,9 +323,7 @@ def test_an_uploaded_mask(visit, searches, tmp_path):
     page = visit()
     open_tab(page)
     draw_picture(page)
-    page.click("#way label:has-text('Upload')")
-    page.set_input_files("#mask-file input[type=file]", square_mask(tmp_path))
-    page.wait_for_selector("#mask-file :text('mask.png')")
+    upload_mask(page, square_mask(tmp_path))
     page.click("#learn")
     page.wait_for_selector("#verdict .verdict")
     assert searches[0].sum() == 60 * 70

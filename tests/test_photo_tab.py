@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
-from page import shoot, sources
+from page import shoot, sources, upload, upload_mask
 from PIL import Image, ImageDraw
 
 from ovam_core import tokens
@@ -222,16 +222,14 @@ def test_a_token_from_a_photograph_by_the_api(client, photo, mask):
 # ---------------------------------------------------------------------------------------------- the browser
 
 
-def upload(page, photo: str) -> None:
+def upload_photo(page, photo: str) -> None:
     page.click("#source label:has-text('Upload')")
-    page.wait_for_selector("#photo-file input[type=file]", state="attached")
-    page.set_input_files("#photo-file input[type=file]", photo)
-    page.wait_for_selector("#photo-file img")
+    upload(page, "#photo-file", photo, "#photo-file img")
 
 
 def test_a_visit_with_a_photograph(visit, tmp_path):
     page = visit()
-    upload(page, turned(tmp_path / "cat.jpg", 1500, 1000))
+    upload_photo(page, turned(tmp_path / "cat.jpg", 1500, 1000))
     assert not page.is_visible("#prompt") and not page.is_visible("#examples")
     assert page.inner_text("#generate") == "Find the words"
     page.fill("#words textarea, #words input", "cat, car")
@@ -280,7 +278,7 @@ def test_it_fits(visit, photo, name, width, height):
     page.click("#source label:has-text('Upload')")
     page.wait_for_selector("#photo-file")
     shoot(page, f"photo-{name}-empty", full=True)
-    upload(page, photo)
+    upload_photo(page, photo)
     page.click("#generate")
     page.wait_for_selector("#gallery img")
     page.wait_for_timeout(500)
@@ -299,13 +297,10 @@ def test_a_token_from_a_photograph(visit, photo, mask):
     page.wait_for_selector("#learn-photo-file input[type=file]", state="attached")
     page.click("#learn-use")
     page.wait_for_selector(".toast-body:has-text('upload one')")
-    page.set_input_files("#learn-photo-file input[type=file]", photo)  # recorded at once
-    page.wait_for_selector("#learn:not([disabled])")
+    upload(page, "#learn-photo-file", photo, "#learn:not([disabled])")  # recorded at once
     assert "“A photograph of a cat”" in page.inner_text("#learn-facts")
     page.wait_for_timeout(2500)  # the editor lays its canvas out anew
-    page.click("#way label:has-text('Upload')")
-    page.set_input_files("#mask-file input[type=file]", mask)
-    page.wait_for_selector("#mask-file :text('mask.png')")
+    upload_mask(page, mask)
     page.click("#learn")
     page.wait_for_selector("#verdict .verdict")
     page.wait_for_timeout(800)
