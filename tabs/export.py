@@ -240,7 +240,7 @@ def build(desk: Desk) -> None:
     def choose(chosen):
         return gr.Textbox(visible=chosen == TEMPLATE), gr.Group(visible=chosen == OWN), [] if chosen == OWN else gr.skip()
 
-    way.change(choose, way, [template, own, classes], **quiet)
+    way.change(choose, way, [template, own, classes], queue=False, **quiet)
     begun = start.click(begin, given, [start, halt, note, state], concurrency_limit=None, **quiet)
     ran = begun.success(
         run, given, [state, gallery, result, facts, download], concurrency_id="model", concurrency_limit=1, **quiet

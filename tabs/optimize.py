@@ -355,8 +355,8 @@ def build(desk: Desk, tab: gr.Tab, from_generate: gr.State, pick: gr.Dropdown) -
     def choose(chosen):
         return HINTS.get(chosen, ""), gr.ImageEditor(visible=chosen != UPLOAD), gr.File(visible=chosen == UPLOAD)
 
-    way.change(choose, way, [hint, canvas, file], **quiet)
-    recipe.change(lambda chosen: (RECIPES[chosen].epochs, RECIPES[chosen].rate), recipe, [epochs, rate], **quiet)
+    way.change(choose, way, [hint, canvas, file], queue=False, **quiet)
+    recipe.change(lambda chosen: (RECIPES[chosen].epochs, RECIPES[chosen].rate), recipe, [epochs, rate], queue=False, **quiet)
 
     # ---- the search
 
