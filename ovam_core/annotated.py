@@ -207,8 +207,10 @@ def learn_apart(
     the class's own images do. Such images must not show the class. All recordings are held at a time. Raises ValueError as
     `learn` does, and for a single class.
     """
-    if len(groups) < 2 or not math.isfinite(apart) or apart <= 0:
-        raise ValueError(f"Tokens kept apart need two classes or more and a weight above 0, not {len(groups)} and {apart:g}.")
+    if len(groups) < 2:
+        raise ValueError(f"Keeping tokens apart takes two classes or more; there is {len(groups)}.")
+    if not math.isfinite(apart) or apart <= 0:
+        raise ValueError(f"Keeping tokens apart takes a weight above 0, not {apart:g}.")
     starts = {name: initial_embedding(pipe, [name]) for name in groups}
     examples = [one for group in groups.values() for one in group]
     made, targets = _record_all(pipe, examples, branch)
@@ -227,7 +229,12 @@ def _record_all(
     pipe: Any, examples: Sequence[Example], branch: str, on_image: Callable[[int, int], None] | None = None
 ) -> tuple[list[Generation], list[np.ndarray]]:
     """The images of the examples and their labels. Masks are read before any time is spent on images."""
-    targets, made = [_target(pipe, one) for one in examples], []
+    targets, made = [], []
+    for one in examples:
+        try:
+            targets.append(_target(pipe, one))
+        except ValueError as error:  # which one, of a folder of many
+            raise ValueError(f"{one.mask.name}: {error}") from None
     for number, one in enumerate(examples):
         if on_image is not None:
             on_image(number, len(examples))
