@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import warnings
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 import transformers
 from tqdm import tqdm
 
@@ -38,12 +43,13 @@ from .generate import (
     save,
 )
 from .methods import ALL_METHODS, OVAM, method_named
-from .optimize import RECIPES, Epoch
+from .optimize import RECIPES, Epoch, Optimized, OptimizeSettings
 from .photo import PhotoSettings, default_caption, photograph, read_photo
 from .pipeline import EMBEDDED, load_pipeline
 from .prompts import class_list, read_prompts, template_prompts, work_list
 from .tokens import (
     BRANCHES,
+    Token,
     export_npy,
     fetch_voc_sd15,
     file_name,
@@ -521,12 +527,31 @@ def add_tokens(commands: argparse._SubParsersAction) -> None:
 
 
 def run_optimize(options: argparse.Namespace) -> None:
-    """One token from one image, one from several, or a set of tokens. Everything is read before an image is made."""
+    """One token from one image, one from several, or a set of tokens. Everything is read before an image is made.
+
+    Ctrl-C while a token is learned keeps the best so far, and those before it.
+    """
+    settings = replace(RECIPES[options.recipe], **given(epochs=options.epochs, stay=options.stay))
+    settings.validate()
+    about_image = check_optimize(options)
+    pipe = load_pipeline(options.model, options.device)
+    sets = examples_of(pipe, options, about_image)
+    make_folder(Path(options.out) if options.annotated is not None else Path(options.out).parent)
+    with interruptible() as stop:
+        for path, token, found in learned(pipe, sets, settings, options, stop):
+            save_token(path, token)
+            why = f" ({found.reason})" if found.reason else ""
+            print(f"{', '.join(token.names)}: loss {found.loss:.4f} after {found.epochs} epochs, {found.seconds:.1f} s{why}: {path}")
+            if stop.asked:
+                raise KeyboardInterrupt
+            stop.waits = False
+
+
+def check_optimize(options: argparse.Namespace) -> dict[str, Any]:
+    """What the options say of the image. Raises ValueError for options that do not go together."""
     ways = given(mask=options.mask, image_set=options.image_set, annotated=options.annotated)
     if len(ways) != 1:
         raise ValueError("Give one of --mask (with --prompt), --image-set and --annotated.")
-    settings = replace(RECIPES[options.recipe], **given(epochs=options.epochs, stay=options.stay))
-    settings.validate()
     if options.apart is not None and options.annotated is None:
         raise ValueError("--apart keeps the classes of a folder apart; add --annotated, or leave it out.")
     for name, value in given(tau=options.tau, alpha=options.alpha).items():
@@ -548,38 +573,76 @@ def run_optimize(options: argparse.Namespace) -> None:
             raise ValueError("With --mask the prompt and the class are needed; add --prompt and --class.")
         if options.timesteps is not None or options.caption is not None:
             raise ValueError("--timesteps and --caption belong to a photograph; add --photo, or leave them out.")
+    return about_image
 
-    pipe = load_pipeline(options.model, options.device)
-    if options.mask is not None:
-        classes = tuple(options.classes)
-        if options.photo is not None:
-            image, file = photo_settings(classes, **about_image), Path(options.photo)
-        else:
-            image, file = GenerateSettings.for_model(pipe, options.prompt, **about_image), None
-        image.validate(pipe)
-        sets = {options.out: [Example(image, Path(options.mask), classes, file)]}
-    elif options.image_set is not None:
-        sets = {options.out: read_folder(options.image_set, pipe)}
-        if options.classes is not None:
-            sets = {options.out: [replace(one, classes=tuple(options.classes)) for one in sets[options.out]]}
+
+def examples_of(pipe: Any, options: argparse.Namespace, about_image: dict[str, Any]) -> dict[Path, list[Example]]:
+    """The annotated images of each token that is to be made, by the token's file."""
+    out = Path(options.out)
+    if options.annotated is not None:
+        return {out / file_name([name]): group for name, group in by_class(read_folder(options.annotated, pipe)).items()}
+    if options.image_set is not None:
+        examples = read_folder(options.image_set, pipe)
+        return {out: [replace(one, classes=tuple(options.classes or one.classes)) for one in examples]}
+    classes = tuple(options.classes)
+    if options.photo is not None:
+        image, file = photo_settings(classes, **about_image), Path(options.photo)
     else:
-        groups = by_class(read_folder(options.annotated, pipe))
-        paths = {name: Path(options.out) / file_name([name]) for name in groups}
-        sets = {paths[name]: group for name, group in groups.items()}
-    make_folder(Path(options.out) if options.annotated is not None else Path(options.out).parent)
+        image, file = GenerateSettings.for_model(pipe, options.prompt, **about_image), None
+    image.validate(pipe)
+    return {out: [Example(image, Path(options.mask), classes, file)]}
+
+
+def learned(
+    pipe: Any, sets: dict[Path, list[Example]], settings: OptimizeSettings, options: argparse.Namespace, stop: Interrupt
+) -> Iterator[tuple[Path, Token, Optimized]]:
+    """The token of each set, as it is found."""
+
+    def on_epoch(epoch: Epoch) -> None:
+        stop.waits = True  # from now on there is something to keep
+        if sys.stderr.isatty():
+            show_loss(epoch)
 
     wanted = {
-        "branch": options.branch, "tau": options.tau, "alpha": options.alpha,
-        "on_epoch": show_loss if sys.stderr.isatty() else None,
+        "branch": options.branch, "tau": options.tau, "alpha": options.alpha, "on_epoch": on_epoch,
+        "should_stop": lambda: stop.asked,
     }  # fmt: skip
-    if options.apart is not None:
-        learned = ((paths[name], *made) for name, *made in learn_apart(pipe, groups, settings, options.apart, **wanted))
-    else:
-        learned = ((path, *learn(pipe, examples, settings, **wanted)) for path, examples in sets.items())
-    for path, token, found in learned:
-        save_token(path, token)
-        why = f" ({found.reason})" if found.reason else ""
-        print(f"{', '.join(token.names)}: loss {found.loss:.4f} after {found.epochs} epochs, {found.seconds:.1f} s{why}: {path}")
+    if options.apart is None:
+        for path, examples in sets.items():
+            yield path, *learn(pipe, examples, settings, **wanted)
+        return
+    paths = {group[0].classes[0]: path for path, group in sets.items()}
+    groups = {name: sets[path] for name, path in paths.items()}
+    for name, *made in learn_apart(pipe, groups, settings, options.apart, **wanted):
+        yield paths[name], *made
+
+
+@dataclass
+class Interrupt:
+    """Ctrl-C. waits: whether it is to be remembered as `asked`, rather than to end the program at once."""
+
+    waits: bool = False
+    asked: bool = False
+
+
+@contextmanager
+def interruptible() -> Iterator[Interrupt]:
+    """Within it, a Ctrl-C that `waits` only sets `asked`; the next one ends the program."""
+    state = Interrupt()
+
+    def note(*_: Any) -> None:
+        if not state.waits or state.asked:
+            raise KeyboardInterrupt
+        state.asked = True
+
+    if threading.current_thread() is not threading.main_thread():  # where no signal arrives
+        yield state
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield state
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def check_photo(options: argparse.Namespace) -> None:
@@ -654,6 +717,9 @@ def main(arguments: list[str] | None = None) -> int:
         options.run(options)
     except ValueError as error:
         sys.stderr.write(f"Error: {' '.join(str(error).split())}\n")
+        return 2
+    except torch.OutOfMemoryError:
+        sys.stderr.write("Error: The device has too little memory for this: choose a smaller size, or another --device.\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("\nStopped.\n")

@@ -76,7 +76,7 @@ def read_folder(folder: str | Path, pipe: Any) -> list[Example]:
     try:
         if file.stat().st_size > MAX_METADATA:
             raise ValueError(f"'{file}' is larger than {MAX_METADATA >> 20} MiB: split the folder.")
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # JSON may hold other line ends
     except (OSError, UnicodeDecodeError):
         raise ValueError(f"The folder '{folder}' has no {METADATA} that can be read.") from None
     found = []
@@ -199,6 +199,7 @@ def learn_apart(
     tau: float | None = None,
     alpha: float | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> Iterator[tuple[str, Token, Optimized]]:
     """A token for each class of `groups` (see `by_class`), each of which takes the other classes' images for background.
 
@@ -220,7 +221,7 @@ def learn_apart(
         labels = [target if mine else np.zeros_like(target) for target, mine in zip(targets, own, strict=True)]
         share = apart * sum(own) / (len(own) - sum(own))
         weights = [1.0 if mine else share for mine in own]
-        found = optimize(recordings, labels, starts[name], settings, on_epoch, weights=weights)
+        found = optimize(recordings, labels, starts[name], settings, on_epoch, should_stop, weights)
         its_own = [one for one, mine in zip(made, own, strict=True) if mine]
         yield name, token_of(its_own, (name,), found, settings, tau, alpha, {"apart": apart, "others": len(own) - sum(own)}), found
 
@@ -271,6 +272,12 @@ def _make(pipe: Any, example: Example, branch: str) -> Generation:
     return made
 
 
+def check_begun(found: Optimized) -> None:
+    """Raises ValueError for a search that was stopped before its first epoch: what it returns is no token."""
+    if not found.losses:
+        raise ValueError("Stopped before the first epoch: nothing was learned.")
+
+
 def token_of(
     made: Sequence[Generation],
     classes: Sequence[str],
@@ -280,7 +287,11 @@ def token_of(
     alpha: float | None = None,
     more: dict[str, Any] | None = None,
 ) -> Token:
-    """The result of `optimize` as a token that says how it came to be. more: further facts of the search."""
+    """The result of `optimize` as a token that says how it came to be. more: further facts of the search.
+
+    Raises ValueError as `check_begun` does.
+    """
+    check_begun(found)
     first = made[0].settings
     how = asdict(settings) | {"epochs": found.epochs, "images": len(made)} | (more or {})
     own = defaults_for(made[0].model)

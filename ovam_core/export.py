@@ -27,6 +27,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
+from itertools import groupby
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any
@@ -307,7 +308,7 @@ def questions(pipe: Any, work: Work, settings: Any, template: str = "{}") -> dic
             attribution = attribute_words(pipe, [name], template)[0]
         except ValueError as error:
             raise ValueError(f"Neither a token nor a word fits the class '{name[:60]}': {error}") from None
-        asked[name] = Question(attribution, own.tau, own.alpha, mark=template.format(name))
+        asked[name] = Question(attribution, own.tau, own.alpha, mark=template.replace("{}", name))
     return {
         name: replace(
             one,
@@ -692,7 +693,7 @@ class _Run:
     def make(self, process: Process, workers: int) -> bool:
         """Makes what is missing of this process's share; returns whether it was stopped."""
         size = self.settings.batch_size
-        batches = [self.work.items[start : start + size] for start in range(0, len(self.work.items), size)]
+        batches = list(batches_of(self.work.items, size))
         share = batches[process.rank :: process.ranks]
         there = {item.index for batch in share for item in batch if dataset.read_done(self.folder, item) is not None}
         self.done, self.total = len(there), sum(map(len, share))
@@ -779,6 +780,16 @@ class _Run:
             if not is_out_of_memory(error):
                 raise
             return None
+
+
+def batches_of(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    """The items in their order, `size` at a time; those without a negative prompt apart from those with one.
+
+    SDXL embeds no negative prompt otherwise than an empty one beside others, and an image must not depend on its batch.
+    """
+    for _, run in groupby(items, key=lambda item: bool(item.negative_prompt)):
+        alike = list(run)
+        yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

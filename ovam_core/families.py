@@ -30,6 +30,7 @@ from .family import (
     is_guided_unet,
     linear_column_sums,
     normed,
+    read_ids,
     read_tokens,
     written,
 )
@@ -215,7 +216,7 @@ class Sana(FlowTransformer):
         text = written(self.spelled(text))
         instruction = "\n".join(default_of(self.pipe, "complex_human_instruction"))
         whole = read_tokens(self.pipe.tokenizer, instruction + text)
-        kept = [0, *range(len(self.pipe.tokenizer.encode(instruction)) - 1, len(whole.spans))]
+        kept = [0, *range(len(read_ids(self.pipe.tokenizer, instruction).input_ids) - 1, len(whole.spans))]
         check_length(len(kept), self.max_tokens)
         spans = [tuple(max(0, x - len(instruction)) for x in whole.spans[i]) for i in kept]
         return Tokens(text, whole.ids, tuple(spans), tuple(whole.names[i] for i in kept))

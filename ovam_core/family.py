@@ -6,11 +6,15 @@ other families say where they differ: in families.py, and with joint attention i
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
-from collections.abc import Callable, Collection, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from einops import rearrange
@@ -173,7 +177,10 @@ class Family:
     def spelled(self, text: str) -> str:
         """The text as the tokenizer gets it: textual inversion tokens of several vectors spelled out."""
         convert = getattr(self.pipe, "maybe_convert_prompt", None)
-        return convert(text, self.encoders[0][0]) if convert else text
+        if convert is None:
+            return text
+        with reader_of(self.encoders[0][0]) as reader:
+            return convert(text, reader)
 
     @property
     def max_tokens(self) -> int:
@@ -279,7 +286,9 @@ class Family:
             after_step(step + 1)
             return values
 
-        return {"negative_prompt": negative_prompt or None, "callback_on_step_end": callback}
+        # Without a negative prompt SDXL leaves the embedding of one at 0, which an empty text's is not: None, not "".
+        given = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt or ()
+        return {"negative_prompt": negative_prompt if any(given) else None, "callback_on_step_end": callback}
 
 
 class Transformer(Family):
@@ -434,14 +443,16 @@ class PassListener(Listener):
 
 
 class _MethodHook:
-    """Calls `before(method, arguments by name)` ahead of an object's method, until `remove`."""
+    """Calls `before(method, arguments by name)` ahead of an object's method in this thread, until `remove`."""
 
     def __init__(self, owner: Any, name: str, before: Callable[[Callable, dict], None]):
-        method = getattr(owner, name)
+        method, thread = getattr(owner, name), threading.get_ident()
         signature = inspect.signature(method)
 
         @functools.wraps(method)
         def hooked(*args, **kwargs):
+            if threading.get_ident() != thread:  # someone else's question about another recording
+                return method(*args, **kwargs)
             given = signature.bind(*args, **kwargs)
             given.apply_defaults()
             before(method, given.arguments)
@@ -573,9 +584,34 @@ def written(text: str) -> str:
     return text
 
 
+_readers: WeakKeyDictionary[Any, tuple[int, Any]] = WeakKeyDictionary()  # tokenizer to its length and its copy
+_reading = threading.Lock()
+
+
+@contextmanager
+def reader_of(tokenizer: Any) -> Iterator[Any]:
+    """A copy of the tokenizer to read texts with, for one thread at a time.
+
+    Whether a fast tokenizer pads is state that its calls change: reading with the pipeline's own, another thread's
+    generation could come out unpadded, and a question padded.
+    """
+    with _reading:
+        length, copied = _readers.get(tokenizer, (None, None))
+        if length != len(tokenizer):  # textual inversion adds tokens
+            copied = copy.deepcopy(tokenizer)
+            _readers[tokenizer] = len(tokenizer), copied
+        yield copied
+
+
+def read_ids(tokenizer: Any, text: str, **options: Any) -> Any:
+    """The encoding of a text, not padded, not truncated."""
+    with reader_of(tokenizer) as reader:
+        return reader(text, **options)
+
+
 def read_tokens(tokenizer: Any, text: str, **options: Any) -> Tokens:
     """One tokenizer's tokens: not padded, not truncated."""
-    encoded = tokenizer(text, return_offsets_mapping=True, **options)
+    encoded = read_ids(tokenizer, text, return_offsets_mapping=True, **options)
     ids, pieces = tuple(encoded.input_ids), tokenizer.convert_ids_to_tokens(encoded.input_ids)
     # A lone mark of a space is given the letter behind it, which is not its own.
     offsets = zip(pieces, encoded.offset_mapping, strict=True)

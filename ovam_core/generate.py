@@ -15,7 +15,6 @@ import re
 import tempfile
 import time
 import unicodedata
-import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -429,7 +428,7 @@ def ask(pipe: Any, generation: Generation, settings: MapSettings) -> Maps:
     """Heatmaps and masks of words, from the recording alone; the image is not made again.
 
     Raises ValueError for settings that the recording cannot answer (a step or resolution it does not hold, a method
-    that needs another one).
+    that needs another one, a token of the other half of the guided batch).
     """
     settings.validate()
     settings = settings.filled(pipe)
@@ -470,10 +469,9 @@ def _cut(
     for token in loaded:
         if token.branch != recording.branch:
             names = ", ".join(token.names)
-            warnings.warn(
+            raise ValueError(
                 f"The token '{names}' was found on the {token.branch} half of the guided batch and this image was "
-                f"recorded on the {recording.branch} one: make the image again for it.",
-                stacklevel=3,
+                f"recorded on the {recording.branch} one: make the image again with the token chosen."
             )
     of_text = _of_text(pipe, settings)
     of_tokens = [tokens.attribution(pipe, token) for token in loaded]
@@ -485,9 +483,10 @@ def _cut(
 
     bodies = tuple(token.embedding.numpy().tobytes() for token in loaded)  # a file may change under its name
     question = (method.name, settings.words, settings.sentence, settings.template, settings.steps, settings.resolutions, bodies)
-    if generation._last is None or generation._last[0] != question:
-        generation._last = (question, method.maps(seen, [*of_text, *of_tokens]))
-    maps = generation._last[1]
+    last = generation._last  # which another thread may replace at any time
+    if last is None or last[0] != question:
+        last = generation._last = (question, method.maps(seen, [*of_text, *of_tokens]))
+    maps = last[1]
 
     # Words share a threshold; every token may bring its own. A method without self-attention keeps to 1.
     cuts = [(settings.tau, settings.alpha if method.alpha < 1 else 1.0)] * len(words)
@@ -556,7 +555,10 @@ def _npz(maps: Maps) -> bytes:
 
 
 def contents(generation: Generation, maps: Maps, settings: MapSettings) -> dict[str, bytes]:
-    """Every file of a result, by name. The same result gives the same bytes: nothing here holds a time or a path."""
+    """Every file of a result, by name, its tokens among them. The same result gives the same bytes: nothing here holds a
+    time or a path of this machine.
+    """
+    kept = _token_files(settings.tokens)
     files = {"image.png": plot.png(generation.image), "heatmaps.npz": _npz(maps)}
     vmax = max(maps.peaks)  # one scale for all words, as in the app
     colors = plot.word_colors(maps.labels)
@@ -570,23 +572,30 @@ def contents(generation: Generation, maps: Maps, settings: MapSettings) -> dict[
         "device": generation.device,
         "dtype": generation.dtype,
         generation.settings.KIND: asdict(generation.settings),
-        "maps": asdict(settings),
+        "maps": asdict(settings) | {"tokens": list(kept)},
         "words": [
             {"word": label, "label": index, "file": slug, "color": colors[label], "peak": round(peak, 6)}
             for index, (label, slug, peak) in enumerate(zip(maps.labels, slugs(maps.labels), maps.peaks), start=1)
         ],
-        "files": sorted([*files, SETTINGS_FILE]),
+        "files": sorted([*files, *kept, SETTINGS_FILE]),
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
     }
     files[SETTINGS_FILE] = (json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode()
-    return files
+    return files | kept
+
+
+def _token_files(paths: Sequence[str]) -> dict[str, bytes]:
+    """Token files by the name they get in a result, "token_cat.safetensors"; in the order given."""
+    names = slugs([" ".join(tokens.load(path).names) for path in paths])
+    return {f"token_{name}{tokens.SUFFIX}": Path(path).read_bytes() for name, path in zip(names, paths, strict=True)}
 
 
 def save(folder: str | Path, generation: Generation, maps: Maps, settings: MapSettings) -> list[Path]:
     """Writes a result into a folder, made if need be; each file is written beside its place and renamed.
 
     image.png; heatmaps.npz (`maps` float32 [L, H, W] in [0, 1] at image size, `words`); overlay_<word>.png and
-    mask_<word>.png for each word; labels.png (ids in the order of the words, VOC palette); settings.json, from which
+    mask_<word>.png for each word; labels.png (ids in the order of the words, VOC palette); token_<class>.safetensors for
+    each token asked for; settings.json, from which
     `python -m ovam_core generate --settings` makes the same bytes on the same machine, as `photo --settings` does with
     a photograph.
     Files of an earlier result in the folder that this one does not have are taken away.
@@ -617,7 +626,7 @@ def _earlier(folder: Path) -> set[str]:
     """Overlays and masks that a settings.json in the folder owns up to: only names that `save` itself makes."""
     try:
         listed = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))["files"]
-        return {name for name in listed if re.fullmatch(r"(overlay|mask)_[\w-]+\.png", name)}
+        return {name for name in listed if re.fullmatch(r"(overlay|mask)_[\w-]+\.png|token_[\w-]+\.safetensors", name)}
     except (OSError, ValueError, KeyError, TypeError):
         return set()
 
@@ -665,6 +674,8 @@ def load_settings(path: str | Path, made_by: type[Made] = GenerateSettings) -> t
         asked = replace(
             asked, **{key: _tuple(getattr(asked, key)) for key in ("words", "steps", "resolutions", "tokens")}
         )
+        # Its tokens lie beside it.
+        asked = replace(asked, tokens=tuple(str(path.parent / name) for name in asked.tokens))
         return made, asked, str(about["model"]), str(about["device"])
     except (KeyError, TypeError):
         raise ValueError(f"'{path}' lacks a setting or holds one of the wrong kind.") from None

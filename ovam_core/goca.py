@@ -31,7 +31,7 @@ from .family import Call, Family
 from .heatmap import layer_keys, resize
 from .pipeline import EMBEDDED
 from .recorder import Branch, Hooked, LayerQueries, named
-from .text import FUNCTION_WORDS, Attribution, encode_padded, words_in_sentence
+from .text import FUNCTION_WORDS, MAX_WORDS, Attribution, encode_padded, words_in_sentence
 
 FAMILIES = (Family, StableDiffusionXL, PixArt)  # those whose blocks have both attentions, with a softmax each
 
@@ -162,9 +162,9 @@ def goca(
         scores = rescale(torch.cat(scores)).split([len(rows) for rows in content])
     maps = torch.stack(
         [
-            own[[rows.index(row) for row in group]].mean(dim=0)
+            label
             for one, rows, own in zip(asked, content, scores, strict=True)
-            for group in one.groups
+            for label in one.means(own, rows)
         ]
     )
     maps = min_max(gaussian_blur(maps, blur_size(parts.blur, max(maps.shape[1:]))))
@@ -184,9 +184,9 @@ def attribute_weighted(
     asked = [asked] if isinstance(asked, Attribution) else list(asked)
     return torch.stack(
         [
-            scores[list(group)].mean(dim=0)
+            label
             for one, scores in zip(asked, _scores(recording, asked, parts or Parts()), strict=True)
-            for group in one.groups
+            for label in one.means(scores)
         ]
     )
 
@@ -241,11 +241,11 @@ def background_words(caption: str, words: Sequence[str]) -> tuple[str, ...]:
     """The caption's content words that are not asked for, in lower case, each once: they stand for the background.
 
     Words such as "photograph" only where nothing else is left. Part of speech is not known: "red" counts as
-    "sky" does.
+    "sky" does. No more than may be asked for together with `words`.
     """
     asked = {part for word in words for part in _words(word)}
     left = [x for x in dict.fromkeys(_words(caption)) if x not in asked | FUNCTION_WORDS | PLACE_WORDS]
-    return tuple([x for x in left if x not in PICTURE_WORDS] or left)
+    return tuple([x for x in left if x not in PICTURE_WORDS] or left)[: max(0, MAX_WORDS - len(words))]
 
 
 def _words(text: str) -> list[str]:

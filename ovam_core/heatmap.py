@@ -37,7 +37,7 @@ def heatmaps(recording: Recording, embedding: Tensor) -> Tensor:
 
 
 def attribute(recording: Recording, attributions: Attribution | Sequence[Attribution]) -> Tensor:
-    """One heatmap a label: the mean of the maps of the label's tokens. Labels of all attributions in their order.
+    """One heatmap a label: the mean of the maps of the label's words (`Attribution.means`). Labels of all attributions in their order.
 
     Returns float32 `[labels, recording.height, recording.width]` in [0, 1]. The queries are read once for all
     attributions; each has its own softmax, so the map of a word does not depend on the others.
@@ -49,9 +49,9 @@ def attribute(recording: Recording, attributions: Attribution | Sequence[Attribu
     all_maps = _heatmaps(recording, [x.embedding for x in attributions])
     return torch.stack(
         [
-            maps[list(rows)].mean(dim=0)
+            one
             for maps, attribution in zip(all_maps, attributions, strict=True)
-            for rows in attribution.groups
+            for one in attribution.means(maps)
         ]
     )
 

@@ -35,7 +35,7 @@ def read_mask(image: Image.Image | str | Path, size: tuple[int, int], classes: i
 
     image: picture or file. size: (H, W) of the generated image; nearest neighbour. One class: black is background,
     the rest object, whether it is 1, 255, a colour, a palette index or an opaque part of a transparent picture. 255 is
-    ignore only beside another label, as in VOC's files. Greys in between are cut at half. Several classes: the values
+    ignore only beside another label, as in VOC's files; beside a grey it is white. Greys in between are cut at half. Several classes: the values
     are the labels (modes L and P).
     Raises ValueError for an empty or full mask, another aspect ratio, several labels where one class is wanted.
     """
@@ -84,7 +84,7 @@ def _labels(picture: Image.Image, classes: int) -> np.ndarray:
         return values.astype(np.uint8)
     if not ids:  # 0 and 255 alone: white is the object, unless the values are known to be label numbers
         return np.where(values == 0, 0, IGNORE if are_ids else 1).astype(np.uint8)
-    if len(ids) == 1:
+    if len(ids) == 1 and (are_ids or ids[0] <= LARGEST_VOC_ID or IGNORE not in present):
         return np.select([values == 0, values == ids[0]], [0, 1], IGNORE).astype(np.uint8)
     if are_ids or ids[-1] <= LARGEST_VOC_ID:
         listed = ", ".join(map(str, ids[:5]))
@@ -102,12 +102,14 @@ def _values(picture: Image.Image) -> tuple[np.ndarray, bool]:
     if picture.mode == "P":
         colors = np.asarray(picture.convert("RGB"))
         if set(np.unique(colors).tolist()) <= {0, 255} and (colors == colors[..., :1]).all():
-            return colors[..., 0].astype(int), False  # a black and white picture that happens to have a palette
-        return np.asarray(picture).astype(int), True
+            return colors[..., 0], False  # a black and white picture that happens to have a palette
+        return np.asarray(picture), True
     if picture.mode in ("1", "L", "I", "I;16", "I;16B", "I;16L", "F"):
-        values = np.nan_to_num(np.asarray(picture).astype(float)).clip(0).astype(int)
+        values = np.asarray(picture)
+        if values.dtype != np.uint8:
+            values = np.nan_to_num(values.astype(np.float32)).clip(0).astype(np.int32)
         return values, False
-    colors = np.asarray(picture.convert("RGB")).astype(int)
+    colors = np.asarray(picture.convert("RGB"))
     if (colors == colors[..., :1]).all():
         return colors[..., 0], False
     return np.where(colors.max(axis=-1) > 127 if _is_soft(colors) else colors.any(axis=-1), 1, 0), False
@@ -115,7 +117,7 @@ def _values(picture: Image.Image) -> tuple[np.ndarray, bool]:
 
 def _is_soft(colors: np.ndarray) -> bool:
     """Whether a colour mask has more colours than one would paint: JPEG, or smoothed edges."""
-    codes = colors[..., 0] << 16 | colors[..., 1] << 8 | colors[..., 2]
+    codes = colors.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
     return len(np.unique(codes)) > 8
 
 
@@ -207,7 +209,7 @@ def initial_embedding(pipe: Any, classes: Sequence[str]) -> Tensor:
     rows = []
     for name in classes:
         found = words_in_sentence(pipe, PROMPT.format(name), [name])
-        rows.append(found.embedding[list(found.groups[0])].mean(dim=0, keepdim=True))
+        rows.append(found.means(found.embedding)[0][None])
     return torch.cat([start, *rows]).float()
 
 

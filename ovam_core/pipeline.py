@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import warnings
@@ -144,7 +145,8 @@ def _device(device: str | None) -> str:
         kind = torch.device(device).type
     except RuntimeError:
         raise ValueError(f"There is no device {device!r}: choose cuda, mps or cpu.") from None
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    number = torch.device(device).index or 0
+    there = {"cpu": True, "cuda": number < torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
     if not there.get(kind, True):
         raise ValueError(
             f"The device {device!r} is not available on this machine: choose another, such as cpu."
@@ -183,7 +185,7 @@ def _from_pretrained(model: str, folder: Path | None, dtype: torch.dtype):
 
 
 def _hub_sentence(model: str, error: BaseException) -> str:
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError, RepositoryNotFoundError
 
     causes = []
     while error is not None:
@@ -193,6 +195,10 @@ def _hub_sentence(model: str, error: BaseException) -> str:
         return f"The model {model} must be unlocked on the hub first: accept its licence there and log in."
     if any(isinstance(x, RepositoryNotFoundError) for x in causes):
         return f"There is no model {model} on the hub: check the id."
+    if any(isinstance(x, RemoteEntryNotFoundError) for x in causes):
+        return f"The model {model} is on the hub but is no diffusers pipeline: it has no model_index.json."
+    if any(isinstance(x, OSError) and x.errno == errno.ENOSPC for x in causes):
+        return f"The disk is full: the model {model} cannot be stored; make room and try again."
     if any(isinstance(x, OSError) for x in causes) or any("offline" in str(x).lower() for x in causes):
         return (
             f"The model {model} is not on this machine and the hub cannot be reached: "

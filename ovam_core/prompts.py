@@ -154,7 +154,7 @@ def _table(delimiter: str, text: str, name: str) -> list[Prompt]:
         rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except csv.Error as error:
         raise ValueError(f"{name} is malformed at line {reader.line_num}: {error}.") from None
-    head = [cell.strip().lower() for cell in rows[0][1]]
+    head = [cell.strip().lower() for cell in rows[0][1]] if rows else []
     if "prompt" not in head:
         raise ValueError(f"{name} has no column 'prompt' in its first line; name the columns there.")
     return [_from_row(dict(zip(head, row)), f"line {number}", name) for number, row in rows[1:]]
@@ -202,7 +202,7 @@ def _from_row(row: dict[str, Any], source: str, name: str) -> Prompt:
     elif not isinstance(classes, (list, tuple)) or not all(isinstance(one, str) for one in classes):
         raise ValueError(f"{name}, {source}: 'classes' is neither text nor a list of names.")
     clean = tuple(filter(None, (" ".join(one.split()) for one in classes)))
-    text, negative = row["prompt"], row.get("negative_prompt") or ""
+    text, negative = row.get("prompt") or "", row.get("negative_prompt") or ""
     if not all(isinstance(one, str) for one in (text, negative)):
         raise ValueError(f"{name}, {source}: the prompt is not text.")
     return Prompt(text.strip(), clean, seed, negative, source)

@@ -259,6 +259,7 @@ class Recorder(Hooked):
         self._steps = None if steps is None else frozenset(steps)
         self._resolutions = None if resolutions is None else frozenset(resolutions)
         self._offload = offload
+        self._copied_from: set[torch.device] = set()
         self._dtype = dtype
         self._cross, self._self = self._family.attentions()
         self._kept_names = set(named(self._cross, layers, str))
@@ -333,6 +334,8 @@ class Recorder(Hooked):
         """An own copy, else the view would keep the whole batch alive."""
         dtype = self._dtype or query.dtype
         pinned = self._offload and query.is_cuda
+        if pinned:
+            self._copied_from.add(query.device)
         device = "cpu" if self._offload else query.device
         store = torch.empty(query.shape, dtype=dtype, device=device, pin_memory=pinned)
         return store.copy_(query, non_blocking=pinned)
@@ -369,8 +372,8 @@ class Recorder(Hooked):
                 f"Nothing was recorded: the run had {self._number + 1} steps and its largest attention grid was "
                 f"{self._largest[0]} x {self._largest[1]}; check steps, layers and resolutions."
             )
-        if self._offload and torch.cuda.is_available():
-            torch.cuda.synchronize()  # the copies to pinned memory are asynchronous
+        for device in self._copied_from:
+            torch.cuda.synchronize(device)  # the copies to pinned memory are asynchronous
 
         layers: list[list[LayerQueries]] = []
         for name in [x for x in self._cross if x in self._queries]:

@@ -33,12 +33,25 @@ class Attribution:
     """An attribution prompt, encoded.
 
     embedding: `[L, E]` in the text encoder's dtype, on its device, the special tokens included.
-    labels: what gets a map; groups: for each label the rows of `embedding` whose maps are averaged.
+    labels: what gets a map; groups: for each label the rows of `embedding` whose maps are averaged; shares: what each of
+    them counts for, one in sum, None where they count alike.
     """
 
     embedding: Tensor
     labels: tuple[str, ...]
     groups: tuple[tuple[int, ...], ...]
+    shares: tuple[tuple[float, ...], ...] | None = None
+
+    def means(self, maps: Tensor, rows: Sequence[int] | None = None) -> list[Tensor]:
+        """One map a label, `[...]` each, of one a row, `[L, ...]`; rows: those of `embedding` that `maps` holds, default all."""
+        if rows is not None:
+            maps = maps[[rows.index(row) if row in rows else 0 for row in range(len(self.embedding))]]
+        if self.shares is None:
+            return [maps[list(group)].mean(dim=0) for group in self.groups]
+        return [
+            torch.einsum("r,r...->...", maps.new_tensor(shares), maps[list(group)])
+            for group, shares in zip(self.groups, self.shares, strict=True)
+        ]
 
 
 def parse_words(text: str) -> list[str]:
@@ -57,7 +70,7 @@ def parse_words(text: str) -> list[str]:
 def attribute_words(pipe, words: Sequence[str], template: str = "{}") -> list[Attribution]:
     """One attribution prompt a word, `<SoT> word <EoT>`: the map of a word does not depend on its neighbours.
 
-    words: words or phrases; a word of several sub-tokens, or a phrase, gets one map, the mean over the tokens of its
+    words: words or phrases; a word of several sub-tokens gets one map, the mean over them, a phrase the mean over its
     content words. template: the prompt around each word, such as "a photograph of a {}".
     Raises ValueError for words that `parse_words` refuses, a template without {}, and prompts that are too long.
     """
@@ -83,14 +96,17 @@ def attribute_sentence(pipe, sentence: str) -> Attribution:
 def words_in_sentence(pipe, sentence: str, words: Sequence[str]) -> Attribution:
     """Words inside one attribution sentence, which they share: one label a word.
 
-    A word's map is the mean over the tokens of its content words, at all its occurrences in the sentence.
+    A word's map is the mean over its tokens, a phrase's the mean over its content words, at all occurrences in the sentence.
     Raises ValueError for a word that is not in the sentence, and as `attribute_words`.
     """
     words = _check_words(words)
     family = family_of(pipe)
     tokens = family.tokenize(sentence)
-    groups = tuple(_positions(tokens, family.spelled(word)) for word in words)
-    return Attribution(_encode(family, tokens), tuple(words), groups)
+    counted = [_positions(tokens, family.spelled(word)) for word in words]
+    groups = tuple(tuple(one) for one in counted)
+    shares = tuple(tuple(one.values()) for one in counted)
+    alike = all(max(one, default=0) - min(one, default=0) < 1e-9 for one in shares)
+    return Attribution(_encode(family, tokens), tuple(words), groups, None if alike else shares)
 
 
 def background_embedding(pipe, sentence: str) -> Tensor:
@@ -143,8 +159,11 @@ def _encode(family, tokens: Tokens) -> Tensor:
         return family.encode(tokens)
 
 
-def _positions(tokens: Tokens, word: str) -> tuple[int, ...]:
-    """The tokens of the content words of `word`, wherever it stands in the text; of all its words if none is."""
+def _positions(tokens: Tokens, word: str) -> dict[int, float]:
+    """The tokens of the content words of `word`, wherever it stands in the text, in order, with what each counts for.
+
+    Every word counts alike, whatever the number of its tokens. All words are taken where none is a content word.
+    """
     pattern = r"\s+".join(re.escape(part) for part in word.split())
     found = list(re.finditer(rf"(?<!\w){pattern}(?!\w)", tokens.text, flags=re.IGNORECASE))
     if not pattern or not found:
@@ -158,8 +177,10 @@ def _positions(tokens: Tokens, word: str) -> tuple[int, ...]:
     ]
     named = [x for x in pieces if any(map(_is_content, x[2]))]
     content = [x for x in named if x[2] not in FUNCTION_WORDS] or named
-    return tuple(
-        i
-        for i, (start, end) in enumerate(tokens.spans)
-        if end > start and any(start < b and end > a for a, b, _ in content)
-    )
+    counts: dict[int, float] = {}
+    for a, b, _ in content:
+        own = [i for i, (start, end) in enumerate(tokens.spans) if end > start and start < b and end > a]
+        for i in own:
+            counts[i] = counts.get(i, 0.0) + 1 / len(own)
+    total = sum(counts.values())
+    return {i: count / total for i, count in sorted(counts.items())}

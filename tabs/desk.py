@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import html
 import math
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import torch
 
 from ovam_core.generate import GenerateSettings, Generation, Maps, MapSettings, Stopped, ask, generate
 from ovam_core.goca import record_goca
 from ovam_core.photo import PhotoSettings, photograph
 
-from .jobs import Jobs, limits
+from .jobs import LOCAL, Jobs, limits
 from .shelf import Shelf
 from .store import Store
 
+GRACE = 300.0  # seconds: a laptop that slept, or a lost network, is no visitor who left
 NO_IMAGE = "There is no recorded image in this session (any more); generate one first."
+
+NO_MEMORY = "The device has too little memory for this: choose a smaller size, or fewer steps."
 
 
 def problem(error: Exception) -> gr.Error:
@@ -63,34 +70,57 @@ class Desk:
         self.pipe, self.store, self.shelf = pipe, store, Shelf(pipe.ovam_name)
         self.with_goca = serves_goca(pipe)
         self.limits = limits()
-        self.jobs = Jobs(self.limits.keep)
-        self.stops: dict[str, threading.Event] = {}
+        self.jobs = Jobs(self.limits.keep, shared=self.limits is LOCAL)
+        self.stops: dict[tuple[str, str], threading.Event] = {}
+        # Gradio lets the next run go ahead when a client is lost, while the thread of the last one still works.
+        self.driving = threading.Lock()
+        self._seen: dict[str, float] = {}
+        self._zips: dict[str, Path] = {}
 
-    def make(self, settings: GenerateSettings, request: gr.Request, progress: gr.Progress) -> tuple[str, Generation]:
-        """Generates, keeps the recording, and returns its id with it. Raises Stopped, ValueError."""
-        session, stop = visitor(request), self.flag(request)
+    def draw(
+        self, settings: GenerateSettings, work: str, request: gr.Request, progress: gr.Progress, branch: str = "conditional"
+    ) -> Generation:
+        """Generates as a part of `work`, whose stop flag ends it. Raises Stopped, ValueError."""
+        stop = self.flag(request, work)
         try:
-            made = generate(
+            return self._drive(lambda: generate(
                 self.pipe,
                 settings,
                 on_step=lambda done, total: progress((done, total), desc="Denoising", unit="steps"),
                 should_stop=stop.is_set,
+                branch=branch,
                 with_goca=self.with_goca,
-            )
+            ))  # fmt: skip
         finally:
-            self.end(request)
-        return self.store.put(session, made), made
+            self.end(request, work, stop)
 
-    def look(self, file: str, settings: PhotoSettings, request: gr.Request) -> tuple[str, Generation]:
-        """Records a photograph, keeps the recording, and returns its id with it. Raises Stopped, ValueError."""
-        session, stop = visitor(request), self.flag(request)
+    def look(self, file: str, settings: PhotoSettings, work: str, request: gr.Request) -> Generation:
+        """Records a photograph. Raises Stopped, ValueError."""
+        stop = self.flag(request, work)
         try:
             if stop.is_set():  # while it waited; the passes themselves are short
                 raise Stopped(0, len(settings.timesteps))
-            made = photograph(self.pipe, file, settings, self.with_goca)
+            return self._drive(lambda: photograph(self.pipe, file, settings, self.with_goca))
         finally:
-            self.end(request)
-        return self.store.put(session, made), made
+            self.end(request, work, stop)
+
+    def _drive(self, work: Callable[[], Generation]) -> Generation:
+        """Runs the model, alone; where memory is short, once more without the recordings of everybody."""
+        with self.driving:
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                pass  # the frames that hold its tensors are gone with the exception
+            self.store.clear()
+            torch.cuda.empty_cache()
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                raise ValueError(NO_MEMORY) from None
+
+    def keep(self, made: Generation, request: gr.Request) -> str:
+        """Keeps a recording for the visitor and returns its id; their oldest one may have to go."""
+        return self.store.put(visitor(request), made)
 
     def find(self, key: str | None) -> Generation:
         made = self.store.get(key)
@@ -99,39 +129,64 @@ class Desk:
         return made
 
     def answer(self, made: Generation, asked: MapSettings) -> tuple[Maps, float]:
-        """Maps and masks, and the seconds they took."""
+        """Maps and masks, and the seconds they took. Raises ValueError."""
         begun = time.perf_counter()
-        for last_try in (False, False, True):
-            try:
-                maps = ask(self.pipe, made, asked)
-                return maps, time.perf_counter() - begun
-            except RuntimeError as error:
-                # A tokenizer in Rust refuses to be used in two threads at the same instant; a generation may do so.
-                if last_try or "borrowed" not in str(error):
-                    raise
-                time.sleep(0.05)
-        raise AssertionError
+        try:
+            maps = ask(self.pipe, made, asked)
+        except torch.OutOfMemoryError:
+            raise ValueError("The device has too little memory for this: ask for fewer words, or fewer steps.") from None
+        return maps, time.perf_counter() - begun
 
-    def stop(self, request: gr.Request) -> None:
-        event = self.stops.get(visitor(request))
-        if event is not None:
-            event.set()
+    def stop(self, request: gr.Request, *works: str) -> None:
+        """Stops these works of the visitor; without a name, all."""
+        for (owner, work), event in list(self.stops.items()):
+            if owner == visitor(request) and (not works or work in works):
+                event.set()
 
-    def flag(self, request: gr.Request) -> threading.Event:
-        """The stop flag of the visitor's run."""
-        return self.stops.setdefault(visitor(request), threading.Event())
-
-    def begin(self, request: gr.Request) -> None:
+    def begin(self, request: gr.Request, work: str) -> None:
         """A new stop flag for a run that is about to be queued, so that Stop works while it waits as well."""
-        self.stops[visitor(request)] = threading.Event()
+        self._seen[visitor(request)] = time.monotonic()
+        self.stops[visitor(request), work] = threading.Event()
 
-    def end(self, request: gr.Request) -> None:
-        """The run is over; the next one gets a flag of its own."""
-        self.stops.pop(visitor(request), None)
+    def flag(self, request: gr.Request, work: str) -> threading.Event:
+        """The stop flag of the visitor's run."""
+        self._seen[visitor(request)] = time.monotonic()
+        return self.stops.setdefault((visitor(request), work), threading.Event())
+
+    def end(self, request: gr.Request, work: str, flag: threading.Event) -> None:
+        """The run of this flag is over; one that was queued meanwhile keeps its own."""
+        if self.stops.get((visitor(request), work)) is flag:
+            del self.stops[visitor(request), work]
+
+    def zip_folder(self, request: gr.Request) -> Path:
+        """Where the visitor's download is packed: one at a time, the next in place of the last."""
+        owner = visitor(request)
+        if owner not in self._zips:
+            self._zips[owner] = Path(tempfile.mkdtemp(prefix="ovam-zip-"))
+        for old in self._zips[owner].iterdir():
+            old.unlink()
+        return self._zips[owner]
 
     def leave(self, request: gr.Request) -> None:
-        """The visitor closed the page."""
+        """The visitor closed the page, or the connection broke: their runs stop, and after GRACE what they have goes."""
         self.stop(request)
-        self.store.drop_owner(visitor(request))
-        self.shelf.drop_owner(visitor(request))
-        self.jobs.drop_owner(visitor(request))
+        owner, left = visitor(request), time.monotonic()
+
+        def forget() -> None:
+            if self._seen.get(owner, 0.0) < left:
+                self.forget(owner)
+
+        timer = threading.Timer(GRACE, forget)
+        timer.daemon = True
+        timer.start()
+
+    def forget(self, owner: str) -> None:
+        """Frees what a visitor has: recordings, tokens, exports, downloads, flags."""
+        self._seen.pop(owner, None)
+        for one in [one for one in self.stops if one[0] == owner]:
+            self.stops.pop(one, None)
+        self.store.drop_owner(owner)
+        self.shelf.drop_owner(owner)
+        self.jobs.drop_owner(owner)
+        if folder := self._zips.pop(owner, None):
+            shutil.rmtree(folder, ignore_errors=True)

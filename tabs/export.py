@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ NAMES, TOKENS = "by name", "by token, where there is one"
 SHOW_EVERY = 0.5  # seconds between two looks at a running export
 SHOWN = 24  # pairs of image and mask in the gallery
 MAX_TEXT = 2_000_000  # characters of pasted prompts
+WORK = "export"  # of this tab, by which Stop finds it
 EXAMPLE = "A cat and a dog on grass\nA bus next to a bicycle on a road\nA sofa and a tv"
 
 
@@ -176,17 +177,17 @@ def build(desk: Desk) -> None:
         """Work and settings; everything that can be wrong is said here."""
         prompts, wanted = prompts_of(chosen, pattern, names or [], pasted, uploaded)
         within(limits, prompts, whole(images))
-        shelf = None
-        if ask_by == TOKENS and desk.shelf.names(owner):
-            shelf = str(desk.shelf.folder(owner, Path(tempfile.mkdtemp(prefix="ovam-shelf-"))))
         settings = ExportSettings.for_model(
-            pipe, steps=whole(number), crf=bool(refine), tokens=shelf, formats=("voc", *(kinds or ())),
+            pipe, steps=whole(number), crf=bool(refine), formats=("voc", *(kinds or ())),
             filters=Filters(min_coverage=least, max_coverage=most),
         )  # fmt: skip
         settings.validate(pipe)
         work = work_list(prompts, wanted, whole(images), whole(first), check=settings.check(pipe))
         if len(work.items) > limits.images:
             raise ValueError(f"{len(work.items):,} images are too many here; at most {limits.images:,}.")
+        if ask_by == TOKENS and desk.shelf.names(owner):  # copies, which `forget` takes away
+            copies = desk.shelf.folder(owner, Path(tempfile.mkdtemp(prefix="ovam-shelf-")))
+            settings = replace(settings, tokens=str(copies))
         return work, settings
 
     def begin(request: gr.Request, *values):
@@ -195,12 +196,12 @@ def build(desk: Desk) -> None:
             forget(settings)
         except ValueError as error:
             raise problem(error) from None
-        desk.begin(request)
+        desk.begin(request, WORK)
         return gr.Button(interactive=False), gr.Button(interactive=True), "", bar(0, len(work.items), 0, 0.0)
 
     def run(request: gr.Request, *values):
         settings, owner = None, visitor(request)
-        begun, stop = time.monotonic(), desk.flag(request)
+        begun, stop = time.monotonic(), desk.flag(request, WORK)
         out_of_time: Callable[[], bool] = lambda: time.monotonic() - begun > limits.seconds  # noqa: E731
         try:
             work, settings = asked(owner, *values)
@@ -210,10 +211,13 @@ def build(desk: Desk) -> None:
             if planned.largest_bytes > limits.megabytes * 1e6:
                 raise ValueError(f"This would be up to {planned.largest_bytes / 1e6:,.0f} MB; at most {limits.megabytes:,} here.")
             # Workers would each import this whole page, for a few hundredths of a second an image.
-            work_it = lambda report: export(  # noqa: E731
-                pipe, work, settings, folder, workers=0, on_image=report,
-                should_stop=lambda: stop.is_set() or out_of_time(),
-            )  # fmt: skip
+            def work_it(report: Callable[[Progress], None]) -> Summary:
+                with desk.driving:
+                    return export(
+                        pipe, work, settings, folder, workers=0, on_image=report,
+                        should_stop=lambda: stop.is_set() or out_of_time(),
+                    )  # fmt: skip
+
             shown: list[tuple[Image.Image, str]] = []
             yield bar(planned.done, planned.images, 0, 0.0), gr.skip(), "", "", gr.DownloadButton(interactive=False)
             for reports, summary in beside(work_it, SHOW_EVERY):
@@ -224,7 +228,7 @@ def build(desk: Desk) -> None:
                     moment = bar(last.done, last.total, last.done - planned.done, time.monotonic() - begun)
                     yield moment, shown, *[gr.skip()] * 3
             over = out_of_time() and not stop.is_set()
-            packed = desk.jobs.pack(owner) if summary.rows else None
+            packed = desk.jobs.pack(folder) if summary.rows else None
             yield (
                 bar(len(summary.rows or ()), summary.total, 0, 0.0), gr.skip(), table(summary),
                 ended(summary, time.monotonic() - begun, over),
@@ -234,7 +238,7 @@ def build(desk: Desk) -> None:
             raise problem(error) from None
         finally:
             stop.set()  # a visitor who left ends the export too
-            desk.end(request)
+            desk.end(request, WORK, stop)
             forget(settings)
 
     def choose(chosen):
@@ -246,7 +250,11 @@ def build(desk: Desk) -> None:
         run, given, [state, gallery, result, facts, download], concurrency_id="model", concurrency_limit=1, **quiet
     )
     ran.then(lambda: (gr.Button(interactive=True), gr.Button(interactive=False)), None, [start, halt], queue=False, **quiet)
-    halt.click(desk.stop, None, None, queue=False, **quiet)
+
+    def stop_work(request: gr.Request):
+        desk.stop(request, WORK)
+
+    halt.click(stop_work, None, None, queue=False, **quiet)
 
 
 NOTHING_YET = "<p>Images and label maps will fill this side as they are made; the data set is one zip at the end.</p>"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import html
 import math
-import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,14 @@ from ovam_core.generate import (
     MapSettings,
     Stopped,
     attributions,
+    branch_for,
     check_served,
     parse_numbers,
     save_zip,
 )
 from ovam_core.methods import ALL_METHODS, OVAM, GocaMethod, method_named
 from ovam_core.photo import PhotoSettings
-from ovam_core.pipeline import defaults_for
+from ovam_core.pipeline import ModelDefaults, defaults_for
 from ovam_core.text import parse_words
 from ovam_core.tokens import SUFFIX, attribution, load
 
@@ -50,6 +51,7 @@ EXAMPLES = [
     ["A photograph of a boat on the sea and a bird", "boat, bird, sea"],
 ]
 FIRST_SEED = 1
+WORK = "generate"  # of this tab, by which Stop finds it
 MAX_SHOWN = 1024  # pixels of a side on the page; a photograph may have many more
 CHECKS = 4  # uploads that are decoded at the same time, before any is queued
 WAIT_FOR_TYPING = 450  # milliseconds after the last letter
@@ -113,6 +115,12 @@ def map_settings(
         tokens=tuple(map(str, tokens)),
         method=method_named(method).name,
     )
+
+
+def for_tokens(asked: MapSettings, own: ModelDefaults) -> MapSettings:
+    """The sliders hold for tokens too once they are moved; until then every token keeps to its file's tau and alpha."""
+    tau, alpha = (value if value != usual else None for value, usual in ((asked.tau, own.tau), (asked.alpha, own.alpha)))
+    return replace(asked, token_tau=tau, token_alpha=alpha)
 
 
 def grid_name(image_size: tuple[int, int], resolution: int) -> str:
@@ -181,7 +189,8 @@ def _how(made: Generation) -> str:
             f"{caption} · timestep{'s' * (len(one.timesteps) > 1)} {steps} · noise seed {one.seed} · "
             f"{made.image.width} × {made.image.height} px, seen as {width} × {height}"
         )
-    return f"seed {one.seed} · {one.steps} steps · guidance {one.guidance:g} · {one.width} × {one.height} px"
+    half = "" if made.recording.branch == "conditional" else f" · {made.recording.branch} half"
+    return f"seed {one.seed} · {one.steps} steps · guidance {one.guidance:g} · {one.width} × {one.height} px{half}"
 
 
 def zip_name(made: Generation) -> str:
@@ -238,7 +247,7 @@ def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
             with gr.Row(elem_classes="tokens"):
                 pick = gr.Dropdown(
                     list(desk.shelf.shipped), value=[], multiselect=True, max_choices=MAX_TOKENS, scale=4, min_width=180,
-                    label="Tokens", info="Learned from one mask each; each stands in for a class name.",
+                    label="Tokens", info="Each stands in for a class name, at the threshold of its file until a slider is moved.",
                     elem_id="tokens",
                 )  # fmt: skip
                 # The visitor's shelf checks the names; Gradio knows only those that were there when the page was built.
@@ -357,7 +366,7 @@ def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
     def asked_for(made: Generation | None, request: gr.Request, *values) -> MapSettings:
         *others, names, chosen = values
         files = [desk.shelf.path(visitor(request), name) for name in names or ()]
-        return map_settings(made, *others, files, chosen)
+        return for_tokens(map_settings(made, *others, files, chosen), defaults)
 
     def answers_of(made: Generation, asked: MapSettings) -> tuple:
         maps, seconds = desk.answer(made, asked)
@@ -388,23 +397,27 @@ def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
                 settings.validate(pipe)
             check_served(pipe, asked, settings)
             attributions(pipe, asked)
+            branch_for(asked)
         except ValueError as error:
             raise problem(error) from None
-        desk.begin(request)
+        desk.begin(request, WORK)
         return gr.Button(interactive=False), gr.Button(interactive=True), ""
 
     def run(request: gr.Request, progress=gr.Progress(), *values):
         try:
-            settings, file, _ = wanted(request, *values)
+            settings, file, asked = wanted(request, *values)
             if isinstance(settings, PhotoSettings):
-                made_key, made = desk.look(file, settings, request)
+                made = desk.look(file, settings, WORK, request)
             else:
-                made_key, made = desk.make(settings, request, progress)
+                made = desk.draw(settings, WORK, request, progress, branch_for(asked))
         except Stopped as stopped:
             return gr.skip(), gr.skip(), html.escape(str(stopped)), gr.skip()
         except ValueError as error:
             raise problem(error) from None
-        return made_key, shrunk(made.image), image_facts(made), gr.Button(interactive=True)
+        return desk.keep(made, request), shrunk(made.image), image_facts(made), gr.Button(interactive=True)
+
+    def stop_work(request: gr.Request):
+        desk.stop(request, WORK)
 
     def finish():
         return gr.Button(interactive=True), gr.Button(interactive=False)
@@ -443,7 +456,7 @@ def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
     maps_queue = {"concurrency_id": "maps", "concurrency_limit": 1}
     for trigger in (start.click, prompt.submit, of_photo[1].submit, examples.load_input_event.then):
         wire(trigger)
-    halt.click(desk.stop, None, None, queue=False, api_name="stop", show_progress="hidden")
+    halt.click(stop_work, None, None, queue=False, show_progress="hidden", api_visibility="private")
 
     def choose(chosen):
         by_prompt = chosen != UPLOAD
@@ -499,10 +512,11 @@ def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
             maps, _ = desk.answer(made, asked)
         except ValueError as error:
             raise problem(error) from None
-        return str(save_zip(Path(tempfile.mkdtemp(prefix="ovam-")) / zip_name(made), made, maps, asked))
+        return str(save_zip(desk.zip_folder(request) / zip_name(made), made, maps, asked))
 
     pack.click(
-        zip_of, [key, *asked_by], archive, show_progress="minimal", api_visibility="private", **maps_queue
+        zip_of, [key, *asked_by], archive, show_progress="minimal", api_visibility="private", concurrency_id="zips",
+        concurrency_limit=1,
     ).success(
         None, js="() => setTimeout(() => document.querySelector('#archive').click(), 150)", api_visibility="private"
     )
@@ -516,10 +530,10 @@ def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
         """Makes an image and records it; /attribute then answers about it. Returns the image and a line of facts."""
         try:
             settings = image_settings(prompt, negative_prompt, seed, steps, guidance, width, height)
-            made_key, made = desk.make(settings, request, progress)
+            made = desk.draw(settings, WORK, request, progress)
         except (ValueError, Stopped) as error:
             raise problem(error) from None
-        return made_key, made.image, image_facts(made)
+        return desk.keep(made, request), made.image, image_facts(made)
 
     def api_photograph(photo, caption, timesteps, seed, words, request: gr.Request):
         """Records a photograph; /attribute then answers about it. Without a caption, one is made of the words. Returns the
@@ -530,10 +544,14 @@ def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
                 raise ValueError("There is neither a caption nor a word to make one of; give one of them.")
             settings = photo_settings(pipe, caption, timesteps, seed, asked)
             check_photo(pipe, photo, settings)
-            made_key, made = desk.look(photo, settings, request)
+            made = desk.look(photo, settings, WORK, request)
         except (ValueError, Stopped) as error:
             raise problem(error) from None
-        return made_key, shrunk(made.image), image_facts(made)
+        return desk.keep(made, request), shrunk(made.image), image_facts(made)
+
+    def api_stop(request: gr.Request):
+        """Stops whatever this session has running: a generation, an optimisation (the best is kept) or an export."""
+        desk.stop(request)
 
     def api_attribute(
         made_key, words, sentence, tau, alpha, crf, steps, grids, tokens, method, request: gr.Request
@@ -547,7 +565,7 @@ def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
             raise problem(error) from None
 
     with gr.Row(visible=False):
-        for_programs = gr.Button("generate"), gr.Button("attribute"), gr.Button("photograph")
+        for_programs = gr.Button("generate"), gr.Button("attribute"), gr.Button("photograph"), gr.Button("stop")
         named = gr.Textbox("", label="Words", info="what an empty caption is made of")
     for_programs[0].click(
         api_generate, of_prompt, [key, image, facts], api_name="generate", concurrency_id="model", concurrency_limit=1
@@ -556,5 +574,6 @@ def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
         api_photograph, [*of_photo, named], [key, image, facts], api_name="photograph", concurrency_id="model",
         concurrency_limit=1,
     )  # fmt: skip
+    for_programs[3].click(api_stop, None, None, api_name="stop", queue=False)
     for_programs[1].click(api_attribute, [key, *asked_by], answers, api_name="attribute", **maps_queue)
     return key, pick

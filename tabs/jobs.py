@@ -42,44 +42,54 @@ class _Job:
 
 
 class Jobs:
-    """One export folder a visitor, thread safe."""
+    """One export folder a visitor, or on one's own machine one an export; thread safe.
 
-    def __init__(self, keep: float, clock: Callable[[], float] = time.monotonic):
-        self.keep, self.clock = keep, clock
+    keep: seconds that a folder waits. shared: visitors are one person, who finds a half-made export again after a
+    reload of the page, and whose exports do not go with a page that is closed.
+    """
+
+    def __init__(self, keep: float, shared: bool = False, clock: Callable[[], float] = time.monotonic):
+        self.keep, self.shared, self.clock = keep, shared, clock
         self._jobs: dict[str, _Job] = {}
         self._lock = threading.Lock()
 
     def folder(self, owner: str, about: str) -> Path:
         """The visitor's folder for an export described by `about`: the one there is, to go on, or a new, empty one."""
         self.sweep()
+        key = about if self.shared else owner
         with self._lock:
-            job = self._jobs.get(owner)
+            job = self._jobs.get(key)
             if job is None or job.about != about:
                 if job is not None:
                     shutil.rmtree(job.folder, ignore_errors=True)
-                job = self._jobs[owner] = _Job(about, Path(tempfile.mkdtemp(prefix="ovam-export-")))
+                job = self._jobs[key] = _Job(about, Path(tempfile.mkdtemp(prefix="ovam-export-")))
             job.used = self.clock()
             return job.folder / "dataset"
 
-    def pack(self, owner: str) -> Path:
-        """All of the visitor's data set in one zip beside it."""
+    def pack(self, folder: Path) -> Path:
+        """All of the data set of `folder` in one zip beside it."""
         with self._lock:
-            self._jobs[owner].used = self.clock()
-            home = self._jobs[owner].folder
-        target = home / "dataset.zip"
-        zip_folder(home / "dataset", target)
+            for job in self._jobs.values():
+                if job.folder == folder.parent:
+                    job.used = self.clock()
+        target = folder.parent / "dataset.zip"
+        zip_folder(folder, target)
         return target
 
     def drop_owner(self, owner: str) -> None:
         """Frees the disk of a visitor who has left."""
+        if not self.shared:
+            self._drop(owner)
+
+    def _drop(self, key: str) -> None:
         with self._lock:
-            job = self._jobs.pop(owner, None)
+            job = self._jobs.pop(key, None)
         if job is not None:
             shutil.rmtree(job.folder, ignore_errors=True)
 
     def sweep(self) -> None:
         """Frees the disk of exports that nobody came back to."""
         with self._lock:
-            old = [owner for owner, job in self._jobs.items() if job.used <= self.clock() - self.keep]
-        for owner in old:
-            self.drop_owner(owner)
+            old = [key for key, job in self._jobs.items() if job.used <= self.clock() - self.keep]
+        for key in old:
+            self._drop(key)

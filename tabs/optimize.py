@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from ovam_core import plot
-from ovam_core.annotated import photo_target, token_of
+from ovam_core.annotated import check_begun, photo_target, token_of
 from ovam_core.evaluate import confusion, iou
 from ovam_core.generate import (
     MAX_PROMPT,
@@ -23,6 +24,7 @@ from ovam_core.generate import (
     Maps,
     MapSettings,
     Stopped,
+    branch_for,
 )
 from ovam_core.heatmap import heatmaps
 from ovam_core.optimize import (
@@ -43,6 +45,7 @@ from .desk import Desk, only_numbers, problem, visitor
 from .generate import CHECKS, image_facts, on_screen, shrunk, whole
 from .upload import check_photo, photo_fields, photo_settings, takes_photographs
 
+WORK, PICTURE = "optimize", "optimize: picture"  # of this tab, by which Stop finds them
 MAKE, PHOTO = "Generate", "Upload a photograph"
 PAINT, STROKES, UPLOAD = "Paint the object", "A few strokes", "Upload a mask"
 OBJECT, BACKGROUND = "#e69f00", "#0072b2"
@@ -51,6 +54,7 @@ SHOW_EVERY = 0.4  # seconds between two looks at a running search
 MAX_CANVAS = 512  # pixels of a side: what the canvas is laid out for
 FIRST_PROMPT = "A photograph of a cat"
 NO_CURVE = "<h3>Loss</h3><p>The loss of every epoch will be drawn here.</p>"
+NAMED = r"(text, name) => (/^a photograph of an? (?!.*\b(?:and|at|by|in|near|next|of|on|under|with)\b)([\w -]+)$/i.exec(text.trim()) || [, name])[1]"
 HINTS = {
     PAINT: "Paint over the whole object; what stays bare is background.",
     STROKES: "Orange strokes on the object, blue ones on the background; what stays bare counts for nothing.",
@@ -184,13 +188,20 @@ def target_of(pipe: Any, made: Generation, labels: np.ndarray) -> np.ndarray:
 
 
 def search(
-    pipe: Any, made: Generation, labels: np.ndarray, name: str, settings: OptimizeSettings, should_stop: Callable[[], bool]
+    pipe: Any, made: Generation, labels: np.ndarray, name: str, settings: OptimizeSettings, should_stop: Callable[[], bool],
+    driving: AbstractContextManager,
 ) -> Iterator[tuple[Epoch | Optimized, list[float]]]:
-    """Runs `optimize`; gives its latest epoch every SHOW_EVERY seconds, at the end the result, with the losses so far."""
+    """Runs `optimize` within `driving`; gives its latest epoch every SHOW_EVERY seconds, at the end the result, with the losses so far."""
     start, losses, target = initial_embedding(pipe, [name]), [], target_of(pipe, made, labels)
     recording = own_choice(pipe, made.recording)
-    work = lambda report: optimize([recording], [target], start, settings, report, should_stop)  # noqa: E731
+
+    def work(report: Callable[[Epoch], None]) -> Optimized:
+        with driving:
+            return optimize([recording], [target], start, settings, report, should_stop)
+
     for epochs, found in beside(work, SHOW_EVERY):
+        if found:
+            check_begun(found)
         losses += [epoch.loss for epoch in epochs]
         yield (found or epochs[-1]), losses
 
@@ -308,7 +319,8 @@ def build(desk: Desk, tab: gr.Tab, from_generate: gr.State, pick: gr.Dropdown) -
     def draw_picture(text, number, request: gr.Request, progress=gr.Progress()):
         try:
             settings = GenerateSettings.for_model(desk.pipe, text or "", seed=whole(number))
-            return show(*desk.make(settings, request, progress))
+            made = desk.draw(settings, PICTURE, request, progress)
+            return show(desk.keep(made, request), made)
         except (ValueError, Stopped) as error:
             raise problem(error) from None
 
@@ -323,11 +335,12 @@ def build(desk: Desk, tab: gr.Tab, from_generate: gr.State, pick: gr.Dropdown) -
             read_photograph(*values)
         except ValueError as error:
             raise problem(error) from None
-        desk.begin(request)
+        desk.begin(request, PICTURE)
 
     def take_photograph(request: gr.Request, *values):
         try:
-            return show(*desk.look(values[0], read_photograph(*values), request))
+            made = desk.look(values[0], read_photograph(*values), PICTURE, request)
+            return show(desk.keep(made, request), made)
         except (ValueError, Stopped) as error:
             raise problem(error) from None
 
@@ -349,8 +362,8 @@ def build(desk: Desk, tab: gr.Tab, from_generate: gr.State, pick: gr.Dropdown) -
         [draw.click, prompt.submit], draw_picture, [prompt, seed], shown, concurrency_id="model", concurrency_limit=1,
         show_progress_on=canvas, **private,
     )  # fmt: skip
-    # "A photograph of a cat" names the class as well; any other prompt leaves it as it is.
-    prompt.change(None, [prompt, name], name, js="(text, name) => (/^a photograph of an? ([\\w ]+)$/i.exec(text.trim()) || [, name])[1]", **private)
+    # "A photograph of a potted plant" names the class as well; any other prompt leaves it as it is.
+    prompt.change(None, [prompt, name], name, js=NAMED, **private)
 
     def choose(chosen):
         return HINTS.get(chosen, ""), gr.ImageEditor(visible=chosen != UPLOAD), gr.File(visible=chosen == UPLOAD)
@@ -374,19 +387,19 @@ def build(desk: Desk, tab: gr.Tab, from_generate: gr.State, pick: gr.Dropdown) -
             initial_embedding(desk.pipe, [called])
         except ValueError as error:
             raise problem(error) from None
-        desk.begin(request)
+        desk.begin(request, WORK)
         return gr.Button(interactive=False), gr.Button(interactive=True), "", given_mask(made.image, labels)
 
     def run(request: gr.Request, *values):
         try:
             made, labels, called, settings = understood(*values)
-            stop = desk.flag(request)
+            stop = desk.flag(request, WORK)
             try:
-                for state, losses in search(desk.pipe, made, labels, called, settings, stop.is_set):
+                for state, losses in search(desk.pipe, made, labels, called, settings, stop.is_set, desk.driving):
                     yield preview(desk.pipe, made, state.embedding), curve_of(losses, settings), *[gr.skip()] * 8
             finally:
                 stop.set()  # a visitor who left ends the search too
-                desk.end(request)
+                desk.end(request, WORK, stop)
             owner = visitor(request)
             label = desk.shelf.add(owner, token_of([made], [called], state, settings))
             path = desk.shelf.path(owner, label)
@@ -400,13 +413,19 @@ def build(desk: Desk, tab: gr.Tab, from_generate: gr.State, pick: gr.Dropdown) -
         except ValueError as error:
             raise problem(error) from None
 
-    begun = start.click(begin, given, [start, halt, note, now], concurrency_limit=None, **quiet)
+    begun = start.click(
+        begin, given, [start, halt, note, now], concurrency_id="checks", concurrency_limit=CHECKS, **quiet
+    )
     ran = begun.success(
         run, given, [now, curve, result, heat, masks, facts, download, token_name, pick, go], concurrency_id="model",
         concurrency_limit=1, **quiet,
     )  # fmt: skip
     ran.then(lambda: (gr.Button(interactive=True), gr.Button(interactive=False)), None, [start, halt], queue=False, **quiet)
-    halt.click(desk.stop, None, None, queue=False, **quiet)
+
+    def stop_work(request: gr.Request):
+        desk.stop(request, WORK)
+
+    halt.click(stop_work, None, None, queue=False, **quiet)
 
     # ---- elsewhere
 
@@ -415,7 +434,7 @@ def build(desk: Desk, tab: gr.Tab, from_generate: gr.State, pick: gr.Dropdown) -
             path = desk.shelf.path(visitor(request), label)
             asked = MapSettings(words=(class_name(called),), tokens=(str(path),))
             settings = GenerateSettings.for_model(desk.pipe, text or "", seed=whole(number))
-            _, made = desk.make(settings, request, progress)
+            made = desk.draw(settings, PICTURE, request, progress, branch_for(asked))  # looked at once, so not kept
             maps, _ = desk.answer(made, asked)
         except (ValueError, Stopped) as error:
             raise problem(error) from None
@@ -436,13 +455,15 @@ def build(desk: Desk, tab: gr.Tab, from_generate: gr.State, pick: gr.Dropdown) -
         """Learns a token from this session's last picture and a mask file. Returns the token's file and a line of facts."""
         try:
             made, labels, called, settings = understood(made_key, UPLOAD, None, mask, name, recipe, epochs, rate)
-            desk.begin(request)
+            desk.begin(request, WORK)
+            stop = desk.flag(request, WORK)
             try:
                 target = target_of(desk.pipe, made, labels)
-                found = optimize([own_choice(desk.pipe, made.recording)], [target], initial_embedding(desk.pipe, [called]), settings,
-                                 should_stop=desk.flag(request).is_set)  # fmt: skip
+                with desk.driving:
+                    found = optimize([own_choice(desk.pipe, made.recording)], [target], initial_embedding(desk.pipe, [called]), settings,
+                                     should_stop=stop.is_set)  # fmt: skip
             finally:
-                desk.end(request)
+                desk.end(request, WORK, stop)
             label = desk.shelf.add(visitor(request), token_of([made], [called], found, settings))
             line = f"loss {found.losses[0]:.4f} to {found.loss:.4f} in {found.epochs} epochs, {found.seconds:.1f} s"
             return str(desk.shelf.path(visitor(request), label)), line

@@ -37,7 +37,9 @@ class Shelf:
             own = self._own.setdefault(owner, {})
             if name not in own and len(own) >= PER_VISITOR:
                 raise ValueError(f"There are {PER_VISITOR} tokens of yours here already; reload the page to begin anew.")
-            folder = self._folders.setdefault(owner, Path(tempfile.mkdtemp(prefix="ovam-tokens-")))
+            if owner not in self._folders:
+                self._folders[owner] = Path(tempfile.mkdtemp(prefix="ovam-tokens-"))
+            folder = self._folders[owner]
             free = own.get(name) or folder / f"{slugs([*own, name])[-1]}{tokens.SUFFIX}"
             own[name] = tokens.save(free, token)
         return name
@@ -57,7 +59,7 @@ class Shelf:
     def path(self, owner: str, name: str) -> Path:
         """Raises ValueError for a name that is not on this visitor's shelf: a client can send any."""
         with self._lock:
-            found = {**self.shipped, **self._own.get(owner, {})}.get(name)
+            found = {**self.shipped, **self._own.get(owner, {})}.get(str(name))
         if found is None:
             raise ValueError(f"There is no token '{str(name)[:60]}' here (any more); choose one of the list.")
         return found

@@ -65,6 +65,11 @@ class Store:
             self._entries.move_to_end(key)
             return entry.value
 
+    def clear(self) -> None:
+        """Forgets everything of everybody."""
+        with self._lock:
+            self._entries.clear()
+
     def drop_owner(self, owner: str) -> None:
         """Forgets all that a visitor has."""
         with self._lock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import ovam_core.__main__ as command_line
 from ovam_core import tokens
 from ovam_core.__main__ import main
 from ovam_core.annotated import Example, by_class, check_same, learn, learn_apart, read_folder
@@ -221,7 +223,7 @@ def test_the_half_that_a_token_belongs_to(pipe, made, tmp_path):
     assert branch_for(MapSettings(tokens=(one,))) == "unconditional"
     with pytest.raises(ValueError, match="different halves"):
         branch_for(MapSettings(tokens=(one, two)))
-    with pytest.warns(UserWarning, match="unconditional half"):
+    with pytest.raises(ValueError, match="unconditional half"):
         ask(pipe, made, MapSettings(tokens=(one,), crf=False))
 
 
@@ -239,7 +241,10 @@ def test_from_a_mask_to_a_token_to_an_image(mask, tmp_path, capsys):
     common = ["--steps", "2", "--out", str(out), *QUICK]
     assert main(["generate", "A cat on grass", "--token", str(file), "--words", "grass", *common]) == 0
     _, asked, _, _ = load_settings(out / "settings.json")
-    assert asked.tokens == (str(file),) and asked.words == ("grass",)
+    assert asked.tokens == (str(out / "token_cat.safetensors"),) and asked.words == ("grass",)
+    assert json.loads((out / "settings.json").read_text())["maps"]["tokens"] == ["token_cat.safetensors"]
+    assert (out / "token_cat.safetensors").read_bytes() == file.read_bytes()
+    file.unlink()  # a result holds all that it was made of
     assert (out / "mask_cat.png").exists()
     again = tmp_path / "again"
     assert main(["generate", "--settings", str(out / "settings.json"), "--out", str(again)]) == 0
@@ -338,3 +343,34 @@ def test_generate_with_a_token_that_does_not_fit(tmp_path, capsys):
     narrow = tokens.save(tmp_path / "cat.safetensors", Token(torch.ones(2, 8), ("background", "cat"), "emoji-voc"))
     assert main(["generate", PROMPT, "--token", str(narrow), "--steps", "2", "--out", str(tmp_path / "out"), *QUICK]) == 2
     assert "is 8 wide and this model takes" in capsys.readouterr().err
+
+
+def test_an_interrupt_keeps_the_best_so_far_and_those_before_it(folder, tmp_path, capsys, monkeypatch):
+    """Ctrl-C in the second token's third epoch."""
+    seen = []
+
+    def pressed(epoch):
+        seen.append(epoch.number)
+        if seen.count(1) == 2 and epoch.number == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(command_line, "show_loss", pressed)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    out, before = tmp_path / "set", signal.getsignal(signal.SIGINT)
+    assert main(["optimize", "--annotated", str(folder), "--epochs", "9", "--out", str(out), *QUICK]) == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    epochs = [json.loads(tokens.load(out / name).settings)["optimization"]["epochs"] for name in ("cat.safetensors", "dog.safetensors")]
+    assert epochs == [9, 3]
+    assert "Stopped" in capsys.readouterr().err
+
+
+def test_an_interrupt_before_the_first_epoch_ends_at_once(mask, tmp_path, monkeypatch):
+    monkeypatch.setattr(command_line, "learn", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    options = ["--prompt", PROMPT, "--mask", str(mask), "--class", "cat", "--out", str(tmp_path / "cat.safetensors"), *QUICK]
+    assert main(["optimize", *options]) == 130
+    assert not (tmp_path / "cat.safetensors").exists()
+
+
+def test_a_search_without_an_epoch_is_no_token(pipe, mask):
+    with pytest.raises(ValueError, match="before the first epoch"):
+        learn(pipe, [Example(image(pipe), mask, ("cat",))], FEW, should_stop=lambda: True)

@@ -56,6 +56,19 @@ def test_jobs_go_on_in_the_same_folder_and_free_the_disk():
     assert not third.parent.exists()
 
 
+def test_on_ones_own_machine_an_export_outlives_its_page(tmp_path):
+    jobs = Jobs(keep=100.0, shared=True)
+    first = jobs.folder("ann", "one")
+    first.mkdir()
+    (first / "file").write_text("kept")
+    other = jobs.folder("ann", "two")
+    jobs.drop_owner("ann")
+    assert jobs.folder("the page after a reload", "one") == first and (first / "file").exists()
+    assert other.parent.exists()
+    with zipfile.ZipFile(jobs.pack(first)) as packed:
+        assert packed.read("file") == b"kept"
+
+
 def test_a_hosted_page_is_bounded_more_tightly(monkeypatch):
     monkeypatch.delenv("SPACE_ID", raising=False)
     assert limits() is LOCAL

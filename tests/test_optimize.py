@@ -98,6 +98,17 @@ def test_255_beside_another_label_is_ignored(picture):
     assert (labels[0] == 255).all() and labels[3, 5] == 1 and labels[7, 0] == 0
 
 
+def test_a_grey_beside_white_is_cut_at_half():
+    """An edge of one grey, 0, 128 and 255, is no label with 255 to be ignored."""
+    values = SQUARE * 255
+    values[2, 3] = 128
+    values[0, 0] = 100
+    labels = read_mask(Image.fromarray(values), (8, 12))
+    assert set(np.unique(labels)) == {0, 1} and labels[2, 3] == 1 and labels[0, 0] == 0
+    values[0, 0] = 0
+    assert np.array_equal(read_mask(Image.fromarray(values), (8, 12)) == 1, values > 0)
+
+
 def test_masks_as_files_and_as_jpeg(tmp_path):
     Image.fromarray(np.kron(SQUARE * 255, np.ones((16, 16), np.uint8))).save(tmp_path / "mask.jpg", quality=60)
     labels = read_mask(tmp_path / "mask.jpg", (8, 12))

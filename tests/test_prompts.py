@@ -34,6 +34,11 @@ def test_csv_and_tsv(tmp_path):
     first, second = read_prompts(tmp_path / "p.csv")
     assert first == Prompt('a cat, "big"\non a sofa', ("cat", "sofa"), 5, "rain", "line 3")
     assert (second.text, second.classes, second.seed, second.negative) == ("a bus", (), None, "")
+    (tmp_path / "p.csv").write_text("classes,prompt\ncat\ndog,a dog\n")  # a short row has no prompt, and is skipped
+    assert [one.text for one in read_prompts(tmp_path / "p.csv")] == ["", "a dog"]
+    (tmp_path / "p.csv").write_text(",\n ,\n")
+    with pytest.raises(ValueError, match="no column 'prompt'"):
+        read_prompts(tmp_path / "p.csv")
     (tmp_path / "p.tsv").write_text("seed\tprompt\n7\ta cat, alone\n")
     assert read_prompts(tmp_path / "p.tsv")[0].text == "a cat, alone"
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+from types import SimpleNamespace
+
 import pytest
 import torch
-from conftest import make_pipe
+from conftest import make_pipe, make_tokenizer
 
 from ovam_core import (
     attribute_sentence,
@@ -14,6 +17,7 @@ from ovam_core import (
     token_strings,
     words_in_sentence,
 )
+from ovam_core.family import read_tokens
 from ovam_core.text import MAX_WORD_CHARS, MAX_WORDS
 
 
@@ -153,3 +157,40 @@ def test_a_pipeline_of_no_known_family_is_refused(fresh):
     fresh.text_encoder_2 = torch.nn.Linear(1, 1)  # two text encoders, but not Stable Diffusion XL's UNet
     with pytest.raises(ValueError, match="not a text-to-image pipeline of a family.*: load Stable Diffusion"):
         attribute_words(fresh, ["cat"])
+
+
+def test_each_word_of_a_phrase_counts_alike(tiny):
+    """METHODS.md: a phrase is the mean over its content words, each the mean of its sub-tokens."""
+    (one,) = attribute_words(tiny, ["red zoo"])
+    assert [token_strings(tiny, "red zoo")[row] for row in one.groups[0]] == ["red", "z", "o", "o"]
+    maps = torch.rand(len(one.embedding), 3, 5)
+    expected = (maps[1] + maps[2:5].mean(0)) / 2
+    torch.testing.assert_close(one.means(maps)[0], expected)
+    torch.testing.assert_close(one.means(maps[1:5], rows=[1, 2, 3, 4])[0], expected)
+
+
+def test_questions_leave_the_tokenizer_as_the_pipeline_needs_it(tiny):
+    """A fast tokenizer keeps whether it pads; reading words beside a generation must not touch it, nor see it."""
+    wrong = []
+    stop = threading.Event()
+
+    def generations():
+        while not stop.is_set():
+            ids = tiny.tokenizer(["a cat"], padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+            if ids.shape != (1, 77):
+                wrong.append(tuple(ids.shape))
+
+    thread = threading.Thread(target=generations)
+    thread.start()
+    lengths = {len(token_strings(tiny, "a cat")) for _ in range(1500)}
+    stop.set()
+    thread.join()
+    assert lengths == {4} and not wrong
+
+
+def test_tokens_that_are_added_later_are_known(tiny):
+    tokenizer = make_tokenizer()
+    pipe = SimpleNamespace(tokenizer=tokenizer)
+    assert len(read_tokens(pipe.tokenizer, "zebra").names) == 7
+    tokenizer.add_tokens(["zebra"])
+    assert len(read_tokens(pipe.tokenizer, "zebra").names) == 3

@@ -22,7 +22,7 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(annotator, "FOLDER", tmp_path / "annotator")
     return replace(
         CPU, size=32, vae_widths=(8, 16), unet_widths=(16, 16, 16), scenes=50, vae_scenes=16, vae_minutes=0.01,
-        vae_batch=8, unet_batch=8, annotator_scenes=16, annotator_minutes=0.01, text_width=32,
+        vae_batch=8, unet_batch=8, annotator_scenes=16, annotator_minutes=0.01, text_width=32, compiled=False,
     )  # fmt: skip
 
 

@@ -14,23 +14,34 @@ from einops import rearrange
 from PIL import Image
 
 CLASSES = 21  # background and the 20 VOC classes
-FOLD = 2  # the network works on FOLD x FOLD pixel blocks, far cheaper than on pixels
 RATE, BATCH = 1.5e-3, 8
 FOLDER = Path(__file__).parent / "annotator"
 
 
 def build() -> UNet2DModel:
-    """A convolutional U-Net of diffusers' own blocks, used without its time input."""
+    """A convolutional U-Net of diffusers' own blocks, used without its time input; its first level sees single pixels."""
     return UNet2DModel(
-        in_channels=3 * FOLD**2, out_channels=CLASSES * FOLD**2, block_out_channels=(32, 64, 96, 128, 128),
-        down_block_types=("DownBlock2D",) * 5, up_block_types=("UpBlock2D",) * 5,
+        in_channels=3, out_channels=CLASSES, block_out_channels=(16, 32, 64, 96, 128, 128),
+        down_block_types=("DownBlock2D",) * 6, up_block_types=("UpBlock2D",) * 6,
         layers_per_block=1, norm_num_groups=8, add_attention=False,
     )  # fmt: skip
 
 
 def logits(network: UNet2DModel, images: torch.Tensor) -> torch.Tensor:
     """float [N, 3, H, W] in [-1, 1] to class scores [N, 21, H, W]; H and W divisible by 32."""
-    return F.pixel_shuffle(network(F.pixel_unshuffle(images, FOLD), 0).sample, FOLD)
+    return network(images, 0).sample
+
+
+def loss(scores: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy, and one minus the soft Dice overlap of the batch's classes: thin objects count as wide ones do.
+
+    `scores` float32 [N, 21, H, W], `truth` int64 [N, H, W]; a scalar.
+    """
+    shares = scores.softmax(1)
+    marks = F.one_hot(truth, CLASSES).movedim(-1, 1)
+    both, either = (shares * marks).sum((0, 2, 3)), (shares + marks).sum((0, 2, 3))
+    present = marks.sum((0, 2, 3)) > 0
+    return F.cross_entropy(scores, truth) + (1 - 2 * both[present] / either[present]).mean()
 
 
 def mirror(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,7 +74,8 @@ def load(folder: Path = FOLDER) -> UNet2DModel:
 
 @torch.no_grad()
 def annotate(network: UNet2DModel, images: list[Image.Image]) -> np.ndarray:
-    """Label maps uint8 [N, H, W] (VOC ids, 0 background) of RGB pictures of one size."""
+    """Label maps uint8 [N, H, W] (VOC ids, 0 background) of RGB pictures of one size, each seen in a mirror as well."""
     pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
-    scores = logits(network, rearrange(pixels, "n h w c -> n c h w").float().to(network.device) / 127.5 - 1)
-    return scores.argmax(1).byte().cpu().numpy()
+    seen = rearrange(pixels, "n h w c -> n c h w").float().to(network.device) / 127.5 - 1
+    shares = logits(network, seen).softmax(1) + logits(network, seen.flip(-1)).softmax(1).flip(-1)
+    return shares.argmax(1).byte().cpu().numpy()
