@@ -28,6 +28,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, not with -m, its own folder stands there
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -108,7 +110,7 @@ def main_rows(steps: int, resolutions: Sequence[int], own: dict[str, tuple[float
 
     own: the model's tau and alpha for "name" and "token", beside the paper's.
     """
-    rows = []
+    rows, everything = [], tuple(range(steps))
     for asked in ASKED:
         token = asked == "token"
         (plain, _), (tau, alpha) = DAAM.cut(token), OVAM.cut(token)
@@ -116,6 +118,9 @@ def main_rows(steps: int, resolutions: Sequence[int], own: dict[str, tuple[float
             Row("Methods", "DAAM", asked, plain, 1.0, DAAM.crf),
             Row("Methods", "OVAM", asked, tau, alpha, OVAM.crf),
             Row("Methods", "OVAM, own tau", asked, *own[asked], OVAM.crf),
+            # The others use the grids and steps that this model's defaults name.
+            Row("Methods", "DAAM, all grids and steps", asked, plain, 1.0, DAAM.crf, everything, tuple(resolutions)),
+            Row("Methods", "OVAM, all grids and steps", asked, tau, alpha, OVAM.crf, everything, tuple(resolutions)),
             Row("Post-processing", "threshold alone", asked, tau, 1.0, False),
             Row("Post-processing", "self-attention", asked, tau, alpha, False),
             Row("Post-processing", "dense CRF", asked, tau, 1.0, True),

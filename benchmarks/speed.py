@@ -45,6 +45,8 @@ from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, not with -m, its own folder stands there
+
 import numpy as np
 import torch
 import torch.nn.functional as F

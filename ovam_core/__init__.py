@@ -6,8 +6,8 @@ from .mask import binary_masks, densecrf, label_map, make_masks, self_attention_
 from .methods import ALL_METHODS, Seen, maps_and_masks
 from .optimize import RECIPES, Epoch, Optimized, OptimizeSettings, initial_embedding, read_mask
 from .photo import read_photo, record_image
-from .pipeline import EMBEDDED, KNOWN_MODELS, ModelDefaults, defaults_for, load_pipeline
-from .recorder import LayerColumnSums, LayerQueries, Recorder, Recording, record
+from .pipeline import EMBEDDED, KNOWN_MODELS, ModelDefaults, defaults_for, load_pipeline, not_learned
+from .recorder import LayerColumnSums, LayerQueries, Recorder, Recording, own_choice, record
 from .text import (
     Attribution,
     attribute_sentence,
@@ -50,6 +50,8 @@ __all__ = [
     "load_pipeline",
     "make_masks",
     "maps_and_masks",
+    "not_learned",
+    "own_choice",
     "parse_words",
     "read_mask",
     "read_photo",

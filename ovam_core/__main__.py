@@ -675,8 +675,12 @@ def run_tokens_list(options: argparse.Namespace) -> None:
 def run_tokens_import(options: argparse.Namespace) -> None:
     made = import_file(options.file, options.model, classes=options.classes or (), branch=options.branch)
     folder = Path(options.out or folder_for(options.model))
-    for token in made:
-        print(f"{', '.join(token.names)}: {save_token(folder / file_name(token.names), token)}")
+    paths = [folder / file_name(token.names) for token in made]
+    for path in paths:
+        if path.exists():
+            raise ValueError(f"There is a token '{path}' already; give another folder by --out, or remove it.")
+    for path, token in zip(paths, made, strict=True):
+        print(f"{', '.join(token.names)}: {save_token(path, token)}")
 
 
 def run_tokens_fetch(options: argparse.Namespace) -> None:

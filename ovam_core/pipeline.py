@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import warnings
@@ -12,8 +13,10 @@ from pathlib import Path
 import torch
 
 from .families import family_of
+from .text import FUNCTION_WORDS
 
 EMBEDDED = "emoji-voc"
+WORDS_FILE = "words.json"  # the words that a model has learned, where it is known
 DEFAULT_HUB_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
@@ -134,7 +137,27 @@ def load_pipeline(model: str | None = None, device: str | None = None, dtype: to
     pipe.set_progress_bar_config(disable=True)
     is_embedded = folder is not None and folder.resolve() == embedded_folder().resolve()
     pipe.ovam_name = EMBEDDED if is_embedded else model
+    pipe.ovam_words = _words_of(folder)
     return pipe
+
+
+def not_learned(pipe, *texts: str) -> list[str]:
+    """The words of texts that the model never saw, in their order, each once, in lower case.
+
+    Known only of a model whose folder lists its words (words.json), as the embedded one's does; [] for others.
+    """
+    learned = getattr(pipe, "ovam_words", None)
+    if learned is None:
+        return []
+    found = [word for text in texts for word in re.findall(r"[^\W_]+", text.lower())]
+    return [word for word in dict.fromkeys(found) if word not in learned | FUNCTION_WORDS]
+
+
+def _words_of(folder: Path | None) -> frozenset[str] | None:
+    try:
+        return frozenset(json.loads((folder / WORDS_FILE).read_text(encoding="utf-8"))) if folder else None
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _device(device: str | None) -> str:

@@ -198,7 +198,7 @@ def file_name(names: Sequence[str]) -> str:
 
 def folder_for(model: str) -> Path:
     """Where the tokens of a model lie: `tokens/<last part of its name>`."""
-    return FOLDER / (re.sub(r"[^\w.-]+", "-", _last_part(model)).strip(".-") or "model")
+    return FOLDER / (re.sub(r"[^\w.-]+", "-", last_part(model)).strip(".-") or "model")
 
 
 def library(model: str, folder: str | Path | None = None) -> dict[str, Path]:
@@ -215,7 +215,7 @@ def library(model: str, folder: str | Path | None = None) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def _last_part(model: str) -> str:
+def last_part(model: str) -> str:
     """Forks and local copies keep the last part of a hub id: runwayml/stable-diffusion-v1-5 is stable-diffusion-v1-5."""
     return model.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
 
@@ -237,7 +237,7 @@ def attribution(pipe: Any, token: Token) -> Attribution:
             f"it was made with {token.model or 'another model'}."
         )
     name = getattr(pipe, "ovam_name", "")
-    if _last_part(name) != _last_part(token.model):
+    if last_part(name) != last_part(token.model):
         warnings.warn(
             f"The token '{', '.join(token.names)}' was made with {token.model or 'an unnamed model'}, not with {name}: "
             "its maps may mean nothing here.",

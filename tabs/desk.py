@@ -34,11 +34,13 @@ def problem(error: Exception) -> gr.Error:
     return gr.Error(html.escape(str(error), quote=False), print_exception=False)
 
 
-def only_numbers(*fields: gr.Slider) -> None:
-    """A client may send text, "NaN" for one, at which a slider itself only fails: say what is wrong instead."""
+def only_numbers(*fields: gr.Slider | gr.Number) -> None:
+    """A client may send text, "NaN" for one, at which a field itself only fails: say what is wrong instead."""
 
-    def checked(field: gr.Slider, read: Callable) -> Callable:
+    def checked(field: gr.Slider | gr.Number, read: Callable) -> Callable:
         def preprocess(value: Any) -> Any:
+            if value is None and isinstance(field, gr.Number):  # left empty
+                return read(value)
             if not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise gr.Error(f"{field.label} is {html.escape(str(value)[:40])}; give a number.", print_exception=False)
             return read(value)

@@ -162,7 +162,7 @@ def build(desk: Desk) -> None:
             state = gr.HTML(NOTHING_YET, elem_id="export-state")
             gallery = gr.Gallery(
                 label="Image and label map", columns=3, height="auto", object_fit="contain", format="png", interactive=False,
-                preview=False, buttons=["fullscreen"], elem_id="exported", elem_classes="gallery",
+                preview=False, buttons=["download", "fullscreen"], elem_id="exported", elem_classes="gallery",
             )  # fmt: skip
             result = gr.HTML("", elem_id="export-table")
             with gr.Row(elem_classes="end"):
@@ -170,11 +170,13 @@ def build(desk: Desk) -> None:
                 download = gr.DownloadButton("Download zip", interactive=False, scale=1, min_width=150, elem_id="export-download")
 
     quiet = {"show_progress": "hidden", "api_visibility": "private"}
-    only_numbers(low, high, steps)
+    only_numbers(each, seed, low, high, steps)
     given = [way, template, text, file, classes, by, each, seed, low, high, formats, steps, crf]
 
     def asked(owner: str, chosen, pattern, pasted, uploaded, names, ask_by, images, first, least, most, kinds, number, refine):
         """Work and settings; everything that can be wrong is said here."""
+        if not all(isinstance(name, str) for name in names or ()):
+            raise ValueError("The classes are no list of names; write each as text.")
         prompts, wanted = prompts_of(chosen, pattern, names or [], pasted, uploaded)
         within(limits, prompts, whole(images))
         settings = ExportSettings.for_model(

@@ -34,9 +34,9 @@ from ovam_core.generate import (
 )
 from ovam_core.methods import ALL_METHODS, OVAM, GocaMethod, method_named
 from ovam_core.photo import PhotoSettings
-from ovam_core.pipeline import ModelDefaults, defaults_for
+from ovam_core.pipeline import ModelDefaults, defaults_for, not_learned
 from ovam_core.text import parse_words
-from ovam_core.tokens import SUFFIX, attribution, load
+from ovam_core.tokens import SUFFIX, attribution, last_part, load
 
 from .desk import NO_IMAGE, Desk, only_numbers, problem, visitor
 from .upload import check_photo, photo_fields, photo_settings, takes_photographs
@@ -199,6 +199,15 @@ def zip_name(made: Generation) -> str:
     return f"ovam-{kind}-{made.settings.seed}.zip"
 
 
+def strangers(pipe: Any, *texts: str) -> str:
+    """What to say of words that the model never learned: its maps of them are no finding. HTML, or "" """
+    unknown = not_learned(pipe, *texts)
+    if not unknown:
+        return ""
+    listed = ", ".join(unknown[:8]) + (" …" if len(unknown) > 8 else "")
+    return f'<span class="hint">{html.escape(pipe.ovam_name)} never learned: {html.escape(listed)}. Such words mean nothing to it.</span>'
+
+
 def measures(maps: Maps) -> dict[str, Any]:
     """The numbers behind the pictures, for the scale under the gallery and for programs that call the API."""
     return {
@@ -357,7 +366,7 @@ def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
                 pack = gr.Button("Download all", scale=1, min_width=140, interactive=False, elem_id="pack")
             archive = gr.DownloadButton("zip", visible="hidden", elem_id="archive")
 
-    only_numbers(steps, guidance, width, height, tau, alpha)
+    only_numbers(seed, of_photo[-1], steps, guidance, width, height, tau, alpha)
     of_prompt = [prompt, negative, seed, steps, guidance, width, height]
     left = [source, *of_prompt, *of_photo]
     asked_by = [words, sentence, tau, alpha, crf, used, which, pick, method]
@@ -365,6 +374,8 @@ def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
 
     def asked_for(made: Generation | None, request: gr.Request, *values) -> MapSettings:
         *others, names, chosen = values
+        if not isinstance(names, (list, tuple, type(None))):
+            raise ValueError("The tokens are no list of names; choose them from the list.")
         files = [desk.shelf.path(visitor(request), name) for name in names or ()]
         return for_tokens(map_settings(made, *others, files, chosen), defaults)
 
@@ -428,9 +439,10 @@ def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
         if made is None:
             return *[gr.skip()] * 4, html.escape(NO_IMAGE) if made_key else ""
         try:
-            masks, *others = answers_of(made, asked_for(made, request, *values))
+            asked = asked_for(made, request, *values)
+            masks, *others = answers_of(made, asked)
             colors = plot.word_colors([label for _, label in masks[1]])
-            return gr.AnnotatedImage(value=masks, color_map=colors), *others, ""
+            return gr.AnnotatedImage(value=masks, color_map=colors), *others, strangers(pipe, made.settings.caption, *asked.words)
         except ValueError as error:
             return *[gr.skip()] * 4, html.escape(str(error))
 
@@ -500,6 +512,8 @@ def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
             name = desk.shelf.add(visitor(request), token)
         except ValueError as error:
             raise problem(error) from None
+        if (made_with := last_part(token.model)) != last_part(pipe.ovam_name):
+            gr.Warning(html.escape(f"This token was made with {made_with or 'an unnamed model'}, not with {pipe.ovam_name}: its maps may mean nothing here."))
         return gr.Dropdown(choices=desk.shelf.names(visitor(request)), value=[*dict.fromkeys([*chosen, name])])
 
     bring.upload(brought, [bring, pick], pick, show_progress="hidden", api_visibility="private", concurrency_limit=None)

@@ -273,11 +273,11 @@ def build(desk: Desk, tab: gr.Tab, from_generate: gr.State, pick: gr.Dropdown) -
             with gr.Row(elem_classes="pictures"):
                 heat = gr.ImageSlider(
                     label="Heatmap: word | token", type="pil", format="png", interactive=False, elem_id="heat-slider",
-                    elem_classes="shown", min_width=220, buttons=["fullscreen"],
+                    elem_classes="shown", min_width=220, buttons=["download", "fullscreen"],
                 )  # fmt: skip
                 masks = gr.ImageSlider(
                     label="Mask: word | token", type="pil", format="png", interactive=False, elem_id="mask-slider",
-                    elem_classes="shown", min_width=220, buttons=["fullscreen"],
+                    elem_classes="shown", min_width=220, buttons=["download", "fullscreen"],
                 )  # fmt: skip
             with gr.Row(elem_classes="end"):
                 facts = gr.HTML("", elem_id="learn-facts", elem_classes="facts")
@@ -293,10 +293,10 @@ def build(desk: Desk, tab: gr.Tab, from_generate: gr.State, pick: gr.Dropdown) -
                 go = gr.Button("Go", scale=1, min_width=70, interactive=False, elem_id="try")
             tried = gr.Gallery(
                 label="The token elsewhere", columns=3, height="auto", object_fit="contain", format="png", interactive=False,
-                preview=False, buttons=["fullscreen"], elem_id="tried", elem_classes="gallery",
+                preview=False, buttons=["download", "fullscreen"], elem_id="tried", elem_classes="gallery",
             )  # fmt: skip
 
-    only_numbers(epochs)
+    only_numbers(seed, of_photo[-1], other_seed, epochs, rate)
     token_name = gr.State(None)
     private = {"api_visibility": "private"}
     quiet = {"show_progress": "hidden", **private}

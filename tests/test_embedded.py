@@ -13,7 +13,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from ovam_core.pipeline import embedded_folder, load_pipeline
+from ovam_core import attribute, own_choice, resize, tokens, words_in_sentence
+from ovam_core.pipeline import embedded_folder, load_pipeline, not_learned
 from training import annotator, figures, world
 from training.annotated import generations
 from training.nouns import VOC_CLASSES
@@ -41,6 +42,18 @@ def test_diffusers_alone_loads_it():
     assert image.size == (128, 128)
     attentions = {type(block).__name__ for block in (*plain.unet.down_blocks, *plain.unet.up_blocks)}
     assert attentions == {"CrossAttnDownBlock2D", "CrossAttnUpBlock2D"}
+
+
+@pytest.mark.parametrize("prompt", ["An astronaut riding a horse on the moon", "a watercolor painting of a red fox in the snow, detailed"])
+def test_words_that_were_never_learned_leave_room_for_the_rest(pipe, prompt):
+    assert len(pipe.tokenizer(prompt).input_ids) <= 14
+    assert {"a", "the", "horse", "snow"}.isdisjoint(not_learned(pipe, prompt))
+    assert {"astronaut", "fox"} & set(not_learned(pipe, prompt, "qwxz"))
+
+
+def test_a_word_nobody_knows_is_spelled_out(pipe):
+    assert not_learned(pipe, "a qwxz and a cat", "cat") == ["qwxz"]
+    assert len(pipe.tokenizer("qwxz").input_ids) == 6
 
 
 def test_it_is_small_safetensors_with_a_card():
@@ -100,3 +113,22 @@ def test_maps_find_their_objects_in_generated_images(pipe):
     print(f"generated: {len(masks)} of 20 drawn, IoU {ours:.3f}, uniform {uniform:.3f}, blob {blob:.3f}")
     assert len(masks) >= 16
     assert ours > 1.2 * max(uniform, blob)
+
+
+def test_the_shipped_tokens_are_of_these_weights(pipe):
+    """One a VOC class, and on the picture that each was found on it beats its class name: stale ones would not."""
+    shipped = {token.names: token for token in map(tokens.load, tokens.library(pipe.ovam_name).values())}
+    assert set(shipped) == {(name,) for name in VOC_CLASSES}
+    for token in shipped.values():
+        assert token.model == pipe.ovam_name and token.embedding.shape == (2, pipe.text_encoder.config.hidden_size)
+        assert token.loss > 0 and token.prompt and token.seed > 0 and json.loads(token.settings)["optimization"]["images"] == 1
+    network, gains = annotator.load(), []
+    few = [shipped[name,] for name in ("cat", "car", "train", "sofa", "bird")]
+    made = generations(pipe, [token.prompt for token in few], [token.seed for token in few], batch=5)
+    for token, (image, recording) in zip(few, made, strict=True):
+        mask = annotator.annotate(network, [image])[0] == VOC_CLASSES.index(token.names[0]) + 1
+        assert 0.05 <= mask.mean() <= 0.8
+        asked = [words_in_sentence(pipe, token.prompt, token.names), tokens.attribution(pipe, token)]
+        word, ours = resize(attribute(own_choice(pipe, recording), asked), mask.shape).numpy()
+        gains.append(best_mean_iou([ours], [mask]) - best_mean_iou([word], [mask]))
+    assert np.mean(gains) > 0.02 and min(gains) > -0.02

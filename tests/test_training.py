@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from ovam_core.pipeline import load_pipeline
-from training import annotator, figures, train, world
+from training import annotator, figures, model, train, world
 from training.patches import DEVIATION, PatchSpace
 from training.recipes import CPU, FULL
 
@@ -48,6 +49,33 @@ def test_every_stage_runs_stops_and_goes_on(tiny, tmp_path):
     pipe.set_progress_bar_config(disable=True)
     image = pipe("a cat", num_inference_steps=2).images[0]
     assert image.size == (32, 32)
+
+    adopted = tmp_path / "adopted"
+    adopted.mkdir()
+    train.adopt(out, tiny, adopted)
+    state = torch.load(adopted / "unet.pt", weights_only=True)
+    assert state["samples"] == again["samples"] and state["spent"] == pytest.approx(again["spent"], abs=3)
+    learned = again["average"]["shadow_params"][len(again["unet"]) :]
+    table = next(weight for name, weight in state["encoder"].items() if "token_embedding" in name)
+    assert any(one.shape == table.shape and torch.allclose(one, table) for one in learned), "the words that were learned alone"
+    for file in work.glob("latents_*.npz"):
+        shutil.copy(file, adopted)
+    assert train.train_unet(tiny, adopted, state["spent"] / 60 + 0.01, forever), "and it goes on"
+    with pytest.raises(ValueError, match="was made by the recipe cpu"):
+        train.adopt(out, replace(tiny, name="other"), adopted)
+
+
+def test_common_words_take_no_place_of_those_that_are_learned():
+    base = model.tokenizer(world.all_words(CPU.nouns), CPU.max_tokens)
+    encoder = model.text_encoder(base, 32)
+    larger, grown = model.with_common_words(base, encoder, ["moon", "cat", "astronaut"])
+    assert all(larger.convert_tokens_to_ids(word) == base.convert_tokens_to_ids(word) for word in world.all_words(CPU.nouns))
+    assert len(larger) == len(base) + 2
+    text = base("a cat and a potted plant on grass", padding="max_length", return_tensors="pt").input_ids
+    assert torch.equal(larger("a cat and a potted plant on grass", padding="max_length", return_tensors="pt").input_ids, text)
+    assert torch.equal(encoder(text)[0], grown(text)[0])
+    moon, astronaut = (grown.get_input_embeddings().weight[larger.convert_tokens_to_ids(word)] for word in ("moon", "astronaut"))
+    assert torch.equal(moon, astronaut) and moon.norm() > 0
 
 
 def test_latents_are_the_principal_components_of_patches(tiny):

@@ -22,6 +22,7 @@ from ovam_core.recorder import Recording, own_choice, record
 from ovam_core.text import encode_padded, words_in_sentence
 from training import annotator, world
 from training.nouns import VOC_CLASSES, VOC_NOUNS
+from training.recipes import RECIPES
 
 HERE = Path(__file__).parent
 CARD = HERE.parent / "models" / "emoji-voc"
@@ -52,11 +53,16 @@ def word_maps(pipe, recordings: list[Recording], words: list[str], size: int) ->
     return resize(maps, (size, size)).cpu().numpy()
 
 
-def two_object_scenes(count: int):
-    """Held-out scenes of two different VOC objects, with exact masks."""
+def image_side(pipe) -> int:
+    """Pixels of the images that the UNet was trained on."""
+    return pipe.unet.config.sample_size * pipe.vae_scale_factor
+
+
+def two_object_scenes(count: int, size: int = 128):
+    """Held-out scenes of two different VOC objects, with exact masks, `size` pixels wide."""
     seed = world.HELD_OUT
     while count:
-        made = world.scene(seed, 128, VOC_NOUNS, (0.0, 1.0))
+        made = world.scene(seed, size, VOC_NOUNS, (0.0, 1.0))
         seed += 1
         if len(made.nouns) == 2:
             count -= 1
@@ -67,7 +73,7 @@ def which_of_two(pipe, scenes: int) -> dict[str, float]:
     """Share of object pixels won by the right noun of two, and mean IoU at the best single threshold."""
     right = pixels = 0
     overlaps = []
-    for made in two_object_scenes(scenes):
+    for made in two_object_scenes(scenes, image_side(pipe)):
         recordings = record_scene(pipe, made.image, made.caption)
         maps = word_maps(pipe, recordings, list(made.nouns), len(made.image))
         masks = np.stack([made.labels == world.LABELS[name] for name in made.nouns])
@@ -86,7 +92,7 @@ def received_attention(pipe, scenes: int) -> dict[str, float]:
     Probability that it does, for a random pixel of each (area under the ROC curve; 0.5 says nothing), mean over scenes.
     """
     areas = []
-    for made in two_object_scenes(scenes):
+    for made in two_object_scenes(scenes, image_side(pipe)):
         recordings = record_scene(pipe, made.image, made.caption)
         received = torch.stack([self_attention_map(recording, 0.0) for recording in recordings]).mean(0)
         values = resize(received[None], made.labels.shape)[0].numpy()
@@ -156,7 +162,7 @@ picture maker.
 | text encoder | CLIP with no layers: token and position embeddings and the final norm, trained with the UNet |
 | objective | v-prediction, min-SNR weights, 10 % empty captions, EMA; bfloat16 autocast |
 
-**Data.** Scenes of 1 to 3 Noto Color Emoji pictures over {len(world.backgrounds.BACKGROUNDS)} procedural backgrounds, rendered by `training/world.py`
+**Data.** Scenes of 1 to {len(RECIPES[training["recipe"]].counts)} Noto Color Emoji pictures over {len(world.backgrounds.BACKGROUNDS)} procedural backgrounds, rendered by `training/world.py`
 with captions. No mask ever supervised the diffusion model, its attention least of all: what the maps show emerged.
 
 ## Figures
@@ -179,8 +185,8 @@ Drawn, by class: {classes}.
 One row a VOC class in id order, one column a seed.
 
 ## Limits
-It knows the words of its captions and nothing else: other words fall back to characters that were never trained and
-have no meaningful map.{weak} Small objects and fine outlines are
+It knows the words of its captions (`words.json`) and nothing else: a thousand more are tokens at the mean of those it
+knows, so that they leave the rest of a prompt alone, any other falls back to characters, and none has a meaningful map.{weak} Small objects and fine outlines are
 soft; scenes of three objects often lose one. It knows no photographs.
 
 ## Licence

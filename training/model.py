@@ -53,6 +53,21 @@ def text_encoder(words: CLIPTokenizer, width: int) -> CLIPTextModel:
     return encoder
 
 
+def with_common_words(words: CLIPTokenizer, encoder: CLIPTextModel, further: list[str]) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    """The same with `further` words that were never trained, a token each: all at the mean of the words that were."""
+    learned = words.added_tokens_decoder
+    known = [token.content for number, token in sorted(learned.items()) if not token.special]
+    larger = tokenizer([*known, *(word for word in further if word not in known)], words.model_max_length)
+    grown = text_encoder(larger, encoder.config.hidden_size)
+    state = encoder.state_dict()
+    (name,) = (name for name in state if name.endswith("token_embedding.weight"))
+    table = state[name]
+    mean = table[[words.convert_tokens_to_ids(word) for word in known]].mean(0, keepdim=True)
+    state[name] = torch.cat([table, mean.expand(len(larger) - len(table), -1)])
+    grown.load_state_dict(state)
+    return larger, grown
+
+
 def autoencoder(recipe: Recipe) -> AutoencoderKL:
     widths = recipe.vae_widths
     return AutoencoderKL(

@@ -30,7 +30,8 @@ from diffusers.training_utils import EMAModel
 from einops import rearrange
 from PIL import Image
 
-from training import annotator, model, world
+from ovam_core.pipeline import WORDS_FILE
+from training import annotator, common, model, world
 from training.patches import DEVIATION, PatchSpace
 from training.recipes import RECIPES, Recipe
 
@@ -386,7 +387,10 @@ def adopt(folder: Path, recipe: Recipe, work: Path) -> None:
     if facts["recipe"] != recipe.name:
         raise ValueError(f"{folder} was made by the recipe {facts['recipe']}, not by {recipe.name}: name that recipe.")
     pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
-    unet, encoder, vae = pipe.unet.float(), pipe.text_encoder.float(), pipe.vae.float()
+    words = model.tokenizer(world.all_words(recipe.nouns), recipe.max_tokens)
+    unet, encoder, vae = pipe.unet.float(), model.text_encoder(words, recipe.text_width), pipe.vae.float()
+    trained = {name: weight[: len(words)] if "token_embedding" in name else weight for name, weight in pipe.text_encoder.state_dict().items()}
+    encoder.load_state_dict(trained)
     weights = [*unet.parameters(), *encoder.parameters()]
     if not (work / "unet.pt").exists():
         save(work / "unet.pt", {
@@ -401,7 +405,7 @@ def adopt(folder: Path, recipe: Recipe, work: Path) -> None:
 
 
 def write_pipeline(recipe: Recipe, work: Path, out: Path) -> None:
-    """The averaged weights as an ordinary diffusers folder, float16, no file above 15 MB."""
+    """The averaged weights as an ordinary diffusers folder, float16, no file above 9 MB: the hub takes 10 without more ado."""
     state = torch.load(work / "unet.pt", weights_only=True, map_location="cpu")
     words = model.tokenizer(world.all_words(recipe.nouns), recipe.max_tokens)
     unet, encoder = model.unet(recipe), model.text_encoder(words, recipe.text_width)
@@ -413,8 +417,9 @@ def write_pipeline(recipe: Recipe, work: Path, out: Path) -> None:
     for part, name in ((vae, "vae"), (unet, "unet")):
         shutil.rmtree(out / name, ignore_errors=True)
     # transformers loads weights in the type they are stored in, diffusers in float32: the small one stays float32.
-    pipe = model.pipeline(vae.half(), encoder, words, unet.half())
-    pipe.save_pretrained(out, max_shard_size="15MB")
+    further = sorted({*common.WORDS, *world.all_words()})
+    pipe = model.pipeline(vae.half(), *reversed(model.with_common_words(words, encoder, further)), unet.half())
+    pipe.save_pretrained(out, max_shard_size="9MB")
     facts = {
         "recipe": recipe.name, "unet_samples": state["samples"], "unet_minutes": round(state["spent"] / 60, 1),
         "vae_images": torch.load(work / "vae.pt", weights_only=True, map_location="cpu")["samples"],
@@ -423,6 +428,7 @@ def write_pipeline(recipe: Recipe, work: Path, out: Path) -> None:
         "latent_size": recipe.latent_size, "latent_channels": recipe.latent_channels, "device": device().type,
         "unet_parameters": model.parameters(unet), "vae_parameters": model.parameters(vae),
     }  # fmt: skip
+    (out / WORDS_FILE).write_text(json.dumps(world.all_words(recipe.nouns)) + "\n")
     (out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
     if (work / "annotator").exists():
         shutil.copytree(work / "annotator", annotator.FOLDER, dirs_exist_ok=True)
