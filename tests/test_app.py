@@ -106,12 +106,15 @@ BAD_IMAGES = {
     "guidance nan": ({"guidance": "NaN"}, "is NaN; give a number"),
     "seed below 0": ({"seed": -1}, "less than minimum"),
     "no seed": ({"seed": None}, "seed"),
+    "seed nan": ({"seed": "NaN"}, "Seed is NaN; give a number"),
 }
 BAD_WORDS = {
     "no words": ({"words": ""}, "word"),
     "punctuation": ({"words": "?!, ..."}, "not a word"),
     "10,000 characters": ({"words": "x" * 10_000}, "10,000 characters"),
     "markup": ({"words": "cat", "sentence": "<img src=x>"}, "cat"),
+    "tokens that are no list": ({"tokens": 5}, "no list of names"),
+    "a token that is no name": ({"tokens": [["x"]]}, "no token"),
     "tau nan": ({"tau": "NaN"}, "is NaN; give a number"),
     "alpha too large": ({"alpha": 7}, "greater than maximum"),
     "steps": ({"steps": "0-99999999999"}, "steps"),
