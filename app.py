@@ -13,10 +13,10 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is i
 import gradio as gr
 
 from ovam_core.pipeline import DEFAULT_HUB_MODEL, EMBEDDED, load_pipeline
-from tabs import export as export_tab
-from tabs import generate as generate_tab
-from tabs import optimize as optimize_tab
 from tabs.desk import Desk
+from tabs.export import ExportTab
+from tabs.generate import GenerateTab
+from tabs.optimize import OptimizeTab
 from tabs.store import Store
 from tabs.upload import MAX_UPLOAD_MB
 
@@ -73,11 +73,11 @@ def build(pipe: Any, notice: str = "") -> gr.Blocks:
         gr.HTML(head(pipe, notice), elem_id="head")
         with gr.Tabs():
             with gr.Tab("Generate"):
-                picture, pick = generate_tab.build(desk)
+                first = GenerateTab(desk)
             with gr.Tab("Optimize a token") as second:
-                optimize_tab.build(desk, second, picture, pick)
+                OptimizeTab(desk, second, first.key, first.pick)
             with gr.Tab("Batch mask export"):
-                export_tab.build(desk)
+                ExportTab(desk)
         page.unload(desk.leave)
     return page.queue(default_concurrency_limit=1, max_size=64)
 

@@ -23,6 +23,9 @@ from .jobs import LOCAL, Jobs, limits
 from .shelf import Shelf
 from .store import Store
 
+# Events that are no part of the API, and those without a progress bar of Gradio's.
+PRIVATE = {"api_visibility": "private"}
+QUIET = {"show_progress": "hidden", **PRIVATE}
 GRACE = 300.0  # seconds: a laptop that slept, or a lost network, is no visitor who left
 NO_IMAGE = "There is no recorded image in this session (any more); generate one first."
 

@@ -25,8 +25,8 @@ from ovam_core.plot import VOC_CLASSES
 from ovam_core.prompts import KINDS, Prompt, Work, class_list, parse_prompts, read_prompts, template_prompts, work_list
 
 from .beside import beside
-from .desk import Desk, only_numbers, problem, visitor
-from .generate import whole
+from .desk import QUIET, Desk, only_numbers, problem, visitor
+from .generate import CHECKS, whole
 from .jobs import Limits
 
 TEMPLATE, OWN = "A prompt for each class", "My own prompts"
@@ -123,103 +123,123 @@ def ended(summary: Summary, seconds: float, over_time: bool) -> str:
 # -------------------------------------------------------------------------------------------------- the tab
 
 
-def build(desk: Desk) -> None:
-    """Lays the tab out and wires it, inside gr.Blocks."""
-    pipe, limits, defaults = desk.pipe, desk.limits, defaults_for(desk.pipe)
+class ExportTab:
+    """Its components and what happens on them. Made inside gr.Blocks."""
 
-    with gr.Row(elem_classes="columns"):
-        with gr.Column(scale=5, min_width=320, elem_classes="give"):
-            way = gr.Radio([TEMPLATE, OWN], value=TEMPLATE, show_label=False, container=False, elem_id="export-way")
-            template = gr.Textbox("A photograph of a {}", label="Prompt", info="{} is where the class goes.", max_lines=1, elem_id="template")
-            with gr.Group(visible=False) as own:
-                text = gr.Textbox("", label="Prompts, one a line", lines=5, max_lines=12, placeholder=EXAMPLE, elem_id="export-prompts")
-                file = gr.File(
-                    label="or a file: txt, csv, tsv, jsonl, COCO captions json", file_types=[f".{kind}" for kind in KINDS],
-                    height=110, elem_id="export-file",
-                )  # fmt: skip
-            classes = gr.Dropdown(
-                list(VOC_CLASSES), value=["cat", "dog"], multiselect=True, allow_custom_value=True, label="Classes",
-                info="Any words. None: all 20 VOC classes, or those that your prompts name.", elem_id="export-classes",
+    def __init__(self, desk: Desk):
+        self.desk, self.pipe, self.limits = desk, desk.pipe, desk.limits
+        with gr.Row(elem_classes="columns"):
+            with gr.Column(scale=5, min_width=320, elem_classes="give"):
+                self._lay_out_questions()
+                self._lay_out_folds()
+            with gr.Column(scale=7, min_width=320, elem_classes="get"):
+                self._lay_out_results()
+        only_numbers(self.each, self.seed, self.low, self.high, self.steps)
+        self.given = [
+            self.way, self.template, self.text, self.file, self.classes, self.by, self.each, self.seed, self.low, self.high,
+            self.formats, self.steps, self.crf,
+        ]  # fmt: skip
+        self._wire()
+
+    def _lay_out_questions(self) -> None:
+        self.way = gr.Radio([TEMPLATE, OWN], value=TEMPLATE, show_label=False, container=False, elem_id="export-way")
+        self.template = gr.Textbox("A photograph of a {}", label="Prompt", info="{} is where the class goes.", max_lines=1, elem_id="template")
+        with gr.Group(visible=False) as self.own:
+            self.text = gr.Textbox("", label="Prompts, one a line", lines=5, max_lines=12, placeholder=EXAMPLE, elem_id="export-prompts")
+            self.file = gr.File(
+                label="or a file: txt, csv, tsv, jsonl, COCO captions json", file_types=[f".{kind}" for kind in KINDS],
+                height=110, elem_id="export-file",
             )  # fmt: skip
-            by = gr.Radio([NAMES, TOKENS], value=TOKENS if desk.shelf.shipped else NAMES, label="Ask for a class", elem_id="export-by")
+        self.classes = gr.Dropdown(
+            list(VOC_CLASSES), value=["cat", "dog"], multiselect=True, allow_custom_value=True, label="Classes",
+            info="Any words. None: all 20 VOC classes, or those that your prompts name.", elem_id="export-classes",
+        )  # fmt: skip
+        self.by = gr.Radio([NAMES, TOKENS], value=TOKENS if self.desk.shelf.shipped else NAMES, label="Ask for a class", elem_id="export-by")
+        with gr.Row():
+            self.each = gr.Number(2, label="Images a prompt", precision=0, minimum=1, maximum=self.limits.images, min_width=90, elem_id="each")
+            self.seed = gr.Number(0, label="First seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=90)
+        self.note = gr.HTML("", elem_id="export-note", elem_classes="note")
+        with gr.Row(elem_classes="buttons"):
+            self.start = gr.Button("Export data set", variant="primary", scale=3, min_width=120, elem_id="export")
+            self.halt = gr.Button("Stop: resume later", variant="stop", scale=2, min_width=120, interactive=False, elem_id="export-stop")
+
+    def _lay_out_folds(self) -> None:
+        with gr.Accordion("Filters, formats, steps", open=False, elem_id="export-more"):
             with gr.Row():
-                each = gr.Number(2, label="Images a prompt", precision=0, minimum=1, maximum=limits.images, min_width=90, elem_id="each")
-                seed = gr.Number(0, label="First seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=90)
-            note = gr.HTML("", elem_id="export-note", elem_classes="note")
-            with gr.Row(elem_classes="buttons"):
-                start = gr.Button("Export data set", variant="primary", scale=3, min_width=120, elem_id="export")
-                halt = gr.Button("Stop: resume later", variant="stop", scale=2, min_width=120, interactive=False, elem_id="export-stop")
-            with gr.Accordion("Filters, formats, steps", open=False, elem_id="export-more"):
-                with gr.Row():
-                    low = gr.Slider(0, 1, 0.05, step=0.01, label="Least coverage", min_width=140, elem_id="low")
-                    high = gr.Slider(0, 1, 0.95, step=0.01, label="Most coverage", min_width=140)
-                formats = gr.CheckboxGroup(["coco", "parquet"], value=[], label="Beside the VOC layout", info="coco: instances with RLE")
-                with gr.Row():
-                    steps = gr.Slider(1, MAX_STEPS, defaults.steps, step=1, label="Steps", min_width=140, elem_id="export-steps")
-                    crf = gr.Checkbox(True, label="dCRF", min_width=80)
+                self.low = gr.Slider(0, 1, 0.05, step=0.01, label="Least coverage", min_width=140, elem_id="low")
+                self.high = gr.Slider(0, 1, 0.95, step=0.01, label="Most coverage", min_width=140)
+            self.formats = gr.CheckboxGroup(["coco", "parquet"], value=[], label="Beside the VOC layout", info="coco: instances with RLE")
+            with gr.Row():
+                self.steps = gr.Slider(1, MAX_STEPS, defaults_for(self.pipe).steps, step=1, label="Steps", min_width=140, elem_id="export-steps")
+                self.crf = gr.Checkbox(True, label="dCRF", min_width=80)
 
-        with gr.Column(scale=7, min_width=320, elem_classes="get"):
-            state = gr.HTML(NOTHING_YET, elem_id="export-state")
-            gallery = gr.Gallery(
-                label="Image and label map", columns=3, height="auto", object_fit="contain", format="png", interactive=False,
-                preview=False, buttons=["download", "fullscreen"], elem_id="exported", elem_classes="gallery",
-            )  # fmt: skip
-            result = gr.HTML("", elem_id="export-table")
-            with gr.Row(elem_classes="end"):
-                facts = gr.HTML("", elem_id="export-facts", elem_classes="facts")
-                download = gr.DownloadButton("Download zip", interactive=False, scale=1, min_width=150, elem_id="export-download")
+    def _lay_out_results(self) -> None:
+        self.state = gr.HTML(NOTHING_YET, elem_id="export-state")
+        self.gallery = gr.Gallery(
+            label="Image and label map", columns=3, height="auto", object_fit="contain", format="png", interactive=False,
+            preview=False, buttons=["download", "fullscreen"], elem_id="exported", elem_classes="gallery",
+        )  # fmt: skip
+        self.result = gr.HTML("", elem_id="export-table")
+        with gr.Row(elem_classes="end"):
+            self.facts = gr.HTML("", elem_id="export-facts", elem_classes="facts")
+            self.download = gr.DownloadButton("Download zip", interactive=False, scale=1, min_width=150, elem_id="export-download")
 
-    quiet = {"show_progress": "hidden", "api_visibility": "private"}
-    only_numbers(each, seed, low, high, steps)
-    given = [way, template, text, file, classes, by, each, seed, low, high, formats, steps, crf]
+    def _wire(self) -> None:
+        self.way.change(self.choose, self.way, [self.template, self.own, self.classes], queue=False, **QUIET)
+        begun = self.start.click(self.begin, self.given, [self.start, self.halt, self.note, self.state], concurrency_id="checks", concurrency_limit=CHECKS, **QUIET)
+        ran = begun.success(
+            self.run, self.given, [self.state, self.gallery, self.result, self.facts, self.download], concurrency_id="model", concurrency_limit=1, **QUIET
+        )
+        ran.then(lambda: (gr.Button(interactive=True), gr.Button(interactive=False)), None, [self.start, self.halt], queue=False, **QUIET)
+        self.halt.click(self.stop_work, None, None, queue=False, **QUIET)
 
-    def asked(owner: str, chosen, pattern, pasted, uploaded, names, ask_by, images, first, least, most, kinds, number, refine):
+    def choose(self, chosen):
+        return gr.Textbox(visible=chosen == TEMPLATE), gr.Group(visible=chosen == OWN), [] if chosen == OWN else gr.skip()
+
+    def stop_work(self, request: gr.Request):
+        self.desk.stop(request, WORK)
+
+    def asked(self, owner: str, chosen, pattern, pasted, uploaded, names, ask_by, images, first, least, most, kinds, number, refine):
         """Work and settings; everything that can be wrong is said here."""
         if not all(isinstance(name, str) for name in names or ()):
             raise ValueError("The classes are no list of names; write each as text.")
         prompts, wanted = prompts_of(chosen, pattern, names or [], pasted, uploaded)
-        within(limits, prompts, whole(images))
+        within(self.limits, prompts, whole(images))
         settings = ExportSettings.for_model(
-            pipe, steps=whole(number), crf=bool(refine), formats=("voc", *(kinds or ())),
+            self.pipe, steps=whole(number), crf=bool(refine), formats=("voc", *(kinds or ())),
             filters=Filters(min_coverage=least, max_coverage=most),
         )  # fmt: skip
-        settings.validate(pipe)
-        work = work_list(prompts, wanted, whole(images), whole(first), check=settings.check(pipe))
-        if len(work.items) > limits.images:
-            raise ValueError(f"{len(work.items):,} images are too many here; at most {limits.images:,}.")
-        if ask_by == TOKENS and desk.shelf.names(owner):  # copies, which `forget` takes away
-            copies = desk.shelf.folder(owner, Path(tempfile.mkdtemp(prefix="ovam-shelf-")))
+        settings.validate(self.pipe)
+        work = work_list(prompts, wanted, whole(images), whole(first), check=settings.check(self.pipe))
+        if len(work.items) > self.limits.images:
+            raise ValueError(f"{len(work.items):,} images are too many here; at most {self.limits.images:,}.")
+        if ask_by == TOKENS and self.desk.shelf.names(owner):  # copies, which `forget` takes away
+            copies = self.desk.shelf.folder(owner, Path(tempfile.mkdtemp(prefix="ovam-shelf-")))
             settings = replace(settings, tokens=str(copies))
         return work, settings
 
-    def begin(request: gr.Request, *values):
+    def begin(self, request: gr.Request, *values):
         try:
-            work, settings = asked(visitor(request), *values)
+            work, settings = self.asked(visitor(request), *values)
             forget(settings)
         except ValueError as error:
             raise problem(error) from None
-        desk.begin(request, WORK)
+        self.desk.begin(request, WORK)
         return gr.Button(interactive=False), gr.Button(interactive=True), "", bar(0, len(work.items), 0, 0.0)
 
-    def run(request: gr.Request, *values):
+    def run(self, request: gr.Request, *values):
         settings, owner = None, visitor(request)
-        begun, stop = time.monotonic(), desk.flag(request, WORK)
-        out_of_time: Callable[[], bool] = lambda: time.monotonic() - begun > limits.seconds  # noqa: E731
+        begun, stop = time.monotonic(), self.desk.flag(request, WORK)
+        out_of_time: Callable[[], bool] = lambda: time.monotonic() - begun > self.limits.seconds  # noqa: E731
         try:
-            work, settings = asked(owner, *values)
+            work, settings = self.asked(owner, *values)
             bodies = [path.read_bytes() for path in sorted(Path(settings.tokens).iterdir())] if settings.tokens else []
-            folder = desk.jobs.folder(owner, described(work, settings, bodies))
-            planned = plan(pipe, work, settings, folder)
-            if planned.largest_bytes > limits.megabytes * 1e6:
-                raise ValueError(f"This would be up to {planned.largest_bytes / 1e6:,.0f} MB; at most {limits.megabytes:,} here.")
-            # Workers would each import this whole page, for a few hundredths of a second an image.
-            def work_it(report: Callable[[Progress], None]) -> Summary:
-                with desk.driving:
-                    return export(
-                        pipe, work, settings, folder, workers=0, on_image=report,
-                        should_stop=lambda: stop.is_set() or out_of_time(),
-                    )  # fmt: skip
-
+            folder = self.desk.jobs.folder(owner, described(work, settings, bodies))
+            planned = plan(self.pipe, work, settings, folder)
+            if planned.largest_bytes > self.limits.megabytes * 1e6:
+                raise ValueError(f"This would be up to {planned.largest_bytes / 1e6:,.0f} MB; at most {self.limits.megabytes:,} here.")
+            should_stop = lambda: stop.is_set() or out_of_time()  # noqa: E731
+            work_it = lambda report: self.make(work, settings, folder, report, should_stop)  # noqa: E731
             shown: list[tuple[Image.Image, str]] = []
             yield bar(planned.done, planned.images, 0, 0.0), gr.skip(), "", "", gr.DownloadButton(interactive=False)
             for reports, summary in beside(work_it, SHOW_EVERY):
@@ -230,7 +250,7 @@ def build(desk: Desk) -> None:
                     moment = bar(last.done, last.total, last.done - planned.done, time.monotonic() - begun)
                     yield moment, shown, *[gr.skip()] * 3
             over = out_of_time() and not stop.is_set()
-            packed = desk.jobs.pack(folder) if summary.rows else None
+            packed = self.desk.jobs.pack(folder) if summary.rows else None
             yield (
                 bar(len(summary.rows or ()), summary.total, 0, 0.0), gr.skip(), table(summary),
                 ended(summary, time.monotonic() - begun, over),
@@ -240,23 +260,15 @@ def build(desk: Desk) -> None:
             raise problem(error) from None
         finally:
             stop.set()  # a visitor who left ends the export too
-            desk.end(request, WORK, stop)
+            self.desk.end(request, WORK, stop)
             forget(settings)
 
-    def choose(chosen):
-        return gr.Textbox(visible=chosen == TEMPLATE), gr.Group(visible=chosen == OWN), [] if chosen == OWN else gr.skip()
-
-    way.change(choose, way, [template, own, classes], queue=False, **quiet)
-    begun = start.click(begin, given, [start, halt, note, state], concurrency_limit=None, **quiet)
-    ran = begun.success(
-        run, given, [state, gallery, result, facts, download], concurrency_id="model", concurrency_limit=1, **quiet
-    )
-    ran.then(lambda: (gr.Button(interactive=True), gr.Button(interactive=False)), None, [start, halt], queue=False, **quiet)
-
-    def stop_work(request: gr.Request):
-        desk.stop(request, WORK)
-
-    halt.click(stop_work, None, None, queue=False, **quiet)
+    def make(
+        self, work: Work, settings: ExportSettings, folder: Path, report: Callable[[Progress], None], should_stop: Callable[[], bool]
+    ) -> Summary:
+        """Without workers: each would import this whole page, for a few hundredths of a second an image."""
+        with self.desk.driving:
+            return export(self.pipe, work, settings, folder, workers=0, on_image=report, should_stop=should_stop)
 
 
 NOTHING_YET = "<p>Images and label maps will fill this side as they are made; the data set is one zip at the end.</p>"

@@ -38,7 +38,7 @@ from ovam_core.pipeline import ModelDefaults, defaults_for, not_learned
 from ovam_core.text import parse_words
 from ovam_core.tokens import SUFFIX, attribution, last_part, load
 
-from .desk import NO_IMAGE, Desk, only_numbers, problem, visitor
+from .desk import NO_IMAGE, PRIVATE, QUIET, Desk, only_numbers, problem, visitor
 from .upload import check_photo, photo_fields, photo_settings, takes_photographs
 
 # Where the picture comes from, and what the button then says.
@@ -54,6 +54,8 @@ FIRST_SEED = 1
 WORK = "generate"  # of this tab, by which Stop finds it
 MAX_SHOWN = 1024  # pixels of a side on the page; a photograph may have many more
 CHECKS = 4  # uploads that are decoded at the same time, before any is queued
+# The maps wait neither for the model nor, in the browser, for each other: the last change wins.
+MAPS_QUEUE = {"concurrency_id": "maps", "concurrency_limit": 1}
 WAIT_FOR_TYPING = 450  # milliseconds after the last letter
 
 
@@ -230,157 +232,182 @@ SHOW_PICTURE = "() => { if (innerWidth <= 800) document.querySelector('#image').
 # --------------------------------------------------------------------------------------------------- the tab
 
 
-def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
-    """Lays the tab out and wires it, inside gr.Blocks. Returns the id of its picture, and its list of tokens."""
-    pipe = desk.pipe
-    defaults = defaults_for(pipe)
-    grids = grid_names(pipe)
-    key = gr.State(None)
+class GenerateTab:
+    """Its components, what happens on them, and what programs may call. Made inside gr.Blocks.
 
-    with gr.Row(elem_classes="columns"):
-        with gr.Column(scale=4, min_width=320, elem_classes="give"):
-            source = gr.Radio(
-                [MAKE, UPLOAD], value=MAKE, show_label=False, container=False, elem_id="source", elem_classes="ways",
-                visible=takes_photographs(pipe),
+    key: the id of its picture; pick: its list of tokens; both of use to other tabs.
+    """
+
+    def __init__(self, desk: Desk):
+        self.desk, self.pipe, self.defaults = desk, desk.pipe, defaults_for(desk.pipe)
+        self.key = gr.State(None)
+        with gr.Row(elem_classes="columns"):
+            with gr.Column(scale=4, min_width=320, elem_classes="give"):
+                self._lay_out_questions()
+                self._lay_out_image_settings()
+            with gr.Column(scale=7, min_width=320, elem_classes="get"):
+                self._lay_out_pictures()
+                self._lay_out_folds()
+                self._lay_out_end()
+        only_numbers(self.seed, self.of_photo[-1], self.steps, self.guidance, self.width, self.height, self.tau, self.alpha)
+        self.of_prompt = [self.prompt, self.negative, self.seed, self.steps, self.guidance, self.width, self.height]
+        self.left = [self.source, *self.of_prompt, *self.of_photo]
+        self.asked_by = [self.words, self.sentence, self.tau, self.alpha, self.crf, self.used, self.which, self.pick, self.method]
+        self.answers = [self.annotated, self.gallery, self.scale, self.map_facts]
+        self._wire_runs()
+        self._wire_maps()
+        self._wire_files()
+        self._wire_programs()
+
+    # ---- the left column: what you give
+
+    def _lay_out_questions(self) -> None:
+        self.source = gr.Radio(
+            [MAKE, UPLOAD], value=MAKE, show_label=False, container=False, elem_id="source", elem_classes="ways",
+            visible=takes_photographs(self.pipe),
+        )  # fmt: skip
+        with gr.Column(elem_classes="part") as self.for_prompt:
+            self.prompt = gr.Textbox(EXAMPLES[0][0], label="Prompt", lines=2, elem_id="prompt")
+        with gr.Column(visible=False, elem_classes="part") as self.for_photo:
+            self.of_photo = photo_fields("photo", "the words below")
+        self.words = gr.Textbox(
+            EXAMPLES[0][1],
+            label="Words to look for",
+            info="Comma separated, phrases allowed. Change them at any time: the picture stays.",
+            elem_id="words",
+        )
+        with gr.Row(elem_classes="tokens"):
+            self.pick = gr.Dropdown(
+                list(self.desk.shelf.shipped), value=[], multiselect=True, max_choices=MAX_TOKENS, scale=4, min_width=180,
+                label="Tokens", info="Each stands in for a class name, at the threshold of its file until a slider is moved.",
+                elem_id="tokens",
             )  # fmt: skip
-            with gr.Column(elem_classes="part") as for_prompt:
-                prompt = gr.Textbox(EXAMPLES[0][0], label="Prompt", lines=2, elem_id="prompt")
-            with gr.Column(visible=False, elem_classes="part") as for_photo:
-                of_photo = photo_fields("photo", "the words below")
-            words = gr.Textbox(
-                EXAMPLES[0][1],
-                label="Words to look for",
-                info="Comma separated, phrases allowed. Change them at any time: the picture stays.",
-                elem_id="words",
+            # The visitor's shelf checks the names; Gradio knows only those that were there when the page was built.
+            self.pick.preprocess = lambda names: names
+            self.bring = gr.UploadButton(
+                "Add a file", file_types=[SUFFIX], scale=1, min_width=96, size="sm", elem_id="bring"
             )
-            with gr.Row(elem_classes="tokens"):
-                pick = gr.Dropdown(
-                    list(desk.shelf.shipped), value=[], multiselect=True, max_choices=MAX_TOKENS, scale=4, min_width=180,
-                    label="Tokens", info="Each stands in for a class name, at the threshold of its file until a slider is moved.",
-                    elem_id="tokens",
-                )  # fmt: skip
-                # The visitor's shelf checks the names; Gradio knows only those that were there when the page was built.
-                pick.preprocess = lambda names: names
-                bring = gr.UploadButton(
-                    "Add a file", file_types=[SUFFIX], scale=1, min_width=96, size="sm", elem_id="bring"
-                )
-            note = gr.HTML("", elem_id="note", elem_classes="note")
-            with gr.Row(elem_classes="buttons"):
-                start = gr.Button("Generate", variant="primary", scale=3, min_width=120, elem_id="generate")
-                halt = gr.Button(
-                    "Stop", variant="stop", scale=1, min_width=80, interactive=False, elem_id="stop"
-                )
-            with gr.Column(elem_classes="part") as more:
-                with gr.Row(elem_classes="seed"):
-                    seed = gr.Number(
-                        FIRST_SEED,
-                        label="Seed",
-                        precision=0,
-                        minimum=0,
-                        maximum=MAX_SEED,
-                        scale=3,
-                        min_width=120,
-                        elem_id="seed",
-                    )
-                    dice = gr.Button("🎲 Random", scale=1, min_width=110, elem_id="dice")
-                with gr.Accordion("Advanced: negative prompt, steps, guidance, size", open=False, elem_id="advanced"):
-                    negative = gr.Textbox("", label="Negative prompt", placeholder="what the picture should not show")
-                    steps = gr.Slider(1, MAX_STEPS, defaults.steps, step=1, label="Steps", elem_id="steps")
-                    guidance = gr.Slider(0, MAX_GUIDANCE, defaults.guidance, step=0.1, label="Guidance")
-                    with gr.Row():
-                        sides = {"minimum": MIN_SIDE, "maximum": defaults.max_size, "step": family_of(pipe).side_multiple}
-                        width = gr.Slider(value=defaults.width, label="Width", min_width=130, **sides)
-                        height = gr.Slider(value=defaults.height, label="Height", min_width=130, **sides)
-                examples = gr.Examples(
-                    EXAMPLES, [prompt, words], label="Examples: one click makes the picture", elem_id="examples",
-                    api_visibility="private", preload=False,
-                )  # fmt: skip
+        self.note = gr.HTML("", elem_id="note", elem_classes="note")
+        with gr.Row(elem_classes="buttons"):
+            self.start = gr.Button("Generate", variant="primary", scale=3, min_width=120, elem_id="generate")
+            self.halt = gr.Button(
+                "Stop", variant="stop", scale=1, min_width=80, interactive=False, elem_id="stop"
+            )
 
-        with gr.Column(scale=7, min_width=320, elem_classes="get"):
-            with gr.Row(elem_classes="pictures"):
-                image = gr.Image(
-                    label="Image",
-                    type="pil",
-                    format="png",
-                    interactive=False,
-                    buttons=["download", "fullscreen"],
-                    min_width=220,
-                    elem_id="image",
-                    alt_text="The picture",
+    def _lay_out_image_settings(self) -> None:
+        with gr.Column(elem_classes="part") as self.more:
+            with gr.Row(elem_classes="seed"):
+                self.seed = gr.Number(
+                    FIRST_SEED,
+                    label="Seed",
+                    precision=0,
+                    minimum=0,
+                    maximum=MAX_SEED,
+                    scale=3,
+                    min_width=120,
+                    elem_id="seed",
                 )
-                annotated = gr.AnnotatedImage(
-                    label="Masks · point at a word", format="png", min_width=220, elem_id="annotated"
-                )
-            # Beneath the masks that they change, so that both are on the screen while a slider is dragged.
-            with gr.Row(elem_classes="live"):
-                tau = gr.Slider(
-                    0, 1, defaults.tau, step=0.01, label="Threshold τ", scale=5, min_width=200, elem_id="tau"
-                )
-                alpha = gr.Slider(
-                    0, 1, defaults.alpha, step=0.01, label="Self-attention α", scale=5, min_width=200, elem_id="alpha"
-                )
-                crf = gr.Checkbox(True, label="dCRF", scale=2, min_width=90, elem_id="crf")
-            gallery = gr.Gallery(
-                label="Heatmaps",
-                columns=3,
-                height="auto",
-                object_fit="contain",
+                self.dice = gr.Button("🎲 Random", scale=1, min_width=110, elem_id="dice")
+            with gr.Accordion("Advanced: negative prompt, steps, guidance, size", open=False, elem_id="advanced"):
+                self.negative = gr.Textbox("", label="Negative prompt", placeholder="what the picture should not show")
+                self.steps = gr.Slider(1, MAX_STEPS, self.defaults.steps, step=1, label="Steps", elem_id="steps")
+                self.guidance = gr.Slider(0, MAX_GUIDANCE, self.defaults.guidance, step=0.1, label="Guidance")
+                with gr.Row():
+                    sides = {"minimum": MIN_SIDE, "maximum": self.defaults.max_size, "step": family_of(self.pipe).side_multiple}
+                    self.width = gr.Slider(value=self.defaults.width, label="Width", min_width=130, **sides)
+                    self.height = gr.Slider(value=self.defaults.height, label="Height", min_width=130, **sides)
+            self.examples = gr.Examples(
+                EXAMPLES, [self.prompt, self.words], label="Examples: one click makes the picture", elem_id="examples",
+                **PRIVATE, preload=False,
+            )  # fmt: skip
+
+    # ---- the right column: what you get
+
+    def _lay_out_pictures(self) -> None:
+        with gr.Row(elem_classes="pictures"):
+            self.image = gr.Image(
+                label="Image",
+                type="pil",
                 format="png",
                 interactive=False,
-                preview=False,
                 buttons=["download", "fullscreen"],
-                elem_id="gallery",
-                elem_classes="gallery",
+                min_width=220,
+                elem_id="image",
+                alt_text="The picture",
             )
-            scale = gr.HTML(None, html_template=f"${{value ? `{SCALE}` : ''}}", elem_id="scale")
-            if about := family_of(pipe).about:
-                gr.HTML(html.escape(about), elem_id="about", elem_classes="facts")
-            with gr.Accordion(f"Method: {OVAM.name}", open=False, elem_id="methods") as methods:
-                method = gr.Radio(
-                    [(f"{one.name}: {one.about}", one.name) for one in ALL_METHODS.values() if desk.with_goca or not one.needs_goca],
-                    value=OVAM.name, show_label=False, container=False, elem_id="method",
+            self.annotated = gr.AnnotatedImage(
+                label="Masks · point at a word", format="png", min_width=220, elem_id="annotated"
+            )
+        # Beneath the masks that they change, so that both are on the screen while a slider is dragged.
+        with gr.Row(elem_classes="live"):
+            self.tau = gr.Slider(
+                0, 1, self.defaults.tau, step=0.01, label="Threshold τ", scale=5, min_width=200, elem_id="tau"
+            )
+            self.alpha = gr.Slider(
+                0, 1, self.defaults.alpha, step=0.01, label="Self-attention α", scale=5, min_width=200, elem_id="alpha"
+            )
+            self.crf = gr.Checkbox(True, label="dCRF", scale=2, min_width=90, elem_id="crf")
+        self.gallery = gr.Gallery(
+            label="Heatmaps",
+            columns=3,
+            height="auto",
+            object_fit="contain",
+            format="png",
+            interactive=False,
+            preview=False,
+            buttons=["download", "fullscreen"],
+            elem_id="gallery",
+            elem_classes="gallery",
+        )
+        self.scale = gr.HTML(None, html_template=f"${{value ? `{SCALE}` : ''}}", elem_id="scale")
+        if about := family_of(self.pipe).about:
+            gr.HTML(html.escape(about), elem_id="about", elem_classes="facts")
+
+    def _lay_out_folds(self) -> None:
+        with gr.Accordion(f"Method: {OVAM.name}", open=False, elem_id="methods") as self.methods:
+            self.method = gr.Radio(
+                [(f"{one.name}: {one.about}", one.name) for one in ALL_METHODS.values() if self.desk.with_goca or not one.needs_goca],
+                value=OVAM.name, show_label=False, container=False, elem_id="method",
+            )  # fmt: skip
+        with gr.Accordion("Which steps, which resolutions, full attribution sentence", open=False, elem_id="which"):
+            with gr.Row():
+                self.used = gr.Textbox(
+                    "", label="Denoising steps", info="0 is the first: 0-9, or 3, 5, 8, or all", min_width=150,
+                    placeholder="the model's own choice",
+                    elem_id="used",
                 )  # fmt: skip
-            with gr.Accordion("Which steps, which resolutions, full attribution sentence", open=False, elem_id="which"):
-                with gr.Row():
-                    used = gr.Textbox(
-                        "", label="Denoising steps", info="0 is the first: 0-9, or 3, 5, 8, or all", min_width=150,
-                        placeholder="the model's own choice",
-                        elem_id="used",
-                    )  # fmt: skip
-                    which = gr.CheckboxGroup(
-                        grids, value=own_grid_names(pipe), label="Attention grids", info="as shares of the image's side",
-                        min_width=190, elem_id="grids",
-                    )  # fmt: skip
-                sentence = gr.Textbox(
-                    "",
-                    label="Full attribution sentence",
-                    info="Its tokens compete with one another. Words above are then looked up in it; "
-                    "without words every token gets a map.",
-                    placeholder="a photograph of a cat and a car",
-                    elem_id="sentence",
-                )
-            with gr.Row(elem_classes="end"):
-                with gr.Column(scale=4, min_width=200, elem_classes="facts"):
-                    facts = gr.HTML("", elem_id="facts")
-                    map_facts = gr.HTML("", elem_id="map-facts")
-                pack = gr.Button("Download all", scale=1, min_width=140, interactive=False, elem_id="pack")
-            archive = gr.DownloadButton("zip", visible="hidden", elem_id="archive")
+                self.which = gr.CheckboxGroup(
+                    grid_names(self.pipe), value=own_grid_names(self.pipe), label="Attention grids", info="as shares of the image's side",
+                    min_width=190, elem_id="grids",
+                )  # fmt: skip
+            self.sentence = gr.Textbox(
+                "",
+                label="Full attribution sentence",
+                info="Its tokens compete with one another. Words above are then looked up in it; "
+                "without words every token gets a map.",
+                placeholder="a photograph of a cat and a car",
+                elem_id="sentence",
+            )
 
-    only_numbers(seed, of_photo[-1], steps, guidance, width, height, tau, alpha)
-    of_prompt = [prompt, negative, seed, steps, guidance, width, height]
-    left = [source, *of_prompt, *of_photo]
-    asked_by = [words, sentence, tau, alpha, crf, used, which, pick, method]
-    answers = [annotated, gallery, scale, map_facts]
+    def _lay_out_end(self) -> None:
+        with gr.Row(elem_classes="end"):
+            with gr.Column(scale=4, min_width=200, elem_classes="facts"):
+                self.facts = gr.HTML("", elem_id="facts")
+                self.map_facts = gr.HTML("", elem_id="map-facts")
+            self.pack = gr.Button("Download all", scale=1, min_width=140, interactive=False, elem_id="pack")
+        self.archive = gr.DownloadButton("zip", visible="hidden", elem_id="archive")
 
-    def asked_for(made: Generation | None, request: gr.Request, *values) -> MapSettings:
+    # ---- what is asked, and its answer
+
+    def asked_for(self, made: Generation | None, request: gr.Request, *values) -> MapSettings:
         *others, names, chosen = values
         if not isinstance(names, (list, tuple, type(None))):
             raise ValueError("The tokens are no list of names; choose them from the list.")
-        files = [desk.shelf.path(visitor(request), name) for name in names or ()]
-        return for_tokens(map_settings(made, *others, files, chosen), defaults)
+        files = [self.desk.shelf.path(visitor(request), name) for name in names or ()]
+        return for_tokens(map_settings(made, *others, files, chosen), self.defaults)
 
-    def answers_of(made: Generation, asked: MapSettings) -> tuple:
-        maps, seconds = desk.answer(made, asked)
+    def answers_of(self, made: Generation, asked: MapSettings) -> tuple:
+        maps, seconds = self.desk.answer(made, asked)
         count = f"{len(maps.labels)} map{'s' if len(maps.labels) > 1 else ''}"
         return (
             annotation(made.image, maps),
@@ -391,203 +418,204 @@ def build(desk: Desk) -> tuple[gr.State, gr.Dropdown]:
 
     # ---- the page: what is wrong is said before anything is queued, and beside the words while they are typed
 
-    def wanted(request: gr.Request, chosen, *values) -> tuple[GenerateSettings | PhotoSettings, str | None, MapSettings]:
+    def _wire_runs(self) -> None:
+        for trigger in (self.start.click, self.prompt.submit, self.of_photo[1].submit, self.examples.load_input_event.then):
+            self._wire_run(trigger)
+        self.halt.click(self.stop_work, None, None, queue=False, **QUIET)
+        self.source.change(self.choose, self.source, [self.for_prompt, self.for_photo, self.more, self.start], queue=False, **QUIET)
+
+    def _wire_run(self, trigger: Callable) -> None:
+        begun = trigger(
+            self.begin, self.left + self.asked_by, [self.start, self.halt, self.note], concurrency_id="checks", concurrency_limit=CHECKS, **QUIET
+        )
+        made = begun.success(
+            self.run,
+            self.left + self.asked_by,
+            [self.key, self.image, self.facts, self.pack],
+            concurrency_id="model",
+            concurrency_limit=1,
+            show_progress_on=self.image,
+            **PRIVATE,
+        )
+        begun.success(None, js=SHOW_PICTURE, **PRIVATE)
+        made.then(self.finish, None, [self.start, self.halt], queue=False, **QUIET)
+        made.success(self.redraw, [self.key, *self.asked_by], [*self.answers, self.note], **MAPS_QUEUE, **QUIET)
+
+    def wanted(self, request: gr.Request, chosen, *values) -> tuple[GenerateSettings | PhotoSettings, str | None, MapSettings]:
         """What makes the picture, not validated yet, the file of a photograph, and what is asked."""
-        of_image, (file, *about) = values[: len(of_prompt)], values[len(of_prompt) : len(left) - 1]
-        asked = asked_for(None, request, *values[len(left) - 1 :])
+        of_image, (file, *about) = values[: len(self.of_prompt)], values[len(self.of_prompt) : len(self.left) - 1]
+        asked = self.asked_for(None, request, *values[len(self.left) - 1 :])
         if chosen == UPLOAD:
-            return photo_settings(pipe, *about, asked), file, asked
+            return photo_settings(self.pipe, *about, asked), file, asked
         return image_settings(*of_image), None, asked
 
-    def begin(request: gr.Request, *values):
+    def begin(self, request: gr.Request, *values):
         try:
-            settings, file, asked = wanted(request, *values)
+            settings, file, asked = self.wanted(request, *values)
             if isinstance(settings, PhotoSettings):
-                check_photo(pipe, file, settings)
+                check_photo(self.pipe, file, settings)
             else:
-                settings.validate(pipe)
-            check_served(pipe, asked, settings)
-            attributions(pipe, asked)
+                settings.validate(self.pipe)
+            check_served(self.pipe, asked, settings)
+            attributions(self.pipe, asked)
             branch_for(asked)
         except ValueError as error:
             raise problem(error) from None
-        desk.begin(request, WORK)
+        self.desk.begin(request, WORK)
         return gr.Button(interactive=False), gr.Button(interactive=True), ""
 
-    def run(request: gr.Request, progress=gr.Progress(), *values):
+    def run(self, request: gr.Request, progress=gr.Progress(), *values):
         try:
-            settings, file, asked = wanted(request, *values)
+            settings, file, asked = self.wanted(request, *values)
             if isinstance(settings, PhotoSettings):
-                made = desk.look(file, settings, WORK, request)
+                made = self.desk.look(file, settings, WORK, request)
             else:
-                made = desk.draw(settings, WORK, request, progress, branch_for(asked))
+                made = self.desk.draw(settings, WORK, request, progress, branch_for(asked))
         except Stopped as stopped:
             return gr.skip(), gr.skip(), html.escape(str(stopped)), gr.skip()
         except ValueError as error:
             raise problem(error) from None
-        return desk.keep(made, request), shrunk(made.image), image_facts(made), gr.Button(interactive=True)
+        return self.desk.keep(made, request), shrunk(made.image), image_facts(made), gr.Button(interactive=True)
 
-    def stop_work(request: gr.Request):
-        desk.stop(request, WORK)
+    def stop_work(self, request: gr.Request):
+        self.desk.stop(request, WORK)
 
-    def finish():
+    def finish(self):
         return gr.Button(interactive=True), gr.Button(interactive=False)
 
-    def redraw(made_key, request: gr.Request, *values):
-        """Maps and masks anew. Nothing is said before there is an image: the empty states already do."""
-        made = desk.store.get(made_key)
-        if made is None:
-            return *[gr.skip()] * 4, html.escape(NO_IMAGE) if made_key else ""
-        try:
-            asked = asked_for(made, request, *values)
-            masks, *others = answers_of(made, asked)
-            colors = plot.word_colors([label for _, label in masks[1]])
-            return gr.AnnotatedImage(value=masks, color_map=colors), *others, strangers(pipe, made.settings.caption, *asked.words)
-        except ValueError as error:
-            return *[gr.skip()] * 4, html.escape(str(error))
 
-    def wire(trigger: Callable) -> None:
-        quiet = {"show_progress": "hidden", "api_visibility": "private"}
-        begun = trigger(
-            begin, left + asked_by, [start, halt, note], concurrency_id="checks", concurrency_limit=CHECKS, **quiet
-        )
-        made = begun.success(
-            run,
-            left + asked_by,
-            [key, image, facts, pack],
-            concurrency_id="model",
-            concurrency_limit=1,
-            show_progress_on=image,
-            api_visibility="private",
-        )
-        begun.success(None, js=SHOW_PICTURE, api_visibility="private")
-        made.then(finish, None, [start, halt], queue=False, **quiet)
-        made.success(redraw, [key, *asked_by], [*answers, note], **maps_queue, **quiet)
-
-    # The maps wait neither for the model nor, in the browser, for each other: the last change wins.
-    maps_queue = {"concurrency_id": "maps", "concurrency_limit": 1}
-    for trigger in (start.click, prompt.submit, of_photo[1].submit, examples.load_input_event.then):
-        wire(trigger)
-    halt.click(stop_work, None, None, queue=False, show_progress="hidden", api_visibility="private")
-
-    def choose(chosen):
+    def choose(self, chosen):
         by_prompt = chosen != UPLOAD
         return gr.Column(visible=by_prompt), gr.Column(visible=not by_prompt), gr.Column(visible=by_prompt), DOES.get(chosen)
 
-    source.change(choose, source, [for_prompt, for_photo, more, start], queue=False, show_progress="hidden", api_visibility="private")
+    # ---- maps and masks anew, from the recording
 
-    typed = gr.Button("Redraw", visible="hidden", elem_id="typed")
-    words_or_sentence = (words, sentence, used)
-    for box in words_or_sentence:
-        # change, not input: that one misses what is pasted or dictated
-        box.change(None, js=f"""() => {{
-            clearTimeout(window.ovamTyping);
-            window.ovamTyping = setTimeout(() => document.querySelector('#typed').click(), {WAIT_FOR_TYPING});
-        }}""", api_visibility="private")  # fmt: skip
-    gr.on(
-        [typed.click, *(box.submit for box in words_or_sentence), tau.change, alpha.change, crf.change, which.change, pick.change,
-         method.change],
-        redraw,
-        [key, *asked_by],
-        [*answers, note],
-        trigger_mode="always_last",
-        show_progress="hidden",
-        api_visibility="private",
-        **maps_queue,
-    )
+    def _wire_maps(self) -> None:
+        typed = gr.Button("Redraw", visible="hidden", elem_id="typed")
+        boxes = (self.words, self.sentence, self.used)
+        for box in boxes:
+            # change, not input: that one misses what is pasted or dictated
+            box.change(None, js=f"""() => {{
+                clearTimeout(window.ovamTyping);
+                window.ovamTyping = setTimeout(() => document.querySelector('#typed').click(), {WAIT_FOR_TYPING});
+            }}""", **PRIVATE)  # fmt: skip
+        gr.on(
+            [typed.click, *(box.submit for box in boxes), self.tau.change, self.alpha.change, self.crf.change, self.which.change, self.pick.change,
+             self.method.change],
+            self.redraw,
+            [self.key, *self.asked_by],
+            [*self.answers, self.note],
+            trigger_mode="always_last",
+            **QUIET,
+            **MAPS_QUEUE,
+        )
+        self.method.change(self.rules, self.method, [self.methods, self.alpha, self.crf], queue=False, **QUIET)
 
-    def rules(chosen):
+    def redraw(self, made_key, request: gr.Request, *values):
+        """Maps and masks anew. Nothing is said before there is an image: the empty states already do."""
+        made = self.desk.store.get(made_key)
+        if made is None:
+            return *[gr.skip()] * 4, html.escape(NO_IMAGE) if made_key else ""
+        try:
+            asked = self.asked_for(made, request, *values)
+            masks, *others = self.answers_of(made, asked)
+            colors = plot.word_colors([label for _, label in masks[1]])
+            return gr.AnnotatedImage(value=masks, color_map=colors), *others, strangers(self.pipe, made.settings.caption, *asked.words)
+        except ValueError as error:
+            return *[gr.skip()] * 4, html.escape(str(error))
+
+    def rules(self, chosen):
         """What the method leaves alone cannot be moved."""
         one = method_named(chosen)
         floor = not isinstance(one, GocaMethod) and one.alpha < 1
         return gr.Accordion(label=f"Method: {one.name}"), gr.Slider(interactive=floor), gr.Checkbox(interactive=one.crf)
 
-    method.change(rules, method, [methods, alpha, crf], queue=False, show_progress="hidden", api_visibility="private")
+    # ---- token files in, everything out
 
-    def brought(file, chosen, request: gr.Request):
+    def _wire_files(self) -> None:
+        self.bring.upload(self.brought, [self.bring, self.pick], self.pick, **QUIET, concurrency_limit=None)
+        self.dice.click(None, None, self.seed, js=f"() => Math.floor(Math.random() * {MAX_SEED + 1})", **PRIVATE)
+        self.pack.click(
+            self.zip_of, [self.key, *self.asked_by], self.archive, show_progress="minimal", **PRIVATE, concurrency_id="zips",
+            concurrency_limit=1,
+        ).success(
+            None, js="() => setTimeout(() => document.querySelector('#archive').click(), 150)", **PRIVATE
+        )
+
+    def brought(self, file, chosen, request: gr.Request):
         """A visitor's token file: read, tried on this model, and kept to this visitor."""
         try:
             token = load(file)
-            attribution(pipe, token)
-            name = desk.shelf.add(visitor(request), token)
+            attribution(self.pipe, token)
+            name = self.desk.shelf.add(visitor(request), token)
         except ValueError as error:
             raise problem(error) from None
-        if (made_with := last_part(token.model)) != last_part(pipe.ovam_name):
-            gr.Warning(html.escape(f"This token was made with {made_with or 'an unnamed model'}, not with {pipe.ovam_name}: its maps may mean nothing here."))
-        return gr.Dropdown(choices=desk.shelf.names(visitor(request)), value=[*dict.fromkeys([*chosen, name])])
+        if (made_with := last_part(token.model)) != last_part(self.pipe.ovam_name):
+            gr.Warning(html.escape(f"This token was made with {made_with or 'an unnamed model'}, not with {self.pipe.ovam_name}: its maps may mean nothing here."))
+        return gr.Dropdown(choices=self.desk.shelf.names(visitor(request)), value=[*dict.fromkeys([*chosen, name])])
 
-    bring.upload(brought, [bring, pick], pick, show_progress="hidden", api_visibility="private", concurrency_limit=None)
-    dice.click(None, None, seed, js=f"() => Math.floor(Math.random() * {MAX_SEED + 1})", api_visibility="private")
-
-    def zip_of(made_key, request: gr.Request, *values):
+    def zip_of(self, made_key, request: gr.Request, *values):
         try:
-            made = desk.find(made_key)
-            asked = asked_for(made, request, *values)
-            maps, _ = desk.answer(made, asked)
+            made = self.desk.find(made_key)
+            asked = self.asked_for(made, request, *values)
+            maps, _ = self.desk.answer(made, asked)
         except ValueError as error:
             raise problem(error) from None
-        return str(save_zip(desk.zip_folder(request) / zip_name(made), made, maps, asked))
-
-    pack.click(
-        zip_of, [key, *asked_by], archive, show_progress="minimal", api_visibility="private", concurrency_id="zips",
-        concurrency_limit=1,
-    ).success(
-        None, js="() => setTimeout(() => document.querySelector('#archive').click(), 150)", api_visibility="private"
-    )
+        return str(save_zip(self.desk.zip_folder(request) / zip_name(made), made, maps, asked))
 
     # ---- the API: the same work, where every fault is an error
 
+    def _wire_programs(self) -> None:
+        with gr.Row(visible=False):
+            for_programs = gr.Button("generate"), gr.Button("attribute"), gr.Button("photograph"), gr.Button("stop")
+            named = gr.Textbox("", label="Words", info="what an empty caption is made of")
+        for_programs[0].click(
+            self.api_generate, self.of_prompt, [self.key, self.image, self.facts], api_name="generate", concurrency_id="model", concurrency_limit=1
+        )
+        for_programs[2].click(
+            self.api_photograph, [*self.of_photo, named], [self.key, self.image, self.facts], api_name="photograph", concurrency_id="model",
+            concurrency_limit=1,
+        )  # fmt: skip
+        for_programs[3].click(self.api_stop, None, None, api_name="stop", queue=False)
+        for_programs[1].click(self.api_attribute, [self.key, *self.asked_by], self.answers, api_name="attribute", **MAPS_QUEUE)
+
     # Parameters are written out: their names are the API's.
     def api_generate(
-        prompt, negative_prompt, seed, steps, guidance, width, height, request: gr.Request, progress=gr.Progress()
+        self, prompt, negative_prompt, seed, steps, guidance, width, height, request: gr.Request, progress=gr.Progress()
     ):
         """Makes an image and records it; /attribute then answers about it. Returns the image and a line of facts."""
         try:
             settings = image_settings(prompt, negative_prompt, seed, steps, guidance, width, height)
-            made = desk.draw(settings, WORK, request, progress)
+            made = self.desk.draw(settings, WORK, request, progress)
         except (ValueError, Stopped) as error:
             raise problem(error) from None
-        return desk.keep(made, request), made.image, image_facts(made)
+        return self.desk.keep(made, request), made.image, image_facts(made)
 
-    def api_photograph(photo, caption, timesteps, seed, words, request: gr.Request):
+    def api_photograph(self, photo, caption, timesteps, seed, words, request: gr.Request):
         """Records a photograph; /attribute then answers about it. Without a caption, one is made of the words. Returns the
         image, shrunk where it is large, and a line of facts."""
         try:
             asked = MapSettings(words=tuple(parse_words(words)) if words else ())
             if not (caption or asked.words):
                 raise ValueError("There is neither a caption nor a word to make one of; give one of them.")
-            settings = photo_settings(pipe, caption, timesteps, seed, asked)
-            check_photo(pipe, photo, settings)
-            made = desk.look(photo, settings, WORK, request)
+            settings = photo_settings(self.pipe, caption, timesteps, seed, asked)
+            check_photo(self.pipe, photo, settings)
+            made = self.desk.look(photo, settings, WORK, request)
         except (ValueError, Stopped) as error:
             raise problem(error) from None
-        return desk.keep(made, request), shrunk(made.image), image_facts(made)
+        return self.desk.keep(made, request), shrunk(made.image), image_facts(made)
 
-    def api_stop(request: gr.Request):
+    def api_stop(self, request: gr.Request):
         """Stops whatever this session has running: a generation, an optimisation (the best is kept) or an export."""
-        desk.stop(request)
+        self.desk.stop(request)
 
     def api_attribute(
-        made_key, words, sentence, tau, alpha, crf, steps, grids, tokens, method, request: gr.Request
+        self, made_key, words, sentence, tau, alpha, crf, steps, grids, tokens, method, request: gr.Request
     ):
         """Masks, overlays, measures and a line of facts for any words, from this session's last image."""
         try:
-            made = desk.find(made_key)
-            asked = asked_for(made, request, words, sentence, tau, alpha, crf, steps, grids, tokens, method)
-            return answers_of(made, asked)
+            made = self.desk.find(made_key)
+            asked = self.asked_for(made, request, words, sentence, tau, alpha, crf, steps, grids, tokens, method)
+            return self.answers_of(made, asked)
         except ValueError as error:
             raise problem(error) from None
-
-    with gr.Row(visible=False):
-        for_programs = gr.Button("generate"), gr.Button("attribute"), gr.Button("photograph"), gr.Button("stop")
-        named = gr.Textbox("", label="Words", info="what an empty caption is made of")
-    for_programs[0].click(
-        api_generate, of_prompt, [key, image, facts], api_name="generate", concurrency_id="model", concurrency_limit=1
-    )
-    for_programs[2].click(
-        api_photograph, [*of_photo, named], [key, image, facts], api_name="photograph", concurrency_id="model",
-        concurrency_limit=1,
-    )  # fmt: skip
-    for_programs[3].click(api_stop, None, None, api_name="stop", queue=False)
-    for_programs[1].click(api_attribute, [key, *asked_by], answers, api_name="attribute", **maps_queue)
-    return key, pick

@@ -41,7 +41,7 @@ from ovam_core.photo import PhotoSettings
 from ovam_core.recorder import own_choice
 
 from .beside import beside
-from .desk import Desk, only_numbers, problem, visitor
+from .desk import PRIVATE, QUIET, Desk, only_numbers, problem, visitor
 from .generate import CHECKS, image_facts, on_screen, shrunk, whole
 from .upload import check_photo, photo_fields, photo_settings, takes_photographs
 
@@ -215,227 +215,259 @@ def preview(pipe: Any, made: Generation, embedding: torch.Tensor) -> Image.Image
 # -------------------------------------------------------------------------------------------------- the tab
 
 
-def build(desk: Desk, tab: gr.Tab, from_generate: gr.State, pick: gr.Dropdown) -> None:
-    """Lays the tab out and wires it. from_generate: id of the first tab's picture. pick: its list of tokens."""
-    key = gr.State(None)
-    recipe_of = RECIPES["fast"]
+class OptimizeTab:
+    """Its components and what happens on them. Made inside gr.Tab.
 
-    with gr.Row(elem_classes="columns"):
-        with gr.Column(scale=5, min_width=320, elem_classes="give"):
-            gr.HTML("<h2>1 · Picture</h2>", elem_classes="step")
-            source = gr.Radio(
-                [MAKE, PHOTO], value=MAKE, show_label=False, container=False, elem_id="learn-source", elem_classes="ways",
-                visible=takes_photographs(desk.pipe),
-            )  # fmt: skip
-            with gr.Column(elem_classes="part") as for_prompt:
-                with gr.Group():
-                    prompt = gr.Textbox(FIRST_PROMPT, label="Prompt", max_length=MAX_PROMPT, elem_id="learn-prompt")
-                    with gr.Row(elem_classes="seed"):
-                        seed = gr.Number(
-                            1, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=90, elem_id="learn-seed"
-                        )
-                with gr.Row(elem_classes="buttons"):
-                    draw = gr.Button("New picture", min_width=130, elem_id="learn-draw")
-                    take = gr.Button("Use the one from Generate", min_width=130, elem_id="learn-take")
-            with gr.Column(visible=False, elem_classes="part") as for_photo:
-                of_photo = photo_fields("learn-photo", "the class")
-                with gr.Row(elem_classes="buttons"):
-                    use = gr.Button("Use this photograph", elem_id="learn-use")
-            gr.HTML("<h2>2 · Mask</h2>", elem_classes="step")
-            way = gr.Radio([PAINT, STROKES, UPLOAD], value=PAINT, show_label=False, container=False, elem_id="way", elem_classes="ways")
-            hint = gr.HTML(HINTS[PAINT], elem_id="hint")
-            canvas = gr.ImageEditor(
-                type="pil", image_mode="RGBA", format="png", sources=(), transforms=(), layers=False,
-                brush=gr.Brush(default_size=28, colors=[OBJECT, BACKGROUND], default_color=OBJECT, color_mode="fixed"),
-                eraser=gr.Eraser(default_size=28), canvas_size=(512, 512), show_label=False, buttons=[], elem_id="canvas",
-            )  # fmt: skip
-            file = gr.File(label="Mask picture", file_types=["image"], visible=False, height=120, elem_id="mask-file")
-            gr.HTML("<h2>3 · Class</h2>", elem_classes="step")
-            name = gr.Textbox("cat", label="Name of the class", max_lines=1, elem_id="class-name")
-            note = gr.HTML("", elem_id="learn-note", elem_classes="note")
+    from_generate: the id of the first tab's picture. pick: its list of tokens.
+    """
+
+    def __init__(self, desk: Desk, tab: gr.Tab, from_generate: gr.State, pick: gr.Dropdown):
+        self.desk, self.tab, self.from_generate, self.pick = desk, tab, from_generate, pick
+        self.key, self.token_name = gr.State(None), gr.State(None)
+        with gr.Row(elem_classes="columns"):
+            with gr.Column(scale=5, min_width=320, elem_classes="give"):
+                self._lay_out_picture()
+                self._lay_out_mask()
+                self._lay_out_class()
+            with gr.Column(scale=7, min_width=320, elem_classes="get"):
+                self._lay_out_search()
+                self._lay_out_elsewhere()
+        only_numbers(self.seed, self.of_photo[-1], self.other_seed, self.epochs, self.rate)
+        self.shown = [self.key, self.canvas, self.facts, self.start, self.note]
+        self.given = [self.key, self.way, self.canvas, self.file, self.name, self.recipe, self.epochs, self.rate]
+        self._wire_picture()
+        self._wire_mask()
+        self._wire_search()
+        self._wire_elsewhere()
+        self._wire_programs()
+
+    # ---- the left column: what you give
+
+    def _lay_out_picture(self) -> None:
+        gr.HTML("<h2>1 · Picture</h2>", elem_classes="step")
+        self.source = gr.Radio(
+            [MAKE, PHOTO], value=MAKE, show_label=False, container=False, elem_id="learn-source", elem_classes="ways",
+            visible=takes_photographs(self.desk.pipe),
+        )  # fmt: skip
+        with gr.Column(elem_classes="part") as self.for_prompt:
+            with gr.Group():
+                self.prompt = gr.Textbox(FIRST_PROMPT, label="Prompt", max_length=MAX_PROMPT, elem_id="learn-prompt")
+                with gr.Row(elem_classes="seed"):
+                    self.seed = gr.Number(
+                        1, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=90, elem_id="learn-seed"
+                    )
             with gr.Row(elem_classes="buttons"):
-                start = gr.Button("Optimize token", variant="primary", scale=3, min_width=120, interactive=False, elem_id="learn")
-                halt = gr.Button("Stop: keep the best", variant="stop", scale=2, min_width=120, interactive=False, elem_id="learn-stop")
-            with gr.Accordion("Recipe, epochs, rate", open=False, elem_id="learn-more"):
-                recipe = gr.Radio(list(RECIPES), value=recipe_of.recipe, label="Recipe", info="paper: as published, 500 epochs of gradient descent")
-                with gr.Row():
-                    epochs = gr.Slider(1, MAX_EPOCHS, recipe_of.epochs, step=1, label="Epochs", elem_id="epochs", min_width=140)
-                    rate = gr.Number(recipe_of.rate, label="Learning rate", minimum=0, min_width=100)
+                self.draw = gr.Button("New picture", min_width=130, elem_id="learn-draw")
+                self.take = gr.Button("Use the one from Generate", min_width=130, elem_id="learn-take")
+        with gr.Column(visible=False, elem_classes="part") as self.for_photo:
+            self.of_photo = photo_fields("learn-photo", "the class")
+            with gr.Row(elem_classes="buttons"):
+                self.use = gr.Button("Use this photograph", elem_id="learn-use")
 
-        with gr.Column(scale=7, min_width=320, elem_classes="get"):
-            with gr.Row(elem_classes="pictures"):
-                now = gr.Image(
-                    label="Heatmap of the class, as it is learned", type="pil", format="png", interactive=False, min_width=220,
-                    buttons=["download", "fullscreen"], elem_id="now", elem_classes="shown", alt_text="Heatmap of the class so far",
-                )  # fmt: skip
-                curve = gr.HTML(NO_CURVE, elem_id="curve", container=True, min_width=220)
-            result = gr.HTML("", elem_id="verdict")
-            with gr.Row(elem_classes="pictures"):
-                heat = gr.ImageSlider(
-                    label="Heatmap: word | token", type="pil", format="png", interactive=False, elem_id="heat-slider",
-                    elem_classes="shown", min_width=220, buttons=["download", "fullscreen"],
-                )  # fmt: skip
-                masks = gr.ImageSlider(
-                    label="Mask: word | token", type="pil", format="png", interactive=False, elem_id="mask-slider",
-                    elem_classes="shown", min_width=220, buttons=["download", "fullscreen"],
-                )  # fmt: skip
-            with gr.Row(elem_classes="end"):
-                facts = gr.HTML("", elem_id="learn-facts", elem_classes="facts")
-                download = gr.DownloadButton("Download token", interactive=False, scale=1, min_width=150, elem_id="learn-download")
-            gr.HTML("<h2>Try it on another prompt</h2>", elem_classes="step")
-            with gr.Row(elem_classes="try"):
-                other = gr.Textbox(
-                    "A photograph of a cat on grass", show_label=False, container=False, max_length=MAX_PROMPT, scale=6,
-                    min_width=200, elem_id="try-prompt",
-                )  # fmt: skip
-                other_seed = gr.Number(7, show_label=False, container=False, precision=0, minimum=0, maximum=MAX_SEED,
-                                       scale=1, min_width=70, elem_id="try-seed")  # fmt: skip
-                go = gr.Button("Go", scale=1, min_width=70, interactive=False, elem_id="try")
-            tried = gr.Gallery(
-                label="The token elsewhere", columns=3, height="auto", object_fit="contain", format="png", interactive=False,
-                preview=False, buttons=["download", "fullscreen"], elem_id="tried", elem_classes="gallery",
+    def _lay_out_mask(self) -> None:
+        gr.HTML("<h2>2 · Mask</h2>", elem_classes="step")
+        self.way = gr.Radio([PAINT, STROKES, UPLOAD], value=PAINT, show_label=False, container=False, elem_id="way", elem_classes="ways")
+        self.hint = gr.HTML(HINTS[PAINT], elem_id="hint")
+        self.canvas = gr.ImageEditor(
+            type="pil", image_mode="RGBA", format="png", sources=(), transforms=(), layers=False,
+            brush=gr.Brush(default_size=28, colors=[OBJECT, BACKGROUND], default_color=OBJECT, color_mode="fixed"),
+            eraser=gr.Eraser(default_size=28), canvas_size=(512, 512), show_label=False, buttons=[], elem_id="canvas",
+        )  # fmt: skip
+        self.file = gr.File(label="Mask picture", file_types=["image"], visible=False, height=120, elem_id="mask-file")
+
+    def _lay_out_class(self) -> None:
+        own = RECIPES["fast"]
+        gr.HTML("<h2>3 · Class</h2>", elem_classes="step")
+        self.name = gr.Textbox("cat", label="Name of the class", max_lines=1, elem_id="class-name")
+        self.note = gr.HTML("", elem_id="learn-note", elem_classes="note")
+        with gr.Row(elem_classes="buttons"):
+            self.start = gr.Button("Optimize token", variant="primary", scale=3, min_width=120, interactive=False, elem_id="learn")
+            self.halt = gr.Button("Stop: keep the best", variant="stop", scale=2, min_width=120, interactive=False, elem_id="learn-stop")
+        with gr.Accordion("Recipe, epochs, rate", open=False, elem_id="learn-more"):
+            self.recipe = gr.Radio(list(RECIPES), value=own.recipe, label="Recipe", info="paper: as published, 500 epochs of gradient descent")
+            with gr.Row():
+                self.epochs = gr.Slider(1, MAX_EPOCHS, own.epochs, step=1, label="Epochs", elem_id="epochs", min_width=140)
+                self.rate = gr.Number(own.rate, label="Learning rate", minimum=0, min_width=100)
+
+    # ---- the right column: what you get
+
+    def _lay_out_search(self) -> None:
+        with gr.Row(elem_classes="pictures"):
+            self.now = gr.Image(
+                label="Heatmap of the class, as it is learned", type="pil", format="png", interactive=False, min_width=220,
+                buttons=["download", "fullscreen"], elem_id="now", elem_classes="shown", alt_text="Heatmap of the class so far",
             )  # fmt: skip
+            self.curve = gr.HTML(NO_CURVE, elem_id="curve", container=True, min_width=220)
+        self.result = gr.HTML("", elem_id="verdict")
+        with gr.Row(elem_classes="pictures"):
+            self.heat = gr.ImageSlider(
+                label="Heatmap: word | token", type="pil", format="png", interactive=False, elem_id="heat-slider",
+                elem_classes="shown", min_width=220, buttons=["download", "fullscreen"],
+            )  # fmt: skip
+            self.masks = gr.ImageSlider(
+                label="Mask: word | token", type="pil", format="png", interactive=False, elem_id="mask-slider",
+                elem_classes="shown", min_width=220, buttons=["download", "fullscreen"],
+            )  # fmt: skip
+        with gr.Row(elem_classes="end"):
+            self.facts = gr.HTML("", elem_id="learn-facts", elem_classes="facts")
+            self.download = gr.DownloadButton("Download token", interactive=False, scale=1, min_width=150, elem_id="learn-download")
 
-    only_numbers(seed, of_photo[-1], other_seed, epochs, rate)
-    token_name = gr.State(None)
-    private = {"api_visibility": "private"}
-    quiet = {"show_progress": "hidden", **private}
+    def _lay_out_elsewhere(self) -> None:
+        gr.HTML("<h2>Try it on another prompt</h2>", elem_classes="step")
+        with gr.Row(elem_classes="try"):
+            self.other = gr.Textbox(
+                "A photograph of a cat on grass", show_label=False, container=False, max_length=MAX_PROMPT, scale=6,
+                min_width=200, elem_id="try-prompt",
+            )  # fmt: skip
+            self.other_seed = gr.Number(7, show_label=False, container=False, precision=0, minimum=0, maximum=MAX_SEED,
+                                   scale=1, min_width=70, elem_id="try-seed")  # fmt: skip
+            self.go = gr.Button("Go", scale=1, min_width=70, interactive=False, elem_id="try")
+        self.tried = gr.Gallery(
+            label="The token elsewhere", columns=3, height="auto", object_fit="contain", format="png", interactive=False,
+            preview=False, buttons=["download", "fullscreen"], elem_id="tried", elem_classes="gallery",
+        )  # fmt: skip
 
-    def show(made_key: str, made: Generation) -> tuple:
+    # ---- the picture
+
+    def _wire_picture(self) -> None:
+        photo, caption, *_ = self.of_photo
+        gr.on(
+            [photo.upload, self.use.click, caption.submit], self.check_photograph, [*self.of_photo, self.name], None, concurrency_id="checks",
+            concurrency_limit=CHECKS, **QUIET,
+        ).success(
+            self.take_photograph, [*self.of_photo, self.name], self.shown, concurrency_id="model", concurrency_limit=1, show_progress_on=self.canvas,
+            **PRIVATE,
+        )  # fmt: skip
+        self.source.change(
+            lambda chosen: (gr.Column(visible=chosen != PHOTO), gr.Column(visible=chosen == PHOTO)), self.source,
+            [self.for_prompt, self.for_photo], queue=False, **QUIET,
+        )  # fmt: skip
+        self.take.click(self.take_picture, self.from_generate, self.shown, **QUIET)
+        self.tab.select(self.take_if_none, [self.key, self.from_generate], self.shown, **QUIET)
+        gr.on(
+            [self.draw.click, self.prompt.submit], self.draw_picture, [self.prompt, self.seed], self.shown, concurrency_id="model", concurrency_limit=1,
+            show_progress_on=self.canvas, **PRIVATE,
+        )  # fmt: skip
+        # "A photograph of a potted plant" names the class as well; any other prompt leaves it as it is.
+        self.prompt.change(None, [self.prompt, self.name], self.name, js=NAMED, **PRIVATE)
+
+    def show(self, made_key: str, made: Generation) -> tuple:
         return made_key, canvas_value(made.image), image_facts(made), gr.Button(interactive=True), ""
 
-    shown = [key, canvas, facts, start, note]
-
-    def take_picture(first_key):
+    def take_picture(self, first_key):
         try:
-            return show(first_key, desk.find(first_key))
+            return self.show(first_key, self.desk.find(first_key))
         except ValueError as error:
             raise problem(error) from None
 
-    def take_if_none(own_key, first_key):
-        made = desk.store.get(first_key)
-        return show(first_key, made) if own_key is None and made is not None else (gr.skip(),) * len(shown)
+    def take_if_none(self, own_key, first_key):
+        made = self.desk.store.get(first_key)
+        return self.show(first_key, made) if own_key is None and made is not None else (gr.skip(),) * len(self.shown)
 
-    def draw_picture(text, number, request: gr.Request, progress=gr.Progress()):
+    def draw_picture(self, text, number, request: gr.Request, progress=gr.Progress()):
         try:
-            settings = GenerateSettings.for_model(desk.pipe, text or "", seed=whole(number))
-            made = desk.draw(settings, PICTURE, request, progress)
-            return show(desk.keep(made, request), made)
+            settings = GenerateSettings.for_model(self.desk.pipe, text or "", seed=whole(number))
+            made = self.desk.draw(settings, PICTURE, request, progress)
+            return self.show(self.desk.keep(made, request), made)
         except (ValueError, Stopped) as error:
             raise problem(error) from None
 
-    def read_photograph(file, *about_and_class):
+    def read_photograph(self, file, *about_and_class):
         *about, text = about_and_class
-        settings = photo_settings(desk.pipe, *about, MapSettings(words=(class_name(text),)))
-        check_photo(desk.pipe, file, settings)
+        settings = photo_settings(self.desk.pipe, *about, MapSettings(words=(class_name(text),)))
+        check_photo(self.desk.pipe, file, settings)
         return settings
 
-    def check_photograph(request: gr.Request, *values):
+    def check_photograph(self, request: gr.Request, *values):
         try:
-            read_photograph(*values)
+            self.read_photograph(*values)
         except ValueError as error:
             raise problem(error) from None
-        desk.begin(request, PICTURE)
+        self.desk.begin(request, PICTURE)
 
-    def take_photograph(request: gr.Request, *values):
+    def take_photograph(self, request: gr.Request, *values):
         try:
-            made = desk.look(values[0], read_photograph(*values), PICTURE, request)
-            return show(desk.keep(made, request), made)
+            made = self.desk.look(values[0], self.read_photograph(*values), PICTURE, request)
+            return self.show(self.desk.keep(made, request), made)
         except (ValueError, Stopped) as error:
             raise problem(error) from None
 
-    photo, caption, *_ = of_photo
-    gr.on(
-        [photo.upload, use.click, caption.submit], check_photograph, [*of_photo, name], None, concurrency_id="checks",
-        concurrency_limit=CHECKS, **quiet,
-    ).success(
-        take_photograph, [*of_photo, name], shown, concurrency_id="model", concurrency_limit=1, show_progress_on=canvas,
-        **private,
-    )  # fmt: skip
-    source.change(
-        lambda chosen: (gr.Column(visible=chosen != PHOTO), gr.Column(visible=chosen == PHOTO)), source,
-        [for_prompt, for_photo], queue=False, **quiet,
-    )  # fmt: skip
-    take.click(take_picture, from_generate, shown, **quiet)
-    tab.select(take_if_none, [key, from_generate], shown, **quiet)
-    gr.on(
-        [draw.click, prompt.submit], draw_picture, [prompt, seed], shown, concurrency_id="model", concurrency_limit=1,
-        show_progress_on=canvas, **private,
-    )  # fmt: skip
-    # "A photograph of a potted plant" names the class as well; any other prompt leaves it as it is.
-    prompt.change(None, [prompt, name], name, js=NAMED, **private)
+    # ---- the mask and the search
 
-    def choose(chosen):
+    def _wire_mask(self) -> None:
+        self.way.change(self.choose, self.way, [self.hint, self.canvas, self.file], queue=False, **QUIET)
+        self.recipe.change(lambda chosen: (RECIPES[chosen].epochs, RECIPES[chosen].rate), self.recipe, [self.epochs, self.rate], queue=False, **QUIET)
+
+    def choose(self, chosen):
         return HINTS.get(chosen, ""), gr.ImageEditor(visible=chosen != UPLOAD), gr.File(visible=chosen == UPLOAD)
 
-    way.change(choose, way, [hint, canvas, file], queue=False, **quiet)
-    recipe.change(lambda chosen: (RECIPES[chosen].epochs, RECIPES[chosen].rate), recipe, [epochs, rate], queue=False, **quiet)
+    def _wire_search(self) -> None:
+        begun = self.start.click(
+            self.begin, self.given, [self.start, self.halt, self.note, self.now], concurrency_id="checks", concurrency_limit=CHECKS, **QUIET
+        )
+        ran = begun.success(
+            self.run, self.given, [self.now, self.curve, self.result, self.heat, self.masks, self.facts, self.download, self.token_name, self.pick, self.go], concurrency_id="model",
+            concurrency_limit=1, **QUIET,
+        )  # fmt: skip
+        ran.then(lambda: (gr.Button(interactive=True), gr.Button(interactive=False)), None, [self.start, self.halt], queue=False, **QUIET)
+        self.halt.click(self.stop_work, None, None, queue=False, **QUIET)
 
-    # ---- the search
-
-    given = [key, way, canvas, file, name, recipe, epochs, rate]
-
-    def understood(made_key, chosen, painted, uploaded, text, *search_by):
+    def understood(self, made_key, chosen, painted, uploaded, text, *search_by):
         """Everything that can be wrong, before anything is queued."""
-        made = desk.find(made_key)
+        made = self.desk.find(made_key)
         labels = read_any(chosen, painted, uploaded, (made.image.height, made.image.width))
         return made, labels, class_name(text), search_settings(*search_by)
 
-    def begin(request: gr.Request, *values):
+    def begin(self, request: gr.Request, *values):
         try:
-            made, labels, called, _ = understood(*values)
-            initial_embedding(desk.pipe, [called])
+            made, labels, called, _ = self.understood(*values)
+            initial_embedding(self.desk.pipe, [called])
         except ValueError as error:
             raise problem(error) from None
-        desk.begin(request, WORK)
+        self.desk.begin(request, WORK)
         return gr.Button(interactive=False), gr.Button(interactive=True), "", given_mask(made.image, labels)
 
-    def run(request: gr.Request, *values):
+    def run(self, request: gr.Request, *values):
         try:
-            made, labels, called, settings = understood(*values)
-            stop = desk.flag(request, WORK)
+            made, labels, called, settings = self.understood(*values)
+            stop = self.desk.flag(request, WORK)
             try:
-                for state, losses in search(desk.pipe, made, labels, called, settings, stop.is_set, desk.driving):
-                    yield preview(desk.pipe, made, state.embedding), curve_of(losses, settings), *[gr.skip()] * 8
+                for state, losses in search(self.desk.pipe, made, labels, called, settings, stop.is_set, self.desk.driving):
+                    yield preview(self.desk.pipe, made, state.embedding), curve_of(losses, settings), *[gr.skip()] * 8
             finally:
                 stop.set()  # a visitor who left ends the search too
-                desk.end(request, WORK, stop)
+                self.desk.end(request, WORK, stop)
             owner = visitor(request)
-            label = desk.shelf.add(owner, token_of([made], [called], state, settings))
-            path = desk.shelf.path(owner, label)
-            maps, _ = desk.answer(made, MapSettings(words=(called,), tokens=(str(path),)))
+            label = self.desk.shelf.add(owner, token_of([made], [called], state, settings))
+            path = self.desk.shelf.path(owner, label)
+            maps, _ = self.desk.answer(made, MapSettings(words=(called,), tokens=(str(path),)))
             pairs, scores = versus(made.image, maps), agreement(maps, labels)
             yield (
                 gr.skip(), gr.skip(), verdict(called, *scores, state), *pairs, image_facts(made),
-                gr.DownloadButton(value=str(path), interactive=True), label, gr.Dropdown(choices=desk.shelf.names(owner)),
+                gr.DownloadButton(value=str(path), interactive=True), label, gr.Dropdown(choices=self.desk.shelf.names(owner)),
                 gr.Button(interactive=True),
             )  # fmt: skip
         except ValueError as error:
             raise problem(error) from None
 
-    begun = start.click(
-        begin, given, [start, halt, note, now], concurrency_id="checks", concurrency_limit=CHECKS, **quiet
-    )
-    ran = begun.success(
-        run, given, [now, curve, result, heat, masks, facts, download, token_name, pick, go], concurrency_id="model",
-        concurrency_limit=1, **quiet,
-    )  # fmt: skip
-    ran.then(lambda: (gr.Button(interactive=True), gr.Button(interactive=False)), None, [start, halt], queue=False, **quiet)
-
-    def stop_work(request: gr.Request):
-        desk.stop(request, WORK)
-
-    halt.click(stop_work, None, None, queue=False, **quiet)
+    def stop_work(self, request: gr.Request):
+        self.desk.stop(request, WORK)
 
     # ---- elsewhere
 
-    def elsewhere(label, text, number, called, request: gr.Request, progress=gr.Progress()):
+    def _wire_elsewhere(self) -> None:
+        gr.on(
+            [self.go.click, self.other.submit], self.elsewhere, [self.token_name, self.other, self.other_seed, self.name], self.tried, concurrency_id="model",
+            concurrency_limit=1, show_progress_on=self.tried, **PRIVATE,
+        )  # fmt: skip
+
+    def elsewhere(self, label, text, number, called, request: gr.Request, progress=gr.Progress()):
         try:
-            path = desk.shelf.path(visitor(request), label)
+            path = self.desk.shelf.path(visitor(request), label)
             asked = MapSettings(words=(class_name(called),), tokens=(str(path),))
-            settings = GenerateSettings.for_model(desk.pipe, text or "", seed=whole(number))
-            made = desk.draw(settings, PICTURE, request, progress, branch_for(asked))  # looked at once, so not kept
-            maps, _ = desk.answer(made, asked)
+            settings = GenerateSettings.for_model(self.desk.pipe, text or "", seed=whole(number))
+            made = self.desk.draw(settings, PICTURE, request, progress, branch_for(asked))  # looked at once, so not kept
+            maps, _ = self.desk.answer(made, asked)
         except (ValueError, Stopped) as error:
             raise problem(error) from None
         pair, cut = versus(made.image, maps)
@@ -444,35 +476,31 @@ def build(desk: Desk, tab: gr.Tab, from_generate: gr.State, pick: gr.Dropdown) -
             (pair[1], "heatmap of the token"), (cut[0], "mask of the word"), (cut[1], "mask of the token"),
         ]  # fmt: skip
 
-    gr.on(
-        [go.click, other.submit], elsewhere, [token_name, other, other_seed, name], tried, concurrency_id="model",
-        concurrency_limit=1, show_progress_on=tried, **private,
-    )  # fmt: skip
-
     # ---- the API: the whole way in one call, on the picture of /generate
 
-    def api_optimize(made_key, mask, name, recipe, epochs, rate, request: gr.Request):
+    def _wire_programs(self) -> None:
+        with gr.Row(visible=False):
+            for_programs, token_file, line = gr.Button("optimize"), gr.File(), gr.Textbox()
+        for_programs.click(
+            self.api_optimize, [self.from_generate, self.file, self.name, self.recipe, self.epochs, self.rate], [token_file, line], api_name="optimize",
+            concurrency_id="model", concurrency_limit=1,
+        )  # fmt: skip
+
+    def api_optimize(self, made_key, mask, name, recipe, epochs, rate, request: gr.Request):
         """Learns a token from this session's last picture and a mask file. Returns the token's file and a line of facts."""
         try:
-            made, labels, called, settings = understood(made_key, UPLOAD, None, mask, name, recipe, epochs, rate)
-            desk.begin(request, WORK)
-            stop = desk.flag(request, WORK)
+            made, labels, called, settings = self.understood(made_key, UPLOAD, None, mask, name, recipe, epochs, rate)
+            self.desk.begin(request, WORK)
+            stop = self.desk.flag(request, WORK)
             try:
-                target = target_of(desk.pipe, made, labels)
-                with desk.driving:
-                    found = optimize([own_choice(desk.pipe, made.recording)], [target], initial_embedding(desk.pipe, [called]), settings,
+                target = target_of(self.desk.pipe, made, labels)
+                with self.desk.driving:
+                    found = optimize([own_choice(self.desk.pipe, made.recording)], [target], initial_embedding(self.desk.pipe, [called]), settings,
                                      should_stop=stop.is_set)  # fmt: skip
             finally:
-                desk.end(request, WORK, stop)
-            label = desk.shelf.add(visitor(request), token_of([made], [called], found, settings))
+                self.desk.end(request, WORK, stop)
+            label = self.desk.shelf.add(visitor(request), token_of([made], [called], found, settings))
             line = f"loss {found.losses[0]:.4f} to {found.loss:.4f} in {found.epochs} epochs, {found.seconds:.1f} s"
-            return str(desk.shelf.path(visitor(request), label)), line
+            return str(self.desk.shelf.path(visitor(request), label)), line
         except ValueError as error:
             raise problem(error) from None
-
-    with gr.Row(visible=False):
-        for_programs, token_file, line = gr.Button("optimize"), gr.File(), gr.Textbox()
-    for_programs.click(
-        api_optimize, [from_generate, file, name, recipe, epochs, rate], [token_file, line], api_name="optimize",
-        concurrency_id="model", concurrency_limit=1,
-    )  # fmt: skip
