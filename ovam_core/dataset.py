@@ -20,7 +20,6 @@ from __future__ import annotations
 import errno
 import io
 import json
-import os
 import re
 import unicodedata
 import zipfile
@@ -39,6 +38,7 @@ except ImportError:  # Windows: exports are not kept apart
     fcntl = None
 
 from . import plot
+from .files import beside, write
 from .filters import Filters, judge
 from .mask import densecrf, label_map
 from .prompts import Item, Work
@@ -187,19 +187,6 @@ def _json(value: Any, indent: int | None = None) -> bytes:
 
 
 # ------------------------------------------------------------------------------------------------ the folder
-
-
-def write(path: Path, data: bytes) -> None:
-    """Writes beside and renames. Nothing is left of a write that failed. Raises OSError."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-        os.replace(part, path)
-    except BaseException:
-        with suppress(OSError):
-            part.unlink()
-        raise
 
 
 def disk_sentence(error: OSError, folder: Path | str, run: str = "export") -> str:
@@ -454,20 +441,13 @@ def zip_folder(folder: str | Path, path: str | Path) -> Path:
     path: outside the folder. The same data set gives the same bytes.
     """
     folder, path = Path(folder), Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:  # JPEG and PNG do not get smaller
-            for file in sorted(file for file in folder.rglob("*") if file.is_file()):
-                inside = file.relative_to(folder)
-                if inside.parts[0] == STATE or file.name.endswith(".part"):
-                    continue
-                entry = zipfile.ZipInfo(inside.as_posix(), date_time=(1980, 1, 1, 0, 0, 0))
-                with open(file, "rb") as source, archive.open(entry, "w", force_zip64=True) as target:
-                    while block := source.read(1 << 20):
-                        target.write(block)
-        os.replace(part, path)
-    except BaseException:
-        with suppress(OSError):
-            part.unlink()
-        raise
+    with beside(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:  # JPEG and PNG do not get smaller
+        for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+            inside = file.relative_to(folder)
+            if inside.parts[0] == STATE or file.name.endswith(".part"):
+                continue
+            entry = zipfile.ZipInfo(inside.as_posix(), date_time=(1980, 1, 1, 0, 0, 0))
+            with open(file, "rb") as source, archive.open(entry, "w", force_zip64=True) as target:
+                while block := source.read(1 << 20):
+                    target.write(block)
     return path

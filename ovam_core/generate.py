@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import re
 import tempfile
 import time
@@ -29,6 +28,7 @@ from PIL import Image
 
 from . import plot, tokens
 from .families import family_of
+from .files import write
 from .goca import GocaRecording, record_goca
 from .heatmap import resize
 from .mask import label_map, make_masks
@@ -605,7 +605,7 @@ def save(folder: str | Path, generation: Generation, maps: Maps, settings: MapSe
     for name in _earlier(folder) - files.keys():
         (folder / name).unlink(missing_ok=True)
     for name, data in files.items():
-        _write(folder / name, data)
+        write(folder / name, data)
     return [folder / name for name in files]
 
 
@@ -631,25 +631,13 @@ def _earlier(folder: Path) -> set[str]:
         return set()
 
 
-def _write(path: Path, data: bytes) -> None:
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(beside, 0o644)  # mkstemp makes files for the owner alone
-        os.replace(beside, path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
-
-
 def save_zip(path: str | Path, generation: Generation, maps: Maps, settings: MapSettings) -> Path:
     """The same files as `save`, in one zip."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:  # PNG and npz are compressed already
         for name, data in contents(generation, maps, settings).items():
             archive.writestr(zipfile.ZipInfo(name), data)  # ZipInfo's fixed date keeps the bytes the same
-    _write(Path(path), buffer.getvalue())
+    write(Path(path), buffer.getvalue())
     return Path(path)
 
 

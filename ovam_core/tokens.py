@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import pickle
 import re
 import tempfile
@@ -28,6 +27,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from .families import family_of
+from .files import write
 from .pipeline import DEFAULT_HUB_MODEL
 from .text import Attribution, background_embedding
 
@@ -172,17 +172,10 @@ def _check_file(path: Path) -> None:
 
 
 def _write(path: Path, data: bytes) -> Path:
-    beside = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(beside, 0o644)  # mkstemp makes files for the owner alone
-        os.replace(beside, path)
+        write(path, data)
     except OSError as error:
-        if beside is not None:
-            Path(beside).unlink(missing_ok=True)
         raise ValueError(f"Cannot write the file '{path}': {(error.strerror or 'not possible').lower()}.") from None
     return path
 

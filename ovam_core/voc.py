@@ -49,6 +49,7 @@ from .export import (
     weigh,
     worker_count,
 )
+from .files import write
 from .goca import record_goca
 from .heatmap import resize
 from .mask import densecrf, label_map
@@ -620,7 +621,7 @@ def _begin(folder: Path, about: dict[str, Any]) -> None:
     """Settings before the rest: another process that begins just now must not take the folder for a stranger's."""
     (folder / dataset.ITEMS).mkdir(parents=True, exist_ok=True)
     dataset.clear_parts(folder)
-    dataset.write(
+    write(
         folder / dataset.SETTINGS, (json.dumps(about, ensure_ascii=False, indent=1) + "\n").encode()
     )
     (folder / MASKS).mkdir(exist_ok=True)
@@ -666,6 +667,6 @@ def _finish(folder: Path, data: VocSet, about: dict[str, Any]) -> Result:
         for truth, found, pixels in row["confusion"]:
             matrix[truth, found] += pixels
     result = Result(matrix, data.labels, len(data.names), about)
-    dataset.write(folder / RESULTS, result.json())
-    dataset.write(folder / TABLE, (result.text() + "\n").encode())
+    write(folder / RESULTS, result.json())
+    write(folder / TABLE, (result.text() + "\n").encode())
     return result

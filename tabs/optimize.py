@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -189,7 +189,7 @@ def target_of(pipe: Any, made: Generation, labels: np.ndarray) -> np.ndarray:
 
 def search(
     pipe: Any, made: Generation, labels: np.ndarray, name: str, settings: OptimizeSettings, should_stop: Callable[[], bool],
-    driving: AbstractContextManager,
+    driving: AbstractContextManager = nullcontext(),
 ) -> Iterator[tuple[Epoch | Optimized, list[float]]]:
     """Runs `optimize` within `driving`; gives its latest epoch every SHOW_EVERY seconds, at the end the result, with the losses so far."""
     start, losses, target = initial_embedding(pipe, [name]), [], target_of(pipe, made, labels)

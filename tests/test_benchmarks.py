@@ -62,7 +62,8 @@ def test_smoke_subset_of_the_quality_tables(pipe, tmp_path, shelf, capsys):
     assert list(figures["sets"]) == ["voc-sim", "captions"]
     for one in figures["sets"].values():
         methods = {(row["name"], row["asked"]) for row in one["rows"] if row["table"] == "Methods"}
-        assert methods == {(name, asked) for name in ("DAAM", "OVAM", "OVAM, own tau", "Attn2Mask") for asked in ("name", "token")}
+        all_of_it = ("DAAM, all grids and steps", "OVAM, all grids and steps")
+        assert methods == {(name, asked) for name in ("DAAM", "OVAM", "OVAM, own tau", "Attn2Mask", *all_of_it) for asked in ("name", "token")}
         assert {row["table"] for row in one["rows"]} == {"Methods", "Post-processing", "Ceiling", "Resolutions", "Steps", "Alpha"}
         assert sum(row["table"] == "Resolutions" for row in one["rows"]) == 14
         for row in one["rows"]:

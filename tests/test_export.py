@@ -27,7 +27,7 @@ from ovam_core import dataset, tokens
 from ovam_core import export as export_module
 from ovam_core.__main__ import main
 from ovam_core.dataset import preview, read_labels, stem, zip_folder
-from ovam_core.export import ExportSettings, Process, export, measure, plan
+from ovam_core.export import ExportSettings, Process, batches_of, export, measure, plan
 from ovam_core.filters import Filters
 from ovam_core.plot import VOC_PALETTE
 from ovam_core.prompts import Item, Prompt, work_list
@@ -366,6 +366,15 @@ def test_accelerate_with_two_processes(result, tmp_path):
     assert len(same) == 24 and all(tree(result)[name] == tree(one)[name] for name in same)
 
 
+def test_a_batch_has_negative_prompts_or_none():
+    """SDXL's image without one must not depend on whether another of the batch has one."""
+    parts = list(batches_of(WORK.items, 3))
+    assert [item for part in parts for item in part] == list(WORK.items)
+    assert max(map(len, parts)) == 3
+    assert all(len({bool(item.negative_prompt) for item in part}) == 1 for part in parts)
+    assert len({bool(item.negative_prompt) for item in WORK.items}) == 2
+
+
 def test_out_of_memory_halves_the_batch_once(tmp_path, monkeypatch):
     real, sizes, notes = export_module.make_jobs, [], []
 
@@ -378,7 +387,7 @@ def test_out_of_memory_halves_the_batch_once(tmp_path, monkeypatch):
     monkeypatch.setattr(export_module, "make_jobs", crowded)
     settings = replace(SETTINGS, batch_size=4)
     summary = export(PIPE, WORK, settings, tmp_path / "out", workers=0, on_note=notes.append)
-    assert sizes == [4, 2, 2, 2, 2] and len(summary.rows) == 8
+    assert sizes == [2, 2, 4, 2, 2] and len(summary.rows) == 8  # negative prompts have batches of their own
     assert len(notes) == 1 and "batches of 2" in notes[0] and notes[0] in summary.text()
     with pytest.raises(ValueError, match="does not fit in memory"):
         export(PIPE, WORK, replace(SETTINGS, batch_size=8), tmp_path / "other", workers=0)

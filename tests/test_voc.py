@@ -408,11 +408,11 @@ def test_the_command_killed_and_started_again(root, model, result, tmp_path, cap
         "import os, signal, sys\n"
         "from ovam_core import dataset, voc\n"
         "from ovam_core.__main__ import main\n"
-        "write = dataset.write\n"
+        "write = voc.write\n"
         "def killed(path, data):\n"
         "    if path.name == '000002.json': os.kill(os.getpid(), signal.SIGKILL)\n"
         "    write(path, data)\n"
-        "dataset.write = killed\n"
+        "voc.write = dataset.write = killed\n"
         "main(sys.argv[1:])\n"
     )
     asked = command(root, model, out)
