@@ -278,6 +278,12 @@ def test_a_visit(visit, tmp_path):
     wait_for_words(page, ["grass", "red car"])
     assert sources(page, "#image") == picture and sources(page, "#gallery") != maps
 
+    page.fill("#words textarea, #words input", "cat, zeppelin on a lawn")
+    page.wait_for_selector("#note .hint:has-text('never learned: zeppelin, lawn')")
+    page.fill("#words textarea, #words input", "grass, red car")
+    wait_for_words(page, ["grass", "red car"])
+    page.wait_for_selector("#note .hint:has-text('never learned: red.')")
+
     maps, masks = sources(page, "#gallery"), sources(page, "#annotated")
     page.fill("#tau input[type=number]", "0.9")
     page.press("#tau input[type=number]", "Tab")
