@@ -28,7 +28,7 @@ from ovam_core.generate import (
     save_zip,
     slugs,
 )
-from ovam_core.pipeline import load_pipeline
+from ovam_core.pipeline import defaults_for, load_pipeline
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--model", "emoji-voc", "--device", "cpu", "--steps", "2"]
@@ -100,7 +100,7 @@ def test_every_option_together(tmp_path):
                "--negative-prompt", "rain", "--timesteps", "1", "--resolutions", "16,8"]  # fmt: skip
     assert main(["generate", PROMPT, *options, "--out", str(out), *QUICK]) == 0
     made, asked, model, device = load_settings(out / "settings.json")
-    assert asked == MapSettings(("cat", "car"), "a cat and a car", 0.4, 1.0, False, (1,), (8, 16))
+    assert asked == MapSettings(("cat", "car"), "a cat and a car", defaults_for("emoji-voc").tau, 1.0, False, (1,), (8, 16))
     assert (made.negative_prompt, made.guidance, model, device) == ("rain", 1.0, "emoji-voc", "cpu")
 
 

@@ -112,7 +112,7 @@ def test_maps_find_their_objects_in_generated_images(pipe):
     blob = best_mean_iou([centred_blob(128)] * len(masks), masks)
     print(f"generated: {len(masks)} of 20 drawn, IoU {ours:.3f}, uniform {uniform:.3f}, blob {blob:.3f}")
     assert len(masks) >= 16
-    assert ours > 1.2 * max(uniform, blob)
+    assert ours > max(0.6, 1.4 * max(uniform, blob))
 
 
 def test_the_shipped_tokens_are_of_these_weights(pipe):
