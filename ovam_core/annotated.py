@@ -235,7 +235,8 @@ def _record_all(
         try:
             targets.append(_target(pipe, one))
         except ValueError as error:  # which one, of a folder of many
-            raise ValueError(f"{one.mask.name}: {error}") from None
+            known = one.mask.name in str(error)
+            raise ValueError(str(error) if known else f"{one.mask.name}: {error}") from None
     for number, one in enumerate(examples):
         if on_image is not None:
             on_image(number, len(examples))

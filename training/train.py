@@ -383,6 +383,8 @@ def adopt(folder: Path, recipe: Recipe, work: Path) -> None:
     Weights alone: the optimizers begin anew. A pipeline holds the averaged weights of the end of a run, which the
     first minutes at the full rate unsettle; a checkpoint from before the fall is the better start where there is one.
     """
+    if not (folder / "training.json").is_file():
+        raise ValueError(f"'{folder}' is no folder that this script wrote: it has no training.json.")
     facts = json.loads((folder / "training.json").read_text())
     if facts["recipe"] != recipe.name:
         raise ValueError(f"{folder} was made by the recipe {facts['recipe']}, not by {recipe.name}: name that recipe.")
@@ -447,7 +449,10 @@ def main() -> None:
     work = options.work or HERE / "work" / recipe.name
     work.mkdir(parents=True, exist_ok=True)
     if options.adopt:
-        adopt(options.adopt, recipe, work)
+        try:
+            adopt(options.adopt, recipe, work)
+        except ValueError as error:
+            parser.error(str(error))
     torch.manual_seed(int(time.time()))
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
         done = (
