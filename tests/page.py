@@ -92,8 +92,20 @@ def set_steps(page, steps: int) -> None:
     page.click("#advanced > button")
 
 
+def until(page, holds) -> None:
+    """Waits for what the server did, which the page may show too briefly to be seen."""
+    for _ in range(600):
+        if holds():
+            return
+        page.wait_for_timeout(100)
+    raise AssertionError("it never came to that")
+
+
 def upload(page, selector: str, file: str, shown: str) -> None:
-    """Hands a file to a field until `shown` stands on the page: a field that just appeared may not listen yet."""
+    """Hands a file to a field until `shown` stands on the page: a field that just appeared may not listen yet.
+
+    `shown` must stay: what a page shows only while it uploads may be gone before it is looked for.
+    """
     from playwright.sync_api import TimeoutError
 
     page.wait_for_selector(f"{selector} input[type=file]", state="attached")
@@ -119,7 +131,7 @@ def upload_mask(page, file: str) -> None:
             break
         except TimeoutError:
             page.click("#way label >> nth=0")
-    upload(page, "#mask-file", file, f"#mask-file :text('{Path(file).name}')")
+    upload(page, "#mask-file", file, f"#mask-file .filename[aria-label='{Path(file).name}']")
 
 
 def sources(page, selector: str) -> list[str]:

@@ -352,7 +352,15 @@ def test_a_mistake_is_said_beside_the_words(visit):
     assert not page.is_visible("#note")
 
 
-def test_stop(visit):
+@pytest.fixture
+def slow(pipe):
+    """A tenth of a second more a step: 200 steps of the embedded model may be over before a slow page shows them."""
+    hook = pipe.unet.register_forward_pre_hook(lambda *given: time.sleep(0.1))
+    yield
+    hook.remove()
+
+
+def test_stop(visit, slow):
     page = visit()
     set_steps(page, STEPS)
     generate_now(page)

@@ -11,6 +11,7 @@ import pytest
 from page import set_number, shoot
 from PIL import Image
 
+import tabs.export as tab
 from ovam_core.prompts import Prompt
 from tabs.beside import beside
 from tabs.export import OWN, TEMPLATE, bar, prompts_of, within
@@ -123,7 +124,26 @@ def open_tab(page) -> None:
     page.wait_for_selector("#export")
 
 
-def test_an_export_stopped_and_gone_on_with(visit, tmp_path):
+@pytest.fixture
+def waiting(monkeypatch):
+    """The first export goes on after its first image only when it is stopped: it may be over before a slow page shows it."""
+    real, begun = tab.export, []
+
+    def export(*given, on_image, should_stop, **more):
+        begun.append(1)
+
+        def told(progress):
+            on_image(progress)
+            deadline = time.monotonic() + 60
+            while len(begun) == 1 and not should_stop() and time.monotonic() < deadline:
+                time.sleep(0.05)
+
+        return real(*given, on_image=told, should_stop=should_stop, **more)
+
+    monkeypatch.setattr(tab, "export", export)
+
+
+def test_an_export_stopped_and_gone_on_with(visit, waiting, tmp_path):
     page = visit()
     open_tab(page)
     assert page.is_disabled("#export-stop") and page.is_disabled("#export-download")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
-from page import set_number, shoot, sources, upload_mask
+from page import set_number, shoot, sources, until, upload_mask
 from PIL import Image, ImageDraw
 
 import tabs.optimize as tab
@@ -283,9 +283,8 @@ def test_the_whole_way(visit, searches, tmp_path):
         page.click("#try")
         page.wait_for_function("(before) => { const all = [...document.querySelectorAll('#tried img')].map((x) => x.src); return all.length == 5 && all.join() != before.join(); }", arg=before)
     page.click("#learn")
-    page.wait_for_selector("#learn-stop:not([disabled])")
+    until(page, lambda: len(searches) == 2)
     page.wait_for_selector("#learn:not([disabled])")
-    assert len(searches) == 2
 
     page.get_by_role("tab", name="Generate", exact=True).click()
     page.click("#generate")
@@ -299,8 +298,14 @@ def test_the_whole_way(visit, searches, tmp_path):
 
 def test_stop_keeps_the_best(visit, searches, monkeypatch):
     def slowly(recordings, targets, start, settings, report, should_stop):
-        """500 epochs of the embedded model may be over before the button is reached."""
-        told = lambda epoch: (time.sleep(0.03), report(epoch))  # noqa: E731
+        """500 epochs of the embedded model may be over before the button is reached: after 20 they wait for it."""
+
+        def told(epoch):
+            report(epoch)
+            deadline = time.monotonic() + 60
+            while epoch.number > 20 and not should_stop() and time.monotonic() < deadline:
+                time.sleep(0.05)
+
         return optimize(recordings, targets, start, settings, told, should_stop)
 
     monkeypatch.setattr(tab, "SHOW_EVERY", 0.1)
