@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
 import transformers
 from tqdm import tqdm
 
@@ -42,6 +41,7 @@ from .generate import (
     parse_numbers,
     save,
 )
+from .memory import short_memory_says
 from .methods import ALL_METHODS, OVAM, method_named
 from .optimize import RECIPES, Epoch, Optimized, OptimizeSettings
 from .photo import PhotoSettings, default_caption, photograph, read_photo
@@ -718,12 +718,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     quiet()
     try:
-        options.run(options)
+        with short_memory_says("The device has too little memory for this: choose a smaller size, or another --device."):
+            options.run(options)
     except ValueError as error:
         sys.stderr.write(f"Error: {' '.join(str(error).split())}\n")
-        return 2
-    except torch.OutOfMemoryError:
-        sys.stderr.write("Error: The device has too little memory for this: choose a smaller size, or another --device.\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("\nStopped.\n")

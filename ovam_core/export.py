@@ -44,6 +44,7 @@ from .filters import ClipScorer, Filters, reason_kinds
 from .generate import GenerateSettings, Stopped
 from .heatmap import attribute, resize
 from .mask import binary_masks, self_attention_map
+from .memory import is_out_of_memory
 from .pipeline import defaults_for
 from .prompts import Item, Skipped, Work, match_class
 from .recorder import Recording, own_grids, own_steps, record
@@ -790,14 +791,6 @@ def batches_of(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
     for _, run in groupby(items, key=lambda item: bool(item.negative_prompt)):
         alike = list(run)
         yield from (alike[start : start + size] for start in range(0, len(alike), size))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an accelerator, or the allocator of the CPU, had no memory left."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    said = str(error).lower()
-    return any(words in said for words in ("out of memory", "can't allocate memory", "not enough memory"))
 
 
 # ------------------------------------------------------------------------------------------------ workers

@@ -42,7 +42,6 @@ from .export import (
     about_model,
     cores,
     digest,
-    is_out_of_memory,
     process_pool,
     questions,
     repeatable,
@@ -53,6 +52,7 @@ from .files import write
 from .goca import record_goca
 from .heatmap import resize
 from .mask import densecrf, label_map
+from .memory import short_memory_says
 from .methods import GocaMethod, Method, Seen, maps_and_masks, method_named
 from .photo import (
     TIMESTEPS,
@@ -583,9 +583,10 @@ def evaluate(
             process.wait()
             todo, done = _share(data, folder, process)
             count = worker_count(process.ranks) if workers is None else workers
-            for number in _run(pipe, data, todo, asked, settings, folder, count):
-                if on_image is not None:
-                    on_image(done + number, done + len(todo))
+            with short_memory_says("A photograph does not fit in memory; choose a smaller --size."):
+                for number in _run(pipe, data, todo, asked, settings, folder, count):
+                    if on_image is not None:
+                        on_image(done + number, done + len(todo))
             process.wait()
             return _finish(folder, data, about) if first else None
         except OSError as error:
@@ -594,10 +595,6 @@ def evaluate(
             raise ValueError(
                 "A process that writes the files died, perhaps for want of memory; start the same evaluation again."
             ) from None
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise ValueError("A photograph does not fit in memory; choose a smaller --size.") from None
 
 
 def fingerprint(

@@ -8,7 +8,8 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 
 from ovam_core.generate import GenerateSettings, Generation, Maps, MapSettings, Stopped, ask, generate
 from ovam_core.goca import record_goca
+from ovam_core.memory import is_out_of_memory, short_memory_says
 from ovam_core.photo import PhotoSettings, photograph
 
 from .jobs import LOCAL, Jobs, limits
@@ -114,14 +116,19 @@ class Desk:
         with self.driving:
             try:
                 return work()
-            except torch.OutOfMemoryError:
-                pass  # the frames that hold its tensors are gone with the exception
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise  # else the frames that hold its tensors are gone with it
             self.store.clear()
             torch.cuda.empty_cache()
-            try:
+            with short_memory_says(NO_MEMORY):
                 return work()
-            except torch.OutOfMemoryError:
-                raise ValueError(NO_MEMORY) from None
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """The model to oneself. Raises ValueError where memory is short."""
+        with self.driving, short_memory_says(NO_MEMORY):
+            yield
 
     def keep(self, made: Generation, request: gr.Request) -> str:
         """Keeps a recording for the visitor and returns its id; their oldest one may have to go."""
@@ -136,10 +143,8 @@ class Desk:
     def answer(self, made: Generation, asked: MapSettings) -> tuple[Maps, float]:
         """Maps and masks, and the seconds they took. Raises ValueError."""
         begun = time.perf_counter()
-        try:
+        with short_memory_says("The device has too little memory for this: ask for fewer words, or fewer steps."):
             maps = ask(self.pipe, made, asked)
-        except torch.OutOfMemoryError:
-            raise ValueError("The device has too little memory for this: ask for fewer words, or fewer steps.") from None
         return maps, time.perf_counter() - begun
 
     def stop(self, request: gr.Request, *works: str) -> None:

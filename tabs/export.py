@@ -267,7 +267,7 @@ class ExportTab:
         self, work: Work, settings: ExportSettings, folder: Path, report: Callable[[Progress], None], should_stop: Callable[[], bool]
     ) -> Summary:
         """Without workers: each would import this whole page, for a few hundredths of a second an image."""
-        with self.desk.driving:
+        with self.desk.alone():
             return export(self.pipe, work, settings, folder, workers=0, on_image=report, should_stop=should_stop)
 
 

@@ -432,7 +432,7 @@ class OptimizeTab:
             made, labels, called, settings = self.understood(*values)
             stop = self.desk.flag(request, WORK)
             try:
-                for state, losses in search(self.desk.pipe, made, labels, called, settings, stop.is_set, self.desk.driving):
+                for state, losses in search(self.desk.pipe, made, labels, called, settings, stop.is_set, self.desk.alone()):
                     yield preview(self.desk.pipe, made, state.embedding), curve_of(losses, settings), *[gr.skip()] * 8
             finally:
                 stop.set()  # a visitor who left ends the search too
@@ -494,7 +494,7 @@ class OptimizeTab:
             stop = self.desk.flag(request, WORK)
             try:
                 target = target_of(self.desk.pipe, made, labels)
-                with self.desk.driving:
+                with self.desk.alone():
                     found = optimize([own_choice(self.desk.pipe, made.recording)], [target], initial_embedding(self.desk.pipe, [called]), settings,
                                      should_stop=stop.is_set)  # fmt: skip
             finally:

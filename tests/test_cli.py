@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ovam_core.__main__ import main, parse_size
@@ -309,3 +310,10 @@ def test_steps_and_grids_that_cannot_be_are_refused_before_the_image(pipe, asked
     settings = GenerateSettings.for_model(pipe, PROMPT, steps=3)
     with pytest.raises(ValueError, match="choose among"):
         check_served(pipe, MapSettings(("cat",), **asked).filled(pipe), settings)
+
+
+def test_short_memory_is_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("ovam_core.__main__.generate", lambda *given, **more: torch.empty(2**58))
+    assert main(["generate", PROMPT, *WORDS, "--out", str(tmp_path / "out"), *QUICK]) == 2
+    said = capsys.readouterr().err
+    assert "too little memory" in said and "Traceback" not in said

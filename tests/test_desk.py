@@ -6,11 +6,14 @@ import threading
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import tabs.desk
+import tabs.optimize
 from ovam_core.generate import GenerateSettings, MapSettings
+from ovam_core.optimize import RECIPES
 from ovam_core.pipeline import defaults_for, load_pipeline
 from tabs.desk import Desk
 from tabs.generate import for_tokens
@@ -121,14 +124,23 @@ def test_the_model_serves_one_run_at_a_time(desk, pipe, monkeypatch):
     assert most == [1]
 
 
-def test_short_memory_costs_the_recordings_first_then_one_sentence(desk, pipe, monkeypatch):
+def of_an_accelerator():
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def of_the_processor():
+    torch.empty(2**58)  # a real refusal, whose wording is the allocator's
+
+
+@pytest.mark.parametrize("too_much", [of_an_accelerator, of_the_processor])
+def test_short_memory_costs_the_recordings_first_then_one_sentence(desk, pipe, monkeypatch, too_much):
     key = desk.keep(desk.draw(image(pipe), "generate", ANN, silent), ANN)
     real, failures = tabs.desk.generate, [1]
 
     def short(*given, **more):
         if failures[0]:
             failures[0] -= 1
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            too_much()
         return real(*given, **more)
 
     monkeypatch.setattr(tabs.desk, "generate", short)
@@ -137,6 +149,25 @@ def test_short_memory_costs_the_recordings_first_then_one_sentence(desk, pipe, m
     failures[0] = 2
     with pytest.raises(ValueError, match="too little memory"):
         desk.draw(image(pipe), "generate", BOB, silent)
+    monkeypatch.setattr(tabs.desk, "ask", lambda *given: too_much())
+    monkeypatch.setattr(tabs.optimize, "optimize", lambda *given: too_much())
+    made = desk.find(desk.keep(real(pipe, image(pipe)), ANN))
+    with pytest.raises(ValueError, match="fewer words"):
+        desk.answer(made, MapSettings(words=("cat",)))
+    labels = np.zeros((64, 64), np.uint8)
+    labels[:32] = 1
+    with pytest.raises(ValueError, match="too little memory"):
+        list(tabs.optimize.search(pipe, made, labels, "cat", RECIPES["fast"], lambda: False, desk.alone()))
+    assert not desk.driving.locked()
+
+
+def test_another_fault_is_not_taken_for_short_memory(desk, pipe, monkeypatch):
+    def wrong(*given, **more):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(tabs.desk, "generate", wrong)
+    with pytest.raises(RuntimeError, match="shapes"):
+        desk.draw(image(pipe), "generate", ANN, silent)
 
 
 def test_sliders_hold_for_tokens_once_they_are_moved(pipe):

@@ -112,6 +112,29 @@ def test_annotator_reads_only_labels_and_measures_iou():
     assert torch.isnan(torch.tensor(iou[1]))
 
 
+def test_borders_can_be_left_out():
+    labels = np.zeros((1, 6, 6), np.uint8)
+    labels[0, 3:, 2:] = 7
+    touching = [[any(labels[0, y, x] != labels[0, v, u] for v, u in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1))
+                     if 0 <= v < 6 and 0 <= u < 6) for x in range(6)] for y in range(6)]  # fmt: skip
+    void = annotator.without_borders(labels)
+    assert np.array_equal(void[0] == annotator.VOID, np.array(touching))
+    predicted = np.where(void == annotator.VOID, 1, labels)  # wrong there alone
+    assert np.nanmin(annotator.intersection_over_union(predicted, void)) == 1
+
+
+def test_the_annotators_loss_counts_borders_more():
+    truth = torch.zeros(1, 8, 8, dtype=torch.int64)
+    truth[:, :, 4:] = 2
+    right = 8.0 * torch.nn.functional.one_hot(truth, annotator.CLASSES).movedim(-1, 1).float()
+    losses = []
+    for column in (0, 3):  # one column of the background taken for the object: far from the border, and beside it
+        scores = right.clone()
+        scores[..., column] = right[..., 7]
+        losses.append(annotator.loss(scores, truth).item())
+    assert annotator.loss(right, truth).item() < losses[0] < losses[1]
+
+
 def test_the_figures_noise_a_scene_as_the_training_did():
     """Eq. 4 of DDPM with the schedule's own sums, whatever sampler the pipeline carries."""
     pipe = load_pipeline("emoji-voc", "cpu")
