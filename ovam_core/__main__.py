@@ -65,8 +65,18 @@ METHOD_HELP = f"{'; '.join(ALL_METHODS).lower()} ({OVAM.name.lower()})"
 MAX_NOISE = 999  # the last timestep of the training schedules
 
 
+def a_name(text: str) -> str:
+    """A file or folder to write; an empty name would be the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("its name is empty")
+    return text
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one line, like all others here."""
+
+    def __init__(self, **given: Any):
+        super().__init__(**given, allow_abbrev=False)
 
     def error(self, message: str) -> None:
         self.exit(2, f"Error: {message}; see {self.prog} --help.\n")
@@ -120,7 +130,7 @@ def add_asked(one: argparse.ArgumentParser) -> None:
     one.add_argument("--words", nargs="+", metavar="WORD", help="words to look for; quote phrases: 'red bus'")
     one.add_argument("--attribution", metavar="SENTENCE", help="a full sentence to attribute; --words picks from it")
     one.add_argument("--token", nargs="+", metavar="FILE", help="token files whose classes to look for")
-    one.add_argument("--out", required=True, metavar="DIR", help="folder for the files")
+    one.add_argument("--out", type=a_name, required=True, metavar="DIR", help="folder for the files")
     one.add_argument("--settings", metavar="FILE", help="a settings.json of this command to use again; other options change it")
     one.add_argument("--tau", type=float, help="threshold of the masks, 0 to 1 (the model's; tokens: their own)")
     one.add_argument("--alpha", type=float, help="floor of the self-attention map, 0 to 1 (the model's; tokens: their own)")
@@ -293,7 +303,7 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     which = batch.add_mutually_exclusive_group(required=True)
     which.add_argument("--prompts", metavar="FILE", help="lines of text, .csv, .tsv, .jsonl, or COCO captions .json")
     which.add_argument("--template", metavar="TEXT", help="a prompt for each class: 'A photograph of a {}'")
-    batch.add_argument("--out", required=True, metavar="DIR", help="folder for the data set")
+    batch.add_argument("--out", type=a_name, required=True, metavar="DIR", help="folder for the data set")
     batch.add_argument("--classes", metavar="LIST", help="voc, or names in the order of their labels: 'cat, red bus'")
     batch.add_argument("--tokens", metavar="DIR", nargs="?", const=LIBRARY, help="ask by class token: the model's own, or DIR's")
     batch.add_argument("--images-per-prompt", metavar="N", type=int, default=1)
@@ -415,7 +425,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     one.add_argument("--tokens", metavar="DIR", nargs="?", const=LIBRARY, help="ask by class token: the model's own, or DIR's")
     one.add_argument("--template", metavar="TEXT", help="attribution prompt of a class: 'a photograph of a {}' ({})")
-    one.add_argument("--out", metavar="DIR", help="folder for label maps and results, in which the run can go on")
+    one.add_argument("--out", type=a_name, metavar="DIR", help="folder for label maps and results, in which the run can go on")
     one.add_argument("--limit", metavar="N", type=int, help="at most this many images")
     add_model(one)
     add_noise(one)
@@ -483,7 +493,7 @@ def add_optimize(commands: argparse._SubParsersAction) -> None:
     one.add_argument("--image-set", metavar="DIR", help="folder with metadata.jsonl: prompt and seed, or photo; mask, class a line")
     one.add_argument("--annotated", metavar="DIR", help="the same, but one token for each class in it")
     one.add_argument("--class", dest="classes", nargs="+", metavar="NAME", help="class of mask value 1, 2, ...")
-    one.add_argument("--out", required=True, metavar="PATH", help="token file; with --annotated, a folder")
+    one.add_argument("--out", type=a_name, required=True, metavar="PATH", help="token file; with --annotated, a folder")
     add_model(one)
     add_sampling(one)
     add_noise(one)
@@ -513,15 +523,15 @@ def add_tokens(commands: argparse._SubParsersAction) -> None:
     one.add_argument("--model", required=True, help="the model that the tokens were found with")
     one.add_argument("--branch", choices=list(BRANCHES), default="unconditional", help="default as the paper's: unconditional")
     one.add_argument("--class", dest="classes", nargs="+", metavar="NAME", help="names of a plain array's rows")
-    one.add_argument("--out", metavar="DIR", help="another folder than tokens/<model>")
+    one.add_argument("--out", type=a_name, metavar="DIR", help="another folder than tokens/<model>")
     one.set_defaults(run=run_tokens_import)
     one = actions.add_parser("fetch", help="download published tokens")
     one.add_argument("name", choices=["voc-sd15"])
-    one.add_argument("--out", metavar="DIR", help="another folder than tokens/<model>")
+    one.add_argument("--out", type=a_name, metavar="DIR", help="another folder than tokens/<model>")
     one.set_defaults(run=run_tokens_fetch)
     one = actions.add_parser("export", help="one class as a plain [1, E] .npy")
     one.add_argument("file", metavar="TOKEN")
-    one.add_argument("--out", required=True, metavar="FILE")
+    one.add_argument("--out", type=a_name, required=True, metavar="FILE")
     one.add_argument("--class", dest="name", metavar="NAME", help="which class, if the token has several")
     one.set_defaults(run=run_tokens_export)
 

@@ -191,7 +191,8 @@ class Family:
         )
 
     def tokenize(self, text: str) -> Tokens:
-        """Raises ValueError for an empty text and for one that the pipeline would cut."""
+        """Raises ValueError for an empty text, one that is not Unicode, and one that the pipeline would cut."""
+        check_unicode(text)
         text = written(self.spelled(text))
         read = [read_tokens(tokenizer, text) for tokenizer, _ in self.encoders]
         check_length(max(len(x.ids[0]) for x in read), self.max_tokens)
@@ -586,6 +587,12 @@ def written(text: str) -> str:
 
 _readers: WeakKeyDictionary[Any, tuple[int, Any]] = WeakKeyDictionary()  # tokenizer to its length and its copy
 _reading = threading.Lock()
+
+
+def check_unicode(text: str) -> None:
+    """Bytes of another encoding arrive as lone surrogates, which no tokenizer takes."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(f"{text[:40]!r} holds characters that are not Unicode: write it in UTF-8.")
 
 
 @contextmanager

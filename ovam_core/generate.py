@@ -191,6 +191,9 @@ class MapSettings:
         if not self.words and not self.sentence.strip() and not self.tokens:
             raise ValueError("There are no words to look for; give at least one, for example: cat.")
         check_text("The attribution sentence", self.sentence, MAX_PROMPT)
+        check_text("The template", self.template, MAX_PROMPT)
+        if not isinstance(self.crf, bool):
+            raise ValueError(f"The dense CRF is {self.crf!r}; write true or false.")
         if "{}" not in self.template:
             raise ValueError("The template has no {} where the word goes; write for example: a photo of a {}.")
         if len(self.tokens) > MAX_TOKENS:
@@ -268,7 +271,7 @@ def parse_numbers(text: str, name: str = "numbers", highest: int = MAX_STEPS - 1
     for part in re.split(r"[,\s]+", re.sub(r"\s*-\s*", "-", text.strip()).strip(",")):
         match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
         if not match:
-            raise ValueError(f"'{part[:40]}' is not a list of {name}; write for example 0-9 or 3,5,8.")
+            raise ValueError(f"'{(part or text)[:40]}' is not a list of {name}; write for example 0-9 or 3,5,8.")
         first, last = int(match[1]), int(match[2] or match[1])
         if last > highest or first > last:
             raise ValueError(f"The {name} {part} are not within 0 to {highest} in rising order.")
@@ -616,6 +619,8 @@ def make_folder(folder: str | Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"'{folder}' is, or lies in, a file: give a folder.") from None
     except OSError as error:
         reason = error.strerror or "not possible"
         raise ValueError(f"Cannot write to the folder '{folder}': {reason.lower()}.") from None
@@ -652,7 +657,7 @@ def load_settings(path: str | Path, made_by: type[Made] = GenerateSettings) -> t
         about = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         raise ValueError(f"There is no settings file '{path}' that can be read.") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"'{path}' is not a JSON file.") from None
     if not isinstance(about, dict) or about.get("format") != made_by.FORMAT:
         raise ValueError(f"'{path}' is not a settings.json of this program (format {made_by.FORMAT}).")
@@ -677,4 +682,7 @@ def _known(cls: type, values: dict) -> dict:
 
 
 def _tuple(value: Any) -> tuple | None:
+    """A list of the file. Raises TypeError for anything else, a text of several letters among them."""
+    if value is not None and not isinstance(value, list | tuple):
+        raise TypeError
     return None if value is None else tuple(value)

@@ -171,10 +171,10 @@ def _device(device: str | None) -> str:
         raise ValueError(f"There is no device {device!r}: choose cuda, mps or cpu.") from None
     number = torch.device(device).index or 0
     there = {"cpu": True, "cuda": number < torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
-    if not there.get(kind, True):
-        raise ValueError(
-            f"The device {device!r} is not available on this machine: choose another, such as cpu."
-        )
+    if kind not in there:
+        raise ValueError(f"There is no device {device!r} here: choose cuda, mps or cpu.")
+    if not there[kind]:
+        raise ValueError(f"The device {device!r} is not available on this machine: choose another, such as cpu.")
     return device
 
 

@@ -140,6 +140,8 @@ def _check_words(words: Sequence[str]) -> list[str]:
     if len(words) > MAX_WORDS:
         raise ValueError(f"{len(words)} words are too many: give at most {MAX_WORDS}.")
     for word in words:
+        if not isinstance(word, str):
+            raise ValueError(f"The word {word!r} is not text.")
         if len(word) > MAX_WORD_CHARS:
             raise ValueError(
                 f"The word {word[:30]!r}... is longer than {MAX_WORD_CHARS} characters: shorten it."

@@ -48,12 +48,24 @@ def only_numbers(*fields: gr.Slider | gr.Number) -> None:
                 return read(value)
             if not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise gr.Error(f"{field.label} is {html.escape(str(value)[:40])}; give a number.", print_exception=False)
+            if getattr(field, "precision", None) == 0 and value != int(value):  # gradio would round it in silence
+                raise gr.Error(f"{field.label} is {value}; give a whole number.", print_exception=False)
             return read(value)
 
         return preprocess
 
     for field in fields:
         field.preprocess = checked(field, field.preprocess)
+
+
+def only_lists(*fields: gr.CheckboxGroup) -> None:
+    """A client may send no list, at which a field itself only fails: none ticked is the same."""
+
+    def checked(read: Callable) -> Callable:
+        return lambda value: read(value if isinstance(value, list) else [])
+
+    for field in fields:
+        field.preprocess = checked(field.preprocess)
 
 
 def visitor(request: gr.Request) -> str:

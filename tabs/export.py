@@ -25,7 +25,7 @@ from ovam_core.plot import VOC_CLASSES
 from ovam_core.prompts import KINDS, Prompt, Work, class_list, parse_prompts, read_prompts, template_prompts, work_list
 
 from .beside import beside
-from .desk import QUIET, Desk, only_numbers, problem, visitor
+from .desk import QUIET, Desk, only_lists, only_numbers, problem, visitor
 from .generate import CHECKS, whole
 from .jobs import Limits
 
@@ -134,6 +134,7 @@ class ExportTab:
                 self._lay_out_folds()
             with gr.Column(scale=7, min_width=320, elem_classes="get"):
                 self._lay_out_results()
+        only_lists(self.formats)
         only_numbers(self.each, self.seed, self.low, self.high, self.steps)
         self.given = [
             self.way, self.template, self.text, self.file, self.classes, self.by, self.each, self.seed, self.low, self.high,

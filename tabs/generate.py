@@ -38,7 +38,7 @@ from ovam_core.pipeline import ModelDefaults, defaults_for, not_learned
 from ovam_core.text import parse_words
 from ovam_core.tokens import SUFFIX, attribution, last_part, load
 
-from .desk import NO_IMAGE, PRIVATE, QUIET, Desk, only_numbers, problem, visitor
+from .desk import NO_IMAGE, PRIVATE, QUIET, Desk, only_lists, only_numbers, problem, visitor
 from .upload import check_photo, photo_fields, photo_settings, takes_photographs
 
 # Where the picture comes from, and what the button then says.
@@ -249,6 +249,7 @@ class GenerateTab:
                 self._lay_out_pictures()
                 self._lay_out_folds()
                 self._lay_out_end()
+        only_lists(self.which)
         only_numbers(self.seed, self.of_photo[-1], self.steps, self.guidance, self.width, self.height, self.tau, self.alpha)
         self.of_prompt = [self.prompt, self.negative, self.seed, self.steps, self.guidance, self.width, self.height]
         self.left = [self.source, *self.of_prompt, *self.of_photo]

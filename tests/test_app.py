@@ -106,6 +106,7 @@ BAD_IMAGES = {
     "guidance nan": ({"guidance": "NaN"}, "is NaN; give a number"),
     "seed below 0": ({"seed": -1}, "less than minimum"),
     "no seed": ({"seed": None}, "seed"),
+    "seed not whole": ({"seed": 1.5}, "Seed is 1.5; give a whole number"),
     "seed nan": ({"seed": "NaN"}, "Seed is NaN; give a number"),
 }
 BAD_WORDS = {
@@ -120,6 +121,7 @@ BAD_WORDS = {
     "steps": ({"steps": "0-99999999999"}, "steps"),
     "a step not run": ({"steps": "150"}, "None of these steps is in a run of 4: choose among 0 to 3"),
     "no grids": ({"grids": []}, "resolution"),
+    "grids that are no list": ({"grids": None}, "resolution"),
     "a grid not there": ({"grids": ["1/3"]}, "1/3"),
     "no such method": ({"method": "SAM"}, "SAM"),
     "a method of 100 steps": ({"method": "Attn2Mask"}, "generate an image with 100 steps"),

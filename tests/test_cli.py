@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -218,6 +219,10 @@ BAD = {
     "long negative prompt": ([PROMPT], [*WORDS, "--negative-prompt", "x" * 10_000], "10,000 characters"),
     "no words": ([PROMPT], [], "word"),
     "empty words": ([PROMPT], ["--words", "", " "], "word"),
+    "words of another encoding": ([PROMPT], ["--words", "c\udcff"], "not Unicode"),
+    "prompt of another encoding": (["a \udcff cat"], WORDS, "not Unicode"),
+    "half an option": ([PROMPT], ["--word", "cat"], "unrecognized arguments: --word"),
+    "timesteps of nothing": ([PROMPT], [*WORDS, "--timesteps", ",,,"], "',,,' is not a list of timesteps"),
     "punctuation": ([PROMPT], ["--words", "cat", "?!"], "not a word"),
     "long words": ([PROMPT], ["--words", "x" * 10_000], "10,000 characters"),
     "word past the encoder": ([PROMPT], ["--words", "q" * 190], "tokens"),
@@ -265,10 +270,34 @@ def test_bad_input_is_one_sentence_and_status_2(case, tmp_path, capsys, monkeypa
     assert not (tmp_path / "out" / "settings.json").exists()
 
 
-def test_a_folder_that_cannot_be_made(tmp_path, capsys):
+def test_a_folder_that_cannot_be_made(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
-    assert main(["generate", PROMPT, *WORDS, *QUICK, "--out", str(tmp_path / "file" / "out")]) == 2
-    assert "Cannot write" in capsys.readouterr().err
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        assert main(["generate", PROMPT, *WORDS, *QUICK, "--out", str(out)]) == 2
+        assert "give a folder" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        main(["generate", PROMPT, *WORDS, *QUICK, "--out", ""])
+    assert left.value.code == 2 and "empty" in capsys.readouterr().err and os.listdir() == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [({"words": [5]}, "not text"), ({"words": "cat"}, "wrong kind"), ({"template": 5}, "template is not text"), ({"crf": "no"}, "true or false"),
+     ({"tokens": 3}, "wrong kind")],
+)  # fmt: skip
+def test_settings_edited_by_hand(result, tmp_path, capsys, changed, said):
+    about = json.loads((result / "settings.json").read_text())
+    about["maps"] |= changed
+    (tmp_path / "settings.json").write_text(json.dumps(about))
+    assert main(["generate", "--settings", str(tmp_path / "settings.json"), "--out", str(tmp_path / "out")]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_settings_without_an_end(tmp_path):
+    (tmp_path / "settings.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="not a JSON file"):
+        load_settings(tmp_path / "settings.json")
 
 
 @pytest.mark.parametrize(

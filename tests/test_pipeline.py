@@ -120,7 +120,7 @@ def test_a_pipeline_of_another_kind(tmp_path):
         load_pipeline(str(tmp_path / "ddpm"))
 
 
-@pytest.mark.parametrize("device", ["cuda", "mps", "tpu9", "cpu!"])
+@pytest.mark.parametrize("device", ["cuda", "mps", "tpu9", "cpu!", "xpu", "vulkan", "hpu", "meta"])
 def test_a_device_that_is_not_there(monkeypatch, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
