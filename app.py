@@ -12,7 +12,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is i
 
 import gradio as gr
 
-from ovam_core.pipeline import DEFAULT_HUB_MODEL, EMBEDDED, load_pipeline
+from ovam_core.pipeline import DEFAULT_HUB_MODEL, EMBEDDED, load_pipeline, quiet
 from tabs.desk import Desk
 from tabs.export import ExportTab
 from tabs.generate import GenerateTab
@@ -91,6 +91,7 @@ def launch(page: gr.Blocks, **options: Any) -> Any:
 
 
 def main() -> int:
+    quiet()
     try:
         pipe, notice = open_model()
     except ValueError as error:

@@ -10,15 +10,12 @@ import os
 import signal
 import sys
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import transformers
 from tqdm import tqdm
 
 from .annotated import METADATA, Example, by_class, learn, learn_apart, photo_settings, read_folder
@@ -45,7 +42,7 @@ from .memory import short_memory_says
 from .methods import ALL_METHODS, OVAM, method_named
 from .optimize import RECIPES, Epoch, Optimized, OptimizeSettings
 from .photo import PhotoSettings, default_caption, photograph, read_photo
-from .pipeline import EMBEDDED, load_pipeline
+from .pipeline import EMBEDDED, load_pipeline, quiet
 from .prompts import class_list, read_prompts, template_prompts, work_list
 from .tokens import (
     BRANCHES,
@@ -713,14 +710,6 @@ def show_progress(done: int, total: int) -> None:
     """A counter on the terminal, in one line."""
     sys.stderr.write(f"\rstep {done} of {total}" + ("\n" if done == total else ""))
     sys.stderr.flush()
-
-
-def quiet() -> None:
-    """Keeps the libraries' notices and progress bars off the terminal: what is wrong is one sentence here."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    for logging in (transformers.utils.logging, diffusers.utils.logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
 
 
 def main(arguments: list[str] | None = None) -> int:

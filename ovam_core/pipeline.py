@@ -10,7 +10,9 @@ import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 
 from .families import family_of
 from .text import FUNCTION_WORDS
@@ -159,6 +161,14 @@ def _words_of(folder: Path | None) -> frozenset[str] | None:
         return frozenset(json.loads((folder / WORDS_FILE).read_text(encoding="utf-8"))) if folder else None
     except (OSError, ValueError, TypeError):
         return None
+
+
+def quiet() -> None:
+    """Keeps the libraries' notices and loading bars off the terminal; downloads keep theirs."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for logging in (transformers.utils.logging, diffusers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
 
 
 def _device(device: str | None) -> str:

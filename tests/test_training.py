@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -44,6 +45,10 @@ def test_every_stage_runs_stops_and_goes_on(tiny, tmp_path):
         assert not train.train_autoencoder(tiny, work, pool, train.Clock(0)), "a call out of time saves and says so"
         assert (work / "vae.pt").exists()
         assert train.train_autoencoder(tiny, work, pool, forever)
+        assert not train.train_annotator(tiny, work, 0.01, pool, train.Clock(0))
+        assert train.train_annotator(tiny, work, 0.01, pool, forever)
+    marks = json.loads((work / "annotator" / "figures.json").read_text())
+    assert marks["images"] > 0 and all(0 <= marks[name] <= 1 for name in ("rendered", "rendered_inside", "reconstructed", "reconstructed_inside"))
     train.write_pipeline(tiny, work, out)
     pipe = StableDiffusionPipeline.from_pretrained(out)
     pipe.set_progress_bar_config(disable=True)
@@ -58,9 +63,15 @@ def test_every_stage_runs_stops_and_goes_on(tiny, tmp_path):
     learned = again["average"]["shadow_params"][len(again["unet"]) :]
     table = next(weight for name, weight in state["encoder"].items() if "token_embedding" in name)
     assert any(one.shape == table.shape and torch.allclose(one, table) for one in learned), "the words that were learned alone"
-    for file in work.glob("latents_*.npz"):
+    for file in work.glob("*.npz"):
         shutil.copy(file, adopted)
     assert train.train_unet(tiny, adopted, state["spent"] / 60 + 0.01, forever), "and it goes on"
+    with ThreadPoolExecutor(1) as pool:
+        assert train.train_annotator(tiny, adopted, 0.01, pool, forever), "nothing is left of these minutes"
+        assert json.loads((adopted / "annotator" / "figures.json").read_text()) == marks
+        assert train.train_annotator(tiny, adopted, 0.02, pool, forever)
+    more = json.loads((adopted / "annotator" / "figures.json").read_text())
+    assert more["minutes"] == 0.02 and more["images"] > marks["images"]
     with pytest.raises(ValueError, match="was made by the recipe cpu"):
         train.adopt(out, replace(tiny, name="other"), adopted)
 
@@ -133,6 +144,13 @@ def test_the_annotators_loss_counts_borders_more():
         scores[..., column] = right[..., 7]
         losses.append(annotator.loss(scores, truth).item())
     assert annotator.loss(right, truth).item() < losses[0] < losses[1]
+
+
+def test_the_shipped_card_says_what_was_measured():
+    measured = json.loads((figures.CARD / "figures.json").read_text())
+    trained = json.loads((figures.CARD / "training.json").read_text())
+    assert (figures.CARD / "README.md").read_text() == figures.card(measured, trained, measured["annotator"])
+    assert measured["annotator"] == json.loads((annotator.FOLDER / "figures.json").read_text())
 
 
 def test_the_figures_noise_a_scene_as_the_training_did():

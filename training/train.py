@@ -3,8 +3,8 @@
 Four stages, each resumed from its own checkpoint under `training/work/<recipe>`: latents, UNet with text
 encoder, autoencoder, annotator; then the pipeline folder is written. The latent space is a fixed linear one, the
 principal components of pixel patches, which the autoencoder learns to write and to read: so the UNet need not wait for
-it, and a decoder that sees noisy latents forgives the UNet small errors. `--minutes` adds to the UNet's
-budget on a later run; `--stop-after` ends a call cleanly before a time limit. No mask is ever seen by
+it, and a decoder that sees noisy latents forgives the UNet small errors. `--minutes` and
+`--annotator-minutes` add to a budget on a later run; `--stop-after` ends a call cleanly before a time limit. No mask is ever seen by
 the diffusion model: only the annotator reads label maps.
 """
 from __future__ import annotations
@@ -317,14 +317,18 @@ def voc_only(labels: np.ndarray) -> np.ndarray:
     return np.where(labels < annotator.CLASSES, labels, 0).astype(np.uint8)
 
 
-def train_annotator(recipe: Recipe, work: Path, pool: ProcessPoolExecutor, clock: Clock) -> bool:
+def annotator_optimizer(network: torch.nn.Module) -> torch.optim.AdamW:
+    return torch.optim.AdamW(network.parameters(), lr=annotator.RATE, weight_decay=1e-3, fused=True)
+
+
+def train_annotator(recipe: Recipe, work: Path, minutes: float, pool: ProcessPoolExecutor, clock: Clock) -> bool:
     """Supervised segmentation on exact label maps. True when its minutes are spent; then its figures are written."""
     folder, path = work / "annotator", work / "annotator.pt"
-    if folder.exists():
+    if (folder / "figures.json").exists() and json.loads((folder / "figures.json").read_text())["minutes"] >= minutes:
         return True
     vae, space = load_autoencoder(recipe, work), load_space(work)
     network = annotator.build().to(device())
-    optimizer = torch.optim.AdamW(network.parameters(), lr=annotator.RATE, weight_decay=1e-3, fused=True)
+    optimizer = annotator_optimizer(network)
     state = torch.load(path, weights_only=True, map_location="cpu") if path.exists() else {"spent": 0.0, "samples": 0}
     if "network" in state:
         network.load_state_dict(state["network"])
@@ -336,7 +340,7 @@ def train_annotator(recipe: Recipe, work: Path, pool: ProcessPoolExecutor, clock
     spent, samples, losses = state["spent"], state["samples"], []
     for step, batch in enumerate(batches(len(images), annotator.BATCH, samples)):
         now = spent + time.monotonic() - begun
-        done = now >= recipe.annotator_minutes * 60
+        done = now >= minutes * 60
         if done or clock.over() or time.monotonic() - saved > 120:
             saved = time.monotonic()
             save(path, {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "spent": now, "samples": samples})
@@ -345,7 +349,7 @@ def train_annotator(recipe: Recipe, work: Path, pool: ProcessPoolExecutor, clock
         if clock.over():
             return False
         for group in optimizer.param_groups:
-            group["lr"] = annotator.RATE * rate_at(now / (recipe.annotator_minutes * 60))
+            group["lr"] = annotator.RATE * steady_rate(now / 60, minutes) * min(1.0, (step + 1) / RAMP)
         pictures, truth = annotator.mirror(to_tensor(images[batch]), labels[torch.from_numpy(batch).to(device())])
         with autocast():
             scores = annotator.logits(network, annotator.vary(pictures))
@@ -358,7 +362,7 @@ def train_annotator(recipe: Recipe, work: Path, pool: ProcessPoolExecutor, clock
         losses.append(loss.item() if step % 10 == 0 else losses[-1])
         if step % 100 == 99:
             print(f"annotator {now / 60:5.1f} min {samples} images  loss {np.mean(losses[-100:]):.4f}", flush=True)
-    figures = {"images": samples, "minutes": recipe.annotator_minutes, **measure_annotator(network, vae, space, recipe, pool)}
+    figures = {"images": samples, "minutes": minutes, **measure_annotator(network, vae, space, recipe, pool)}
     print("annotator", figures, flush=True)
     network.cpu().half().save_pretrained(folder)
     (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
@@ -403,8 +407,13 @@ def adopt(folder: Path, recipe: Recipe, work: Path) -> None:
     if not (work / "vae.pt").exists():
         state = {"vae": vae.state_dict(), "spent": facts["vae_minutes"] * 60, "samples": facts["vae_images"]}
         save(work / "vae.pt", state)
-    if annotator.FOLDER.exists() and not (work / "annotator").exists():
-        shutil.copytree(annotator.FOLDER, work / "annotator")
+    if annotator.FOLDER.exists() and not (work / "annotator.pt").exists():
+        network, marks = annotator.load().float(), json.loads((annotator.FOLDER / "figures.json").read_text())
+        save(work / "annotator.pt", {
+            "network": network.state_dict(), "optimizer": annotator_optimizer(network).state_dict(),
+            "spent": marks["minutes"] * 60, "samples": marks["images"],
+        })  # fmt: skip
+        shutil.copytree(annotator.FOLDER, work / "annotator", dirs_exist_ok=True)
 
 
 def write_pipeline(recipe: Recipe, work: Path, out: Path) -> None:
@@ -441,6 +450,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", choices=RECIPES)
     parser.add_argument("--minutes", type=float, help="minutes of UNet training in all, instead of the recipe's")
+    parser.add_argument("--annotator-minutes", type=float, help="minutes of the annotator's in all, instead of the recipe's")
     parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds after which this call saves and ends")
     parser.add_argument("--adopt", type=Path, metavar="FOLDER", help="where there are no checkpoints, go on from this pipeline's weights")
     parser.add_argument("--work", type=Path, help="folder of checkpoints (default training/work/<recipe>)")
@@ -460,7 +470,7 @@ def main() -> None:
             make_latents(recipe, work, pool, clock)
             and train_unet(recipe, work, options.minutes or recipe.unet_minutes, clock)
             and train_autoencoder(recipe, work, pool, clock)
-            and train_annotator(recipe, work, pool, clock)
+            and train_annotator(recipe, work, options.annotator_minutes or recipe.annotator_minutes, pool, clock)
         )
     if (work / "unet.pt").exists() and (work / "vae.pt").exists():
         write_pipeline(recipe, work, options.out)
