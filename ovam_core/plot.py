@@ -149,7 +149,7 @@ def scale_css(cmap: str = "turbo", stops: int = 12) -> str:
     return f"linear-gradient(to right, {', '.join('#%02x%02x%02x' % tuple(int(c) for c in rgb) for rgb in colors)})"
 
 
-def loss_curve(losses: Sequence[float], of: int, width: int = 420, height: int = 260) -> str:
+def loss_curve(losses: Sequence[float], of: int, width: int = 420, height: int = 340) -> str:
     """A loss curve as an SVG that takes its colours from the page (currentColor, --primary-500).
 
     losses: one finite value an epoch, at least one. of: epochs in all, the right end of the axis. The lowest is marked.
