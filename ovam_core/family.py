@@ -502,10 +502,12 @@ def attentions_of(denoiser: nn.Module) -> tuple[dict[str, nn.Module], dict[str, 
 
 
 def by_head(projected: Tensor, attention: nn.Module) -> Tensor:
+    """`[B, n, heads * d]` to `[B, heads, n, d]`."""
     return rearrange(projected, "b n (h d) -> b h n d", h=attention.heads)
 
 
 def normed(x: Tensor, norm: nn.Module | None) -> Tensor:
+    """Queries or keys of any shape after their own norm, where the layer has one."""
     return x if norm is None else norm(x)
 
 
@@ -536,6 +538,7 @@ def column_sums(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 
 def _column_sums(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """`column_sums` in plain PyTorch: float32 `[n]` of `[heads, n, d]` in any floating dtype."""
     n = query.shape[1]
     block_bytes = COLUMN_BLOCK_BYTES["cpu" if query.device.type == "cpu" else "other"]
     rows = max(1, min(n, block_bytes // (4 * n)))

@@ -94,6 +94,7 @@ def column_sums(query: Tensor, key: Tensor, scale: float, plain: Callable[[], Te
 
 
 def _column_sums(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Launches the two kernels of `column_sums`: float32 `[n]` of `[heads, n, d]`."""
     from .kernels import columns_norms, columns_sums
 
     heads, n, d = query.shape
@@ -111,6 +112,7 @@ def _column_sums(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 
 def _sums(keys: Tensor, queries: Tensor, sizes: Sequence[int] | None) -> Tensor:
+    """Launches the forward kernel: float32 `[rows, n]` of what the class says."""
     from .kernels import sums_forward
 
     steps, heads, n, _ = queries.shape
@@ -129,6 +131,7 @@ def _sums(keys: Tensor, queries: Tensor, sizes: Sequence[int] | None) -> Tensor:
 
 
 def _gradient(keys: Tensor, queries: Tensor, sizes: Sequence[int] | None, gradient: Tensor) -> Tensor:
+    """Launches the backward kernel: the gradient to keys, in their shape, of one `[rows, n]` to the sums; float32."""
     from .kernels import sums_backward
 
     steps, heads, n, _ = queries.shape
@@ -151,6 +154,7 @@ def _gradient(keys: Tensor, queries: Tensor, sizes: Sequence[int] | None, gradie
 
 
 def _plain_gradient(keys: Tensor, queries: Tensor, plain: Callable, gradient: Tensor) -> Tensor:
+    """The same by autograd through the plain form."""
     with torch.enable_grad():
         keys = keys.detach().requires_grad_()
         return torch.autograd.grad(plain(keys, queries), keys, gradient)[0]
@@ -161,6 +165,7 @@ def _plain_gradient(keys: Tensor, queries: Tensor, plain: Callable, gradient: Te
 
 @functools.cache
 def _runs(device: torch.device) -> bool:
+    """Whether the kernels are compiled for this device: CUDA of compute capability 8 at least, with Triton."""
     if device.type != "cuda" or torch.version.hip is not None or find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -193,6 +198,7 @@ def _tile(sizes: Sequence[int] | None, d: int) -> tuple[int, int]:
 
 
 def _constants(queries: Tensor, sizes: Sequence[int] | None) -> dict[str, int]:
+    """What both kernels of `sums` are compiled for: strides and width of the queries, tile sizes, room."""
     tokens, channels = _tile(sizes, queries.shape[-1])
     pixel, channel = queries.stride()[2:]
     strides = {"query_pixel": pixel, "query_channel": channel, "d": queries.shape[-1]}

@@ -64,6 +64,7 @@ def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _heatmaps(recording: Recording, embeddings: list[Tensor]) -> list[Tensor]:
+    """Eq. 5 for several prompts `[L, E]` at once: float32 `[L, H, W]` each, over every layer, step and head. Raises ValueError for a shape."""
     for embedding in embeddings:
         if embedding.ndim != 2 or embedding.shape[1] != recording.embed_dim or len(embedding) == 0:
             raise ValueError(
@@ -106,6 +107,7 @@ def _keys(recording: Recording, embedding: Tensor, sizes: list[int]) -> Iterator
 
 
 def _scaled(keys: Tensor, layer: LayerQueries, embedding: Tensor) -> Tensor:
+    """Keys of any shape and dtype times the softmax's scale, float32, on the embedding's device."""
     return keys.to(embedding.device, torch.float32) * layer.scale
 
 
@@ -199,6 +201,7 @@ def _products(keys: Tensor, block: Tensor) -> Tensor:
 
 
 def _sigmoid_slopes(probabilities: Tensor, gradient: Tensor) -> Tensor:
+    """`p * (1 - p) * g` of tensors of one shape: the sigmoid's gradient from its values."""
     return torch.addcmul(probabilities, probabilities, probabilities, value=-1).mul_(gradient)
 
 

@@ -322,6 +322,9 @@ class _Task:
 def _tasks(
     recordings: Sequence[Recording], targets: Sequence[np.ndarray], start: Tensor, weights: Sequence[float] | None
 ) -> list[_Task]:
+    """One task an image: a label map whole numbers `[H, W]` (IGNORE left out) for each recording. start: `[L, E]`, row n
+    the token of label n. Raises ValueError, one sentence, for what does not fit together.
+    """
     if not recordings or len(recordings) != len(targets):
         raise ValueError(f"There are {len(recordings)} recordings and {len(targets)} masks: give one mask an image.")
     weights = [1.0] * len(recordings) if weights is None else weights

@@ -152,12 +152,10 @@ class Desk:
             raise ValueError(NO_IMAGE)
         return made
 
-    def answer(self, made: Generation, asked: MapSettings) -> tuple[Maps, float]:
-        """Maps and masks, and the seconds they took. Raises ValueError."""
-        begun = time.perf_counter()
+    def answer(self, made: Generation, asked: MapSettings) -> Maps:
+        """Maps and masks. Raises ValueError."""
         with short_memory_says("The device has too little memory for this: ask for fewer words, or fewer steps."):
-            maps = ask(self.pipe, made, asked)
-        return maps, time.perf_counter() - begun
+            return ask(self.pipe, made, asked)
 
     def stop(self, request: gr.Request, *works: str) -> None:
         """Stops these works of the visitor; without a name, all."""

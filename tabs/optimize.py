@@ -440,7 +440,7 @@ class OptimizeTab:
             owner = visitor(request)
             label = self.desk.shelf.add(owner, token_of([made], [called], state, settings))
             path = self.desk.shelf.path(owner, label)
-            maps, _ = self.desk.answer(made, MapSettings(words=(called,), tokens=(str(path),)))
+            maps = self.desk.answer(made, MapSettings(words=(called,), tokens=(str(path),)))
             pairs, scores = versus(made.image, maps), agreement(maps, labels)
             yield (
                 gr.skip(), gr.skip(), verdict(called, *scores, state), *pairs, image_facts(made),
@@ -467,7 +467,7 @@ class OptimizeTab:
             asked = MapSettings(words=(class_name(called),), tokens=(str(path),))
             settings = GenerateSettings.for_model(self.desk.pipe, text or "", seed=whole(number))
             made = self.desk.draw(settings, PICTURE, request, progress, branch_for(asked))  # looked at once, so not kept
-            maps, _ = self.desk.answer(made, asked)
+            maps = self.desk.answer(made, asked)
         except (ValueError, Stopped) as error:
             raise problem(error) from None
         pair, cut = versus(made.image, maps)

@@ -10,6 +10,7 @@ Painter = Callable[[int, np.random.Generator], np.ndarray]
 
 
 def _resize(field: np.ndarray, size: int) -> np.ndarray:
+    """float [h, w] to float32 [size, size], bicubic."""
     return np.asarray(Image.fromarray(field.astype(np.float32)).resize((size, size), Image.BICUBIC))
 
 
@@ -24,11 +25,13 @@ def _noise(size: int, rng: np.random.Generator, cells: tuple[int, int], octaves:
 
 
 def _mix(first, second, share: np.ndarray) -> np.ndarray:
+    """Two colours (or pictures [S, S, 3], 0 to 255) by a share [S, S] of the second, cut to 0 to 1: float32 [S, S, 3]."""
     share = np.clip(share, 0, 1)[..., None]
     return np.asarray(first, np.float32) * (1 - share) + np.asarray(second, np.float32) * share
 
 
 def _rows(size: int) -> np.ndarray:
+    """float32 [size, size] that goes from 0 in the first row to 1 in the last."""
     return np.broadcast_to(np.linspace(0, 1, size, dtype=np.float32)[:, None], (size, size))
 
 

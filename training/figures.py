@@ -102,6 +102,7 @@ def received_attention(pipe, scenes: int) -> dict[str, float]:
 
 
 def largest_class(labels: np.ndarray) -> int:
+    """The VOC id with the most pixels in a label map uint8 [H, W]; 0 where there is background alone."""
     counts = np.bincount(labels.ravel(), minlength=annotator.CLASSES)[1:]
     return int(counts.argmax()) + 1 if counts.any() else 0
 

@@ -62,6 +62,7 @@ def autocast() -> torch.autocast:
 
 
 def _render(seed: int, recipe: Recipe) -> tuple[np.ndarray, np.ndarray, str]:
+    """Image uint8 [S, S, 3], label map uint8 [S, S] and caption of one seed."""
     made = world.scene(seed, recipe.size, recipe.nouns, recipe.counts)
     return made.image, made.labels, made.caption
 
@@ -73,6 +74,7 @@ def render(seeds: range, recipe: Recipe, pool: ProcessPoolExecutor) -> tuple[np.
 
 
 def _as_input(image: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] to float32 [1, 3, H, W] in [-1, 1]."""
     return rearrange(image, "h w c -> 1 c h w").astype(np.float32) / 127.5 - 1
 
 
@@ -102,6 +104,7 @@ def crops(images: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray
 
 
 def edges(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Differences of neighbours along rows [N, 3, H, W - 1] and along columns [N, 3, H - 1, W]."""
     return images.diff(dim=-1), images.diff(dim=-2)
 
 
@@ -156,6 +159,7 @@ def make_latents(recipe: Recipe, work: Path, pool: ProcessPoolExecutor, clock: C
 
 
 def load_latents(work: Path) -> tuple[torch.Tensor, list[str]]:
+    """Latents [N, C, h, w] in the files' dtype, and their captions."""
     files = [np.load(path) for path in sorted(work.glob("latents_*[0-9].npz"))]
     return torch.from_numpy(np.concatenate([file["latents"] for file in files])), [
         str(caption) for file in files for caption in file["captions"]
@@ -314,6 +318,7 @@ def generator_look(vae: torch.nn.Module, space: PatchSpace, images: np.ndarray, 
 
 
 def voc_only(labels: np.ndarray) -> np.ndarray:
+    """Label maps of the world to uint8 VOC ids, other nouns to background 0."""
     return np.where(labels < annotator.CLASSES, labels, 0).astype(np.uint8)
 
 
