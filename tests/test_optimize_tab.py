@@ -291,7 +291,7 @@ def test_the_whole_way(visit, searches, tmp_path):
     page.wait_for_selector("#gallery img")
     page.click("#tokens input")
     page.get_by_role("option", name="cat · yours").click()
-    page.wait_for_selector("#gallery .caption-label:has-text('cat (token)')")
+    page.wait_for_selector("#gallery .caption-label:has-text('cat')")
     page.keyboard.press("Escape")
     shoot(page, "with-token", full=True)
 
