@@ -219,14 +219,14 @@ def train_unet(recipe: Recipe, work: Path, minutes: float, clock: Clock) -> bool
     begun = saved = time.monotonic()
     for step, batch in enumerate(batches(len(latents), recipe.unet_batch, samples)):
         now = spent + time.monotonic() - begun
-        done = now >= minutes * 60
-        if done or clock.over() or time.monotonic() - saved > 120:
+        done, over = now >= minutes * 60, clock.over()  # asked once: what ends the call is saved
+        if done or over or time.monotonic() - saved > 120:
             saved = time.monotonic()
             save(path, {
                 "unet": unet.state_dict(), "encoder": encoder.state_dict(), "optimizer": optimizer.state_dict(),
                 "average": average.state_dict(), "spent": now, "samples": samples,
             })  # fmt: skip
-        if done or clock.over():
+        if done or over:
             return done
         for group in optimizer.param_groups:
             group["lr"] = recipe.unet_rate * steady_rate(now / 60, minutes) * min(1.0, (step + 1) / RAMP)
@@ -282,14 +282,14 @@ def train_autoencoder(recipe: Recipe, work: Path, pool: ProcessPoolExecutor, clo
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         samples += len(batch)
-        done = now >= recipe.vae_minutes * 60
+        done, over = now >= recipe.vae_minutes * 60, clock.over()
         if step % 100 == 0:
             error, apart = F.l1_loss(made, picture).item() * 127.5, F.mse_loss(encoded, latents).item()
             print(f"vae {now / 60:5.1f} min {samples} images  L1 {error:.2f}/255  encoder {apart:.4f}", flush=True)
-        if done or clock.over() or time.monotonic() - saved > 120:
+        if done or over or time.monotonic() - saved > 120:
             saved = time.monotonic()
             save(path, {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "spent": now, "samples": samples})
-        if done or clock.over():
+        if done or over:
             return done
     raise AssertionError("batches() has no end")
 
@@ -345,13 +345,13 @@ def train_annotator(recipe: Recipe, work: Path, minutes: float, pool: ProcessPoo
     spent, samples, losses = state["spent"], state["samples"], []
     for step, batch in enumerate(batches(len(images), annotator.BATCH, samples)):
         now = spent + time.monotonic() - begun
-        done = now >= minutes * 60
-        if done or clock.over() or time.monotonic() - saved > 120:
+        done, over = now >= minutes * 60, clock.over()  # asked once: what ends the call is saved
+        if done or over or time.monotonic() - saved > 120:
             saved = time.monotonic()
             save(path, {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "spent": now, "samples": samples})
         if done:
             break
-        if clock.over():
+        if over:
             return False
         for group in optimizer.param_groups:
             group["lr"] = annotator.RATE * steady_rate(now / 60, minutes) * min(1.0, (step + 1) / RAMP)
