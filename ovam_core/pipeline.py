@@ -213,6 +213,8 @@ def _from_pretrained(model: str, folder: Path | None, dtype: torch.dtype):
             warnings.filterwarnings("ignore", message=".*torch_dtype.*")
             return DiffusionPipeline.from_pretrained(str(folder or model), **settings)
     except Exception as error:
+        if folder is not None and isinstance(error, KeyError):
+            raise ValueError(f"The model_index.json in {folder} lacks {error}: save the pipeline again.") from error
         if folder is not None:
             raise ValueError(f"The model in {folder} cannot be loaded: {_one_line(error)}") from error
         raise ValueError(_hub_sentence(model, error)) from error

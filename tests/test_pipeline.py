@@ -120,6 +120,12 @@ def test_a_pipeline_of_another_kind(tmp_path):
         load_pipeline(str(tmp_path / "ddpm"))
 
 
+def test_an_index_without_its_class(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match="lacks '_class_name': save the pipeline again"):
+        load_pipeline(str(tmp_path), "cpu")
+
+
 @pytest.mark.parametrize("device", ["cuda", "mps", "tpu9", "cpu!", "xpu", "vulkan", "hpu", "meta"])
 def test_a_device_that_is_not_there(monkeypatch, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

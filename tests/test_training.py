@@ -134,6 +134,15 @@ def test_annotator_reads_only_labels_and_measures_iou():
     assert torch.isnan(torch.tensor(iou[1]))
 
 
+@pytest.mark.parametrize("text", ["nan", "inf", "0", "-3", "many"])
+@pytest.mark.parametrize("option", ["--minutes", "--annotator-minutes"])
+def test_budgets_that_cannot_be_spent(monkeypatch, capsys, tmp_path, option, text):
+    monkeypatch.setattr("sys.argv", ["train", "cpu", f"{option}={text}", "--work", str(tmp_path / "work")])
+    with pytest.raises(SystemExit) as left:
+        train.main()
+    assert left.value.code == 2 and text in capsys.readouterr().err and not (tmp_path / "work").exists()
+
+
 def test_borders_can_be_left_out():
     labels = np.zeros((1, 6, 6), np.uint8)
     labels[0, 3:, 2:] = 7

@@ -451,11 +451,19 @@ def write_pipeline(recipe: Recipe, work: Path, out: Path) -> None:
         shutil.copytree(work / "annotator", annotator.FOLDER, dirs_exist_ok=True)
 
 
+def minutes_of(text: str) -> float:
+    """A budget: NaN would never be spent."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number of minutes above 0")
+    return value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", choices=RECIPES)
-    parser.add_argument("--minutes", type=float, help="minutes of UNet training in all, instead of the recipe's")
-    parser.add_argument("--annotator-minutes", type=float, help="minutes of the annotator's in all, instead of the recipe's")
+    parser.add_argument("--minutes", type=minutes_of, help="minutes of UNet training in all, instead of the recipe's")
+    parser.add_argument("--annotator-minutes", type=minutes_of, help="minutes of the annotator's in all, instead of the recipe's")
     parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds after which this call saves and ends")
     parser.add_argument("--adopt", type=Path, metavar="FOLDER", help="where there are no checkpoints, go on from this pipeline's weights")
     parser.add_argument("--work", type=Path, help="folder of checkpoints (default training/work/<recipe>)")
