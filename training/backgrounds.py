@@ -59,7 +59,7 @@ def _over(painter_above: Painter, painter_below: Painter, **horizon) -> Painter:
 
 
 def _road(size, rng):
-    asphalt = _texture((92, 94, 100), (122, 124, 130), (24, 24), 2)(size, rng)
+    asphalt = _texture((98, 100, 106), (118, 120, 126), (16, 16), 2)(size, rng)
     line = rng.uniform(0.55, 0.8)
     dashes = (np.abs(_rows(size) - line) < 0.018) & ((_rows(size).T * 5 + rng.uniform()) % 1 < 0.55)
     return _mix(asphalt, (238, 232, 205), dashes.astype(np.float32))
@@ -67,7 +67,7 @@ def _road(size, rng):
 
 def _night(size, rng):
     sky = _mix((10, 14, 44), (34, 38, 86), _rows(size) + 0.15 * _noise(size, rng, (3, 3)))
-    return _mix(sky, (250, 246, 214), (rng.random((size, size)) > 0.993).astype(np.float32) * rng.uniform(0.6, 1))
+    return _mix(sky, (250, 246, 214), (rng.random((size, size)) > 0.997).astype(np.float32) * rng.uniform(0.6, 1))
 
 
 def _bricks(size, rng):
@@ -77,7 +77,7 @@ def _bricks(size, rng):
     x = x + (course % 2) * 0.5
     mortar = ((y % 1) < 0.14) | ((x % 1) < 0.07)
     tone = rng.random((rows + 1, rows + 2))[course.astype(int).clip(0, rows), np.floor(x).astype(int).clip(0, rows + 1)]
-    return _mix(_mix((150, 62, 46), (190, 92, 66), tone), (206, 196, 184), mortar.astype(np.float32))
+    return _mix(_mix((150, 62, 46), (190, 92, 66), tone), (186, 140, 120), mortar.astype(np.float32))
 
 
 def _planks(size, rng):
@@ -92,11 +92,11 @@ def _tiles(size, rng):
     y, x = _rows(size) * count, _rows(size).T * count
     dark = ((np.floor(y) + np.floor(x)) % 2).astype(np.float32)
     grout = ((y % 1) < 0.06) | ((x % 1) < 0.06)
-    return _mix(_mix((226, 230, 232), (150, 176, 186), dark), (120, 126, 130), grout.astype(np.float32))
+    return _mix(_mix((226, 230, 232), (190, 206, 212), dark), (168, 178, 184), grout.astype(np.float32))
 
 
 def _forest(size, rng):
-    leaves = _texture((18, 62, 34), (58, 112, 52), (9, 9), 3)(size, rng)
+    leaves = _texture((28, 74, 40), (52, 104, 52), (7, 7), 2)(size, rng)
     columns = np.clip(_noise(size, rng, (1, 14), 1) - 0.7, 0, 1) * 2
     return _mix(leaves, (78, 54, 36), columns * 0.8)
 
@@ -112,7 +112,7 @@ def _sunset(size, rng):
     return _mix(glow, (60, 40, 74), _horizon(size, rng, 0.72, 0.88))
 
 
-_grass = _texture((70, 140, 50), (126, 186, 80), (22, 22), 2)
+_grass = _texture((84, 150, 58), (116, 178, 74), (14, 14), 2)
 _sand = _texture((222, 192, 138), (242, 218, 170), (16, 8), 3)
 _snow = _texture((226, 234, 244), (250, 252, 255), (6, 6), 3)
 _field = _texture((212, 178, 66), (238, 212, 112), (6, 30), 2)

@@ -14,7 +14,9 @@ from training import backgrounds, sprites
 from training.nouns import NOUNS, Noun
 
 LABELS = {noun.name: number for number, noun in enumerate(NOUNS, start=1)}  # VOC ids 1..20 come first
-MAX_OVERLAP = 0.3
+MAX_OVERLAP = 0.12
+SIDES = ((0.6, 0.88), (0.44, 0.6), (0.38, 0.5), (0.3, 0.42))  # of the image, with 1 to 4 objects
+TURN = 4  # degrees, a deviation
 HELD_OUT = 10_000_000  # first seed of the scenes that no training ever sees
 BACKGROUND_SYNONYMS = {"sea": "water", "road": "street", "forest": "wood", "field": "meadow", "snow": "the winter"}
 UNCOUNTED = {"furniture", "food", "people", "clothes", "luggage", "grapes", "glasses", "scissors", "corn", "bread", "cheese"}
@@ -45,9 +47,9 @@ def _place(name: str, side: int, rng: np.random.Generator) -> np.ndarray:
     picture = _scaled(name, number, max(8, side // 4 * 4))
     if rng.random() < 0.5:
         picture = picture.transpose(Image.FLIP_LEFT_RIGHT)
-    picture = picture.rotate(float(rng.normal(0, 8)), Image.BICUBIC, expand=True)
+    picture = picture.rotate(float(rng.normal(0, TURN)), Image.BICUBIC, expand=True)
     pixels = np.asarray(picture, np.float32)
-    tint = rng.uniform(0.85, 1.12) + rng.normal(0, 0.06, 3)
+    tint = rng.uniform(0.85, 1.12) + rng.normal(0, 0.04, 3)
     return np.dstack([np.clip(pixels[..., :3] * tint, 0, 255), pixels[..., 3] / 255])
 
 
@@ -55,9 +57,9 @@ def _paste(canvas: np.ndarray, labels: np.ndarray, picture: np.ndarray, label: i
     """Draw in place where at most MAX_OVERLAP of an earlier object is hidden; False if no such place was found."""
     size, (height, width) = len(canvas), picture.shape[:2]
     solid = picture[..., 3] > 0.5
-    for _ in range(12):
-        top = int(rng.integers(min(-height // 10, size - height), max(size - height + height // 10, 1) + 1))
-        left = int(rng.integers(min(-width // 10, size - width), max(size - width + width // 10, 1) + 1))
+    for _ in range(30):
+        top = int(rng.integers(min(-height // 20, size - height), max(size - height + height // 20, 1) + 1))
+        left = int(rng.integers(min(-width // 20, size - width), max(size - width + width // 20, 1) + 1))
         y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + height, size), min(left + width, size)
         inside = (slice(y0, y1), slice(x0, x1))
         cut = (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
@@ -112,7 +114,7 @@ def scene(seed: int, size: int = 128, nouns: tuple[Noun, ...] = NOUNS, counts: t
     background = str(rng.choice(list(backgrounds.BACKGROUNDS)))
     canvas = backgrounds.paint(background, size, rng)
     labels = np.zeros((size, size), np.uint8)
-    low, high = ((0.5, 0.85), (0.38, 0.62), (0.32, 0.52), (0.28, 0.45))[count - 1]
+    low, high = SIDES[count - 1]
     shown: list[Noun] = []
     for number in rng.choice(len(nouns), count, replace=False):
         noun = nouns[number]
