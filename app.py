@@ -85,8 +85,13 @@ def build(pipe: Any, notice: str = "") -> gr.Blocks:
 def launch(page: gr.Blocks, **options: Any) -> Any:
     """Starts the page; theme and css belong to launch() since Gradio 6."""
     return page.launch(
-        theme=THEME, css_paths=CSS, footer_links=["api"], run_history=False, ssr_mode=False,
-        max_file_size=f"{MAX_UPLOAD_MB}mb", **options
+        theme=THEME,
+        css_paths=CSS,
+        footer_links=["api"],
+        run_history=False,
+        ssr_mode=False,
+        max_file_size=f"{MAX_UPLOAD_MB}mb",
+        **options,
     )
 
 

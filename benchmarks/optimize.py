@@ -14,7 +14,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, not with -m, its own folder stands there
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # run as a file, not with -m, its own folder stands there
 
 import numpy as np
 import torch
@@ -37,7 +39,10 @@ CANDIDATES = {
     "fast": RECIPES["fast"],
     **{f"momentum {rate}": OptimizeSettings("", 100, "momentum", rate, stay=0.0) for rate in (10.0, 30.0)},
     **{f"adam {rate}": OptimizeSettings("", 100, "adam", rate, stay=0.0) for rate in (0.03, 0.1, 0.3)},
-    **{f"lbfgs, stay {stay}": OptimizeSettings("", 100, "lbfgs", 1.0, stay=stay) for stay in (0.0, 0.001, 0.01, 0.1, 1.0)},
+    **{
+        f"lbfgs, stay {stay}": OptimizeSettings("", 100, "lbfgs", 1.0, stay=stay)
+        for stay in (0.0, 0.001, 0.01, 0.1, 1.0)
+    },
 }
 
 
@@ -65,7 +70,9 @@ def transfer(name: str, embedding: torch.Tensor, row: Sequence[int], others) -> 
 
 def measure(pipe, network, classes: Sequence[str], candidates: dict, others: int, steps: int | None) -> list[dict]:
     """One result a candidate: losses [epochs] averaged over classes, seconds an epoch, distance, transfer."""
-    results = {name: {"losses": [], "seconds": [], "distance": [], "counts": []} for name in ("class name", *candidates)}
+    results = {
+        name: {"losses": [], "seconds": [], "distance": [], "counts": []} for name in ("class name", *candidates)
+    }
     owners = []
     for title in classes:
         (recording, mask), *rest = examples(pipe, network, title, 1 + others, steps)
@@ -86,10 +93,16 @@ def measure(pipe, network, classes: Sequence[str], candidates: dict, others: int
     for name, mine in results.items():
         threshold, score, _ = best_threshold(np.stack(mine["counts"]), owners, THRESHOLDS)
         losses = np.mean(mine["losses"], axis=0).tolist() if mine["losses"] else []
-        summary.append({
-            "recipe": name, "losses": losses, "iou": score, "threshold": threshold,
-            "seconds_an_epoch": float(np.mean(mine["seconds"] or [0])), "distance": float(np.mean(mine["distance"] or [0])),
-        })  # fmt: skip
+        summary.append(
+            {
+                "recipe": name,
+                "losses": losses,
+                "iou": score,
+                "threshold": threshold,
+                "seconds_an_epoch": float(np.mean(mine["seconds"] or [0])),
+                "distance": float(np.mean(mine["distance"] or [0])),
+            }
+        )
     return summary
 
 
@@ -98,7 +111,9 @@ def report(summary: list[dict]) -> str:
     for one in summary:
         losses = [f"{one['losses'][at - 1]:.3f}" if at <= len(one["losses"]) else "" for at in AT]
         time = f"{1000 * one['seconds_an_epoch']:.0f}" if one["losses"] else ""
-        rows.append([one["recipe"], *losses, time, f"{one['distance']:.0f}", f"{one['iou']:.3f}", f"{one['threshold']:.2f}"])
+        rows.append(
+            [one["recipe"], *losses, time, f"{one['distance']:.0f}", f"{one['iou']:.3f}", f"{one['threshold']:.2f}"]
+        )
     header = ["recipe", *[f"loss at {at}" for at in AT], "ms an epoch", "distance", "mIoU elsewhere", "at tau"]
     return table(header, rows)
 
@@ -113,11 +128,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     candidates, classes, others = CANDIDATES, list(options.classes), options.others
     if options.quick:
-        candidates = {name: OptimizeSettings(**{**vars(x), "epochs": min(25, x.epochs)}) for name, x in CANDIDATES.items()}
+        candidates = {
+            name: OptimizeSettings(**{**vars(x), "epochs": min(25, x.epochs)}) for name, x in CANDIDATES.items()
+        }
         classes, others = classes[:2], 1
     pipe = load_pipeline(EMBEDDED, "cpu")
     summary = measure(pipe, annotator.load(), classes, candidates, others, options.steps)
-    print(f"\n{len(classes)} classes, {others} other images of each, {torch.get_num_threads()} threads\n\n{report(summary)}")
+    print(
+        f"\n{len(classes)} classes, {others} other images of each, {torch.get_num_threads()} threads\n\n{report(summary)}"
+    )
     if options.json:
         options.json.write_text(json.dumps(summary, indent=1) + "\n")
     return 0

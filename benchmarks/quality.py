@@ -28,7 +28,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, not with -m, its own folder stands there
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # run as a file, not with -m, its own folder stands there
 
 import numpy as np
 import torch
@@ -126,7 +128,9 @@ def main_rows(steps: int, resolutions: Sequence[int], own: dict[str, tuple[float
             Row("Post-processing", "dense CRF", asked, tau, 1.0, True),
             Row("Post-processing", "self-attention and dense CRF", asked, tau, alpha, True),
         ]
-        rows += [Row(CEILING, f"a perfect map{', dense CRF' if crf else ''}", asked, tau, 1.0, crf) for crf in (False, True)]
+        rows += [
+            Row(CEILING, f"a perfect map{', dense CRF' if crf else ''}", asked, tau, 1.0, crf) for crf in (False, True)
+        ]
         for count in range(1, len(resolutions) + 1):
             for grids in itertools.combinations(resolutions, count):
                 name = " + ".join(f"{grid}x{grid}" for grid in grids)
@@ -264,9 +268,16 @@ def fingerprint(folder: Path, token_files: dict[str, Path], about: dict) -> str:
 
 
 def measure(
-    pipe, annotate: Callable, wanted: Sequence[Picture], loaded: dict, rows: Sequence[Row], steps: int, cache: Cache,
-    batch: int, only: int | None = None,
-) -> list[dict]:  # fmt: skip
+    pipe,
+    annotate: Callable,
+    wanted: Sequence[Picture],
+    loaded: dict,
+    rows: Sequence[Row],
+    steps: int,
+    cache: Cache,
+    batch: int,
+    only: int | None = None,
+) -> list[dict]:
     """The results of all images, those of an earlier run from the cache."""
     missing = [one for one in wanted if one.key not in cache.known]
     made = generations(pipe, [one.prompt for one in missing], [one.seed for one in missing], steps, batch, only)
@@ -303,12 +314,22 @@ def summarise(rows: Sequence[Row], results: Sequence[dict]) -> list[dict]:
         threshold, score, index = best_threshold(all_counts, classes, THRESHOLDS)
         low, high = interval(counts, classes, images)
         best_low, best_high = interval(all_counts[:, index], classes, images)
-        summary.append(asdict(row) | {
-            "key": row.key, "n": len(clear), "made": len(results), "miou": 100 * miou(counts, classes),
-            "low": 100 * low, "high": 100 * high, "best_tau": threshold, "best_miou": 100 * score,
-            "best_low": 100 * best_low, "best_high": 100 * best_high,
-            "by_class": {name: 100 * value for name, value in by_class(counts, classes).items()},
-        })  # fmt: skip
+        summary.append(
+            asdict(row)
+            | {
+                "key": row.key,
+                "n": len(clear),
+                "made": len(results),
+                "miou": 100 * miou(counts, classes),
+                "low": 100 * low,
+                "high": 100 * high,
+                "best_tau": threshold,
+                "best_miou": 100 * score,
+                "best_low": 100 * best_low,
+                "best_high": 100 * best_high,
+                "by_class": {name: 100 * value for name, value in by_class(counts, classes).items()},
+            }
+        )
     return summary
 
 
@@ -338,17 +359,29 @@ def report(figures: dict) -> str:
         parts.append(f"## {title}\n\n{one['about']}")
         for group in dict.fromkeys(row["table"] for row in one["rows"]):
             lines = [
-                [f"{row['name']}, {row['asked']}", f"{row['tau']:g}", f"{row['miou']:.1f}",
-                 f"{row['low']:.1f} to {row['high']:.1f}", f"{row['best_miou']:.1f}",
-                 f"{row['best_low']:.1f} to {row['best_high']:.1f}", f"{row['best_tau']:.2f}", row["n"]]
-                for row in one["rows"] if row["table"] == group
-            ]  # fmt: skip
+                [
+                    f"{row['name']}, {row['asked']}",
+                    f"{row['tau']:g}",
+                    f"{row['miou']:.1f}",
+                    f"{row['low']:.1f} to {row['high']:.1f}",
+                    f"{row['best_miou']:.1f}",
+                    f"{row['best_low']:.1f} to {row['best_high']:.1f}",
+                    f"{row['best_tau']:.2f}",
+                    row["n"],
+                ]
+                for row in one["rows"]
+                if row["table"] == group
+            ]
             header = [group, "tau", "mIoU", "95 %", "mIoU at best tau, no CRF", "95 %", "best tau", "n"]
             parts.append(table(header, lines))
         lines = [
-            [f"{x['table']}: {x['name']}", *(f"{m:+.1f} ({low:+.1f} to {high:+.1f})" for m, low, high in (x["paper"], x["best"]))]
-            for x in one["gains"] if x["table"] == "Methods"
-        ]  # fmt: skip
+            [
+                f"{x['table']}: {x['name']}",
+                *(f"{m:+.1f} ({low:+.1f} to {high:+.1f})" for m, low, high in (x["paper"], x["best"])),
+            ]
+            for x in one["gains"]
+            if x["table"] == "Methods"
+        ]
         parts.append(table(["Token over name, mIoU points", "at the row's tau", "each at its best"], lines))
     parts.append(f"## rendered scenes, exact masks\n\n{rendered.report(figures['rendered'])}")
     return "\n\n".join(parts) + "\n"
@@ -364,18 +397,26 @@ def main(arguments: Sequence[str] | None = None, annotate: Callable | None = Non
     parser.add_argument("--tokens", type=Path, default=tokens.folder_for(EMBEDDED))
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED, help="other images, to choose tau and alpha on")
     parser.add_argument("--steps", type=int, help="denoising steps (the model's own)")
-    parser.add_argument("--attn2mask-every", type=int, default=1, metavar="K", help="its 100 steps on every K-th image; 0 for none")
+    parser.add_argument(
+        "--attn2mask-every", type=int, default=1, metavar="K", help="its 100 steps on every K-th image; 0 for none"
+    )
     parser.add_argument("--batch", type=int, default=6, help="images made together")
-    parser.add_argument("--work", type=Path, default=Path("outputs/quality"), help="for what a stopped run goes on from")
+    parser.add_argument(
+        "--work", type=Path, default=Path("outputs/quality"), help="for what a stopped run goes on from"
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs/quality"), help="for quality.md and quality.json")
-    parser.add_argument("--smoke", action="store_true", help="2 classes, 1 image each, 2 captions, few steps: only that it runs")
+    parser.add_argument(
+        "--smoke", action="store_true", help="2 classes, 1 image each, 2 captions, few steps: only that it runs"
+    )
     options = parser.parse_args(arguments)
     if options.first_seed <= max(TOKEN_SEEDS):
         parser.error(f"seeds up to {max(TOKEN_SEEDS)} belong to the tokens; choose a larger one.")
     long = ATTN2MASK.steps
     only = ATTN2MASK.only
     if options.smoke:
-        options = argparse.Namespace(**{**vars(options), "images": 1, "captions": 2, "scenes": 2, "classes": options.classes[:2], "steps": 3})
+        options = argparse.Namespace(
+            **{**vars(options), "images": 1, "captions": 2, "scenes": 2, "classes": options.classes[:2], "steps": 3}
+        )
         long, only = 4, 2
 
     pipe = pipe or load_pipeline(EMBEDDED, "cpu")
@@ -384,7 +425,9 @@ def main(arguments: Sequence[str] | None = None, annotate: Callable | None = Non
     files = tokens.library(EMBEDDED, options.tokens)
     absent = [name for name in options.classes if name not in files]
     if absent:
-        raise ValueError(f"There is no token for {', '.join(absent)} in {options.tokens}: run python -m training.annotated.")
+        raise ValueError(
+            f"There is no token for {', '.join(absent)} in {options.tokens}: run python -m training.annotated."
+        )
     loaded = {name: tokens.load(files[name]) for name in options.classes}
     steps = options.steps or defaults_for(pipe).steps
     rows, extra = main_rows(steps, grids_of(pipe), own_cuts(pipe)), attn2mask_rows(only)

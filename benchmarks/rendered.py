@@ -16,7 +16,18 @@ from PIL import Image
 from ovam_core import tokens
 from ovam_core.evaluate import by_class, confusion, gain, interval, miou, table
 from ovam_core.goca import Parts
-from ovam_core.methods import DAAM, GOCA, GOCA_ANY, GOCA_TOKEN, OVAM, OVAM_WEIGHTED, GocaMethod, Method, Seen, maps_and_masks
+from ovam_core.methods import (
+    DAAM,
+    GOCA,
+    GOCA_ANY,
+    GOCA_TOKEN,
+    OVAM,
+    OVAM_WEIGHTED,
+    GocaMethod,
+    Method,
+    Seen,
+    maps_and_masks,
+)
 from ovam_core.photo import PhotoSettings, caption_of, photograph
 from ovam_core.pipeline import defaults_for
 from ovam_core.recorder import own_choice
@@ -48,7 +59,11 @@ def rows_for(pipe) -> list[Row]:
     cuts = {"tau": own.tau, "alpha": own.alpha, "token_tau": own.token_tau, "token_alpha": own.token_alpha}
     less = {"head weights": "heads", "layer weights": "layers", "rescaling": "rescale"}
     parts = {what: Parts(**{field: False}) for what, field in less.items()}
-    parts |= {"blur": Parts(blur=0), "propagation": Parts(propagations=0), "any of it": Parts(False, False, False, 0, 0)}
+    parts |= {
+        "blur": Parts(blur=0),
+        "propagation": Parts(propagations=0),
+        "any of it": Parts(False, False, False, 0, 0),
+    }
     return [
         Row("DAAM, name", DAAM),
         Row(BASE, OVAM),
@@ -61,7 +76,7 @@ def rows_for(pipe) -> list[Row]:
         Row("GoCA", GOCA),
         Row("GoCA, any word", GOCA_ANY),
         *(Row(f"GoCA without {what}", replace(GOCA, parts=which)) for what, which in parts.items()),
-    ]  # fmt: skip
+    ]
 
 
 def scenes(count: int, classes: Sequence[str]) -> Iterator[tuple[int, world.Scene]]:
@@ -115,10 +130,14 @@ def summary(row: Row, counts: dict[str, list], classes: Sequence[str], images: S
     own, base = np.array(counts[row.name]), np.array(counts[BASE])
     low, high = interval(own, classes, images)
     return {
-        "name": row.name, "miou": 100 * miou(own, classes), "low": 100 * low, "high": 100 * high,
-        "over": [100 * value for value in gain(base, own, classes, images)], "n": len(set(images)),
+        "name": row.name,
+        "miou": 100 * miou(own, classes),
+        "low": 100 * low,
+        "high": 100 * high,
+        "over": [100 * value for value in gain(base, own, classes, images)],
+        "n": len(set(images)),
         "by_class": {name: 100 * value for name, value in by_class(own, classes).items()},
-    }  # fmt: skip
+    }
 
 
 def report(figures: Sequence[dict]) -> str:

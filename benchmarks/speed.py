@@ -45,7 +45,9 @@ from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, not with -m, its own folder stands there
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # run as a file, not with -m, its own folder stands there
 
 import numpy as np
 import torch
@@ -221,9 +223,7 @@ def race(bench: Bench, ways: dict[str, Callable[[], Any]], rounds: int, least: f
     """
     calls = dict.fromkeys(ways, 1)
     if least:
-        calls = {
-            name: max(1, min(100, math.ceil(least / _seconds(bench, way, 1)))) for name, way in ways.items()
-        }
+        calls = {name: max(1, min(100, math.ceil(least / _seconds(bench, way, 1)))) for name, way in ways.items()}
     times: Times = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
@@ -281,13 +281,7 @@ def _status(name: str) -> int:
 
 
 def megabytes(count: float) -> str:
-    return (
-        "unknown"
-        if math.isnan(count)
-        else f"{count / 1e6:.0f} MB"
-        if abs(count) < 1e9
-        else f"{count / 1e9:.1f} GB"
-    )
+    return "unknown" if math.isnan(count) else f"{count / 1e6:.0f} MB" if abs(count) < 1e9 else f"{count / 1e9:.1f} GB"
 
 
 def same(one: Any, other: Any, **tolerance: float) -> None:
@@ -340,9 +334,7 @@ def unet_call(bench: Bench, pipe: Any, steps: int, side: int) -> Tensor:
     ).images
 
 
-def recording_lines(
-    bench: Bench, name: str, pipe: Any, call: Callable[[], Tensor], rounds: int
-) -> list[Line]:
+def recording_lines(bench: Bench, name: str, pipe: Any, call: Callable[[], Tensor], rounds: int) -> list[Line]:
     """Time and memory of a run that is recorded over those of the same run alone."""
 
     def recorded(self_attention: bool) -> tuple[Tensor, list[Recording]]:
@@ -382,9 +374,7 @@ def recording_sd15(bench: Bench) -> list[Line]:
     steps, side = bench.sizes.sd15_steps, bench.sizes.sd15_side
     pipe = unet_pipeline(bench, "StableDiffusionPipeline", SD15)
     name = f"SD 1.5's UNet, {steps} steps of {side} px"
-    return recording_lines(
-        bench, name, pipe, lambda: unet_call(bench, pipe, steps, side), bench.sizes.few_rounds
-    )
+    return recording_lines(bench, name, pipe, lambda: unet_call(bench, pipe, steps, side), bench.sizes.few_rounds)
 
 
 def recording_sdxl(bench: Bench) -> list[Line]:
@@ -393,9 +383,7 @@ def recording_sdxl(bench: Bench) -> list[Line]:
         raise NotHere("SDXL's UNet has 2.6 billion parameters: a step at 1024 px takes minutes without CUDA.")
     pipe = unet_pipeline(bench, "StableDiffusionXLPipeline", SDXL)
     name = f"SDXL's UNet, {steps} steps of {side} px"
-    return recording_lines(
-        bench, name, pipe, lambda: unet_call(bench, pipe, steps, side), bench.sizes.few_rounds
-    )
+    return recording_lines(bench, name, pipe, lambda: unet_call(bench, pipe, steps, side), bench.sizes.few_rounds)
 
 
 # ------------------------------------------------------------ 2: heatmap
@@ -525,11 +513,7 @@ def token(bench: Bench) -> list[Line]:
         "30" if bench.on_gpu else "2",
     )
     name = f"one image of {sizes.token_steps} steps of SD 1.5"
-    lines = [
-        compared(
-            bench, 3, f"the paper's recipe, {name}: an epoch", times, "plain loop", "optimize", aim, note
-        )
-    ]
+    lines = [compared(bench, 3, f"the paper's recipe, {name}: an epoch", times, "plain loop", "optimize", aim, note)]
 
     paper = optimize([recording], [labels], start, replace(RECIPES["paper"], epochs=sizes.paper_epochs))
     runs = [reaching(recording, labels, start, paper.loss) for _ in range(sizes.few_rounds)]
@@ -683,14 +667,10 @@ def app_word(bench: Bench) -> list[Line]:
     with server(bench) as (address, _):
         client = Client(address, verbose=False, download_files=False)
         seeds = iter(range(1000))
-        words = map(
-            ", ".join, itertools.product(("cat", "dog", "bird", "boat"), ("car", "grass", "sky", "road"))
-        )
+        words = map(", ".join, itertools.product(("cat", "dog", "bird", "boat"), ("car", "grass", "sky", "road")))
 
         def picture() -> Any:
-            return client.predict(
-                PROMPT, seed=next(seeds), steps=bench.sizes.embedded_steps, api_name="/generate"
-            )
+            return client.predict(PROMPT, seed=next(seeds), steps=bench.sizes.embedded_steps, api_name="/generate")
 
         def changed() -> Any:
             return client.predict(next(words), api_name="/attribute")
@@ -720,9 +700,7 @@ def growth_lines(bench: Bench, what: str, ways: dict[int, Callable[[], Any]], un
 @torch.no_grad()
 def growth_tokens(bench: Bench) -> list[Line]:
     recording, _ = synthetic(bench, bench.sizes.heatmap_steps, bench.sizes.side)
-    ways = {
-        tokens: partial(heatmaps, recording, embedding(bench, tokens)) for tokens in bench.sizes.growth_tokens
-    }
+    ways = {tokens: partial(heatmaps, recording, embedding(bench, tokens)) for tokens in bench.sizes.growth_tokens}
     return growth_lines(bench, "heatmaps", ways, "tokens")
 
 
@@ -730,10 +708,7 @@ def growth_tokens(bench: Bench) -> list[Line]:
 def growth_steps(bench: Bench) -> list[Line]:
     largest, asked = max(bench.sizes.growth_steps), embedding(bench, 8)
     recording, _ = synthetic(bench, largest, bench.sizes.side)
-    ways = {
-        steps: partial(heatmaps, recording.select(steps=range(steps)), asked)
-        for steps in bench.sizes.growth_steps
-    }
+    ways = {steps: partial(heatmaps, recording.select(steps=range(steps)), asked) for steps in bench.sizes.growth_steps}
     return growth_lines(bench, "heatmaps of 8 tokens", ways, "steps")
 
 
@@ -742,10 +717,7 @@ def growth_sides(bench: Bench) -> list[Line]:
     asked, steps = embedding(bench, 8), min(bench.sizes.growth_steps)
     recordings = {side: synthetic(bench, steps, side)[0] for side in bench.sizes.growth_sides}
     maps = {side: partial(heatmaps, one, asked) for side, one in recordings.items()}
-    sums = {
-        side: partial(column_sums, *[one.layers[0].queries[0]] * 2, 40**-0.5)
-        for side, one in recordings.items()
-    }
+    sums = {side: partial(column_sums, *[one.layers[0].queries[0]] * 2, 40**-0.5) for side, one in recordings.items()}
     return [
         *growth_lines(bench, f"heatmaps of 8 tokens, {steps} steps", maps, "pixels a side"),
         *growth_lines(bench, "column_sums of SD 1.5's finest layer", sums, "pixels a side"),
@@ -823,9 +795,7 @@ def run(bench: Bench, rows: Sequence[int], report: Callable[[str], None]) -> dic
                 found["failed"].append({"row": row, "what": measure.__name__, "why": why})
                 report(f"| {row} | {measure.__name__} | failed |  |  |  | {why.replace('|', '/')} |")
             else:
-                found["lines"] += [
-                    asdict(line) | {"median": statistics.median(line.values)} for line in lines
-                ]
+                found["lines"] += [asdict(line) | {"median": statistics.median(line.values)} for line in lines]
                 report("\n".join(map(markdown, lines)))
             sys.stderr.write(f"{measure.__name__}: {time.perf_counter() - begun:.0f} s\n")
             gc.collect()
@@ -836,9 +806,7 @@ def run(bench: Bench, rows: Sequence[int], report: Callable[[str], None]) -> dic
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: only that it runs")
     parser.add_argument("--rows", type=int, nargs="+", choices=tuple(ROWS), default=tuple(ROWS))
     parser.add_argument("--out", type=Path, default=Path("outputs/speed"), help="for the table and its JSON")

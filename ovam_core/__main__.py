@@ -128,9 +128,13 @@ def add_asked(one: argparse.ArgumentParser) -> None:
     one.add_argument("--attribution", metavar="SENTENCE", help="a full sentence to attribute; --words picks from it")
     one.add_argument("--token", nargs="+", metavar="FILE", help="token files whose classes to look for")
     one.add_argument("--out", type=a_name, required=True, metavar="DIR", help="folder for the files")
-    one.add_argument("--settings", metavar="FILE", help="a settings.json of this command to use again; other options change it")
+    one.add_argument(
+        "--settings", metavar="FILE", help="a settings.json of this command to use again; other options change it"
+    )
     one.add_argument("--tau", type=float, help="threshold of the masks, 0 to 1 (the model's; tokens: their own)")
-    one.add_argument("--alpha", type=float, help="floor of the self-attention map, 0 to 1 (the model's; tokens: their own)")
+    one.add_argument(
+        "--alpha", type=float, help="floor of the self-attention map, 0 to 1 (the model's; tokens: their own)"
+    )
     one.add_argument("--no-crf", action="store_true", default=None, help="masks without the dense CRF")
     one.add_argument("--resolutions", metavar="LIST", nargs="+", help="attention grids to use, for example 16,8")
     one.add_argument("--method", metavar="NAME", help=METHOD_HELP)
@@ -194,7 +198,9 @@ def run_generate(options: argparse.Namespace) -> None:
     print(f"seed {wanted.seed}, {wanted.steps} steps, {made.seconds:.1f} s on {made.device}: {options.out}")
 
 
-def read_asked(options: argparse.Namespace, about_maps: dict, kind: type[Made]) -> tuple[Made | None, MapSettings, str, str]:
+def read_asked(
+    options: argparse.Namespace, about_maps: dict, kind: type[Made]
+) -> tuple[Made | None, MapSettings, str, str]:
     """What made the picture (None without --settings), what to ask of it, the model and the device."""
     words = "" if options.words is None else ", ".join(options.words)
     if options.settings is None:
@@ -255,8 +261,12 @@ def add_photo(commands: argparse._SubParsersAction) -> None:
 
 def add_noise(one: argparse.ArgumentParser) -> None:
     """Options of every command that looks at photographs."""
-    one.add_argument("--timesteps", metavar="LIST", help="noise on a photograph, 0 to 999, one pass each: 100 or 100,200 (100)")
-    one.add_argument("--size", metavar="WxH", help="pixels in which the model sees it (its own area, the photograph's shape)")
+    one.add_argument(
+        "--timesteps", metavar="LIST", help="noise on a photograph, 0 to 999, one pass each: 100 or 100,200 (100)"
+    )
+    one.add_argument(
+        "--size", metavar="WxH", help="pixels in which the model sees it (its own area, the photograph's shape)"
+    )
 
 
 def given_noise(options: argparse.Namespace) -> dict:
@@ -302,23 +312,33 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     which.add_argument("--template", metavar="TEXT", help="a prompt for each class: 'A photograph of a {}'")
     batch.add_argument("--out", type=a_name, required=True, metavar="DIR", help="folder for the data set")
     batch.add_argument("--classes", metavar="LIST", help="voc, or names in the order of their labels: 'cat, red bus'")
-    batch.add_argument("--tokens", metavar="DIR", nargs="?", const=LIBRARY, help="ask by class token: the model's own, or DIR's")
+    batch.add_argument(
+        "--tokens", metavar="DIR", nargs="?", const=LIBRARY, help="ask by class token: the model's own, or DIR's"
+    )
     batch.add_argument("--images-per-prompt", metavar="N", type=int, default=1)
     batch.add_argument("--limit", metavar="N", type=int, help="at most this many prompts")
     batch.add_argument("--seed", type=int, default=0, help="of the first image; the next has the next (0)")
     add_model(batch)
     add_run(batch)
     batch.add_argument("--batch-size", metavar="N", type=int, help="images made together (4 on a GPU, else 1)")
-    batch.add_argument("--threads", metavar="N", type=int, help="CPU threads a process (all cores); part of the settings")
+    batch.add_argument(
+        "--threads", metavar="N", type=int, help="CPU threads a process (all cores); part of the settings"
+    )
     batch.add_argument("--tau", type=float, help="threshold, 0 to 1 (the model's; a token's own)")
-    batch.add_argument("--alpha", type=float, help="floor of the self-attention map, 0 to 1 (the model's; a token's own)")
+    batch.add_argument(
+        "--alpha", type=float, help="floor of the self-attention map, 0 to 1 (the model's; a token's own)"
+    )
     batch.add_argument("--no-crf", action="store_true", help="masks without the dense CRF")
     batch.add_argument("--uncertain", metavar="U", type=float, help="label pixels this close to the threshold 255 (0)")
     batch.add_argument("--timesteps", metavar="LIST", help="denoising steps to use for the maps, for example 0-9,14")
     batch.add_argument("--resolutions", metavar="LIST", help="attention grids to use, for example 16,8")
-    batch.add_argument("--format", metavar="NAME", nargs="+", choices=FORMATS, help=f"{', '.join(FORMATS)}; voc is always there")
+    batch.add_argument(
+        "--format", metavar="NAME", nargs="+", choices=FORMATS, help=f"{', '.join(FORMATS)}; voc is always there"
+    )
     batch.add_argument("--heatmaps", action="store_true", help="keep the maps as float16")
-    batch.add_argument("--clip", metavar="MODEL", help="a CLIP model, such as openai/clip-vit-base-patch32, for its filter")
+    batch.add_argument(
+        "--clip", metavar="MODEL", help="a CLIP model, such as openai/clip-vit-base-patch32, for its filter"
+    )
     batch.add_argument("--clip-drop", metavar="SHARE", type=float, help="lowest share of each class to drop (0.3)")
     batch.add_argument("--min-coverage", metavar="SHARE", type=float, help="drop masks that cover less (0.05)")
     batch.add_argument("--max-coverage", metavar="SHARE", type=float, help="drop masks that cover more (0.95)")
@@ -339,9 +359,9 @@ def run_export(options: argparse.Namespace) -> None:
         prompts = [replace(one, negative=one.negative or options.negative_prompt) for one in prompts]
     if options.workers is not None and not 0 <= options.workers <= 64:
         raise ValueError(f"The number of workers is {options.workers}; choose a whole number from 0 to 64.")
-    filters = Filters(**given(
-        min_coverage=options.min_coverage, max_coverage=options.max_coverage, clip_drop=options.clip_drop
-    ))  # fmt: skip
+    filters = Filters(
+        **given(min_coverage=options.min_coverage, max_coverage=options.max_coverage, clip_drop=options.clip_drop)
+    )
     width, height = (None, None) if options.size is None else parse_size(options.size)
 
     process, device = launched(options.device)
@@ -357,7 +377,9 @@ def run_export(options: argparse.Namespace) -> None:
         crf=not options.no_crf,
         uncertain=options.uncertain,
         timesteps=None if options.timesteps is None else parse_numbers(options.timesteps, "timesteps"),
-        resolutions=None if options.resolutions is None else parse_numbers(options.resolutions, "resolutions", MAX_GRID),
+        resolutions=None
+        if options.resolutions is None
+        else parse_numbers(options.resolutions, "resolutions", MAX_GRID),
         tokens=options.tokens,
         formats=None if options.format is None else tuple(options.format),
         heatmaps=options.heatmaps,
@@ -393,9 +415,16 @@ def run_export(options: argparse.Namespace) -> None:
             bar.update(progress.done - bar.n)
 
         summary = export(
-            pipe, work, settings, options.out,
-            process=process, workers=options.workers, clip=clip, on_image=on_image, on_note=bar.write,
-        )  # fmt: skip
+            pipe,
+            work,
+            settings,
+            options.out,
+            process=process,
+            workers=options.workers,
+            clip=clip,
+            on_image=on_image,
+            on_note=bar.write,
+        )
     if process.rank == 0:
         print(summary.text())
         print(f"{summary.timings.total:.1f} s: {options.out}, to look at: {os.path.join(options.out, SHEET)}")
@@ -417,12 +446,18 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     one.add_argument("--split", default="val", help="list in ImageSets/Segmentation (val)")
     one.add_argument("--method", default=OVAM.name.lower(), metavar="NAME", help=METHOD_HELP)
     one.add_argument(
-        "--classes-from", default=GROUND_TRUTH, metavar="gt|FILE",
+        "--classes-from",
+        default=GROUND_TRUTH,
+        metavar="gt|FILE",
         help="what to ask for: the classes of the truth, or JSON of captions or class lists by image name (gt)",
-    )  # fmt: skip
-    one.add_argument("--tokens", metavar="DIR", nargs="?", const=LIBRARY, help="ask by class token: the model's own, or DIR's")
+    )
+    one.add_argument(
+        "--tokens", metavar="DIR", nargs="?", const=LIBRARY, help="ask by class token: the model's own, or DIR's"
+    )
     one.add_argument("--template", metavar="TEXT", help="attribution prompt of a class: 'a photograph of a {}' ({})")
-    one.add_argument("--out", type=a_name, metavar="DIR", help="folder for label maps and results, in which the run can go on")
+    one.add_argument(
+        "--out", type=a_name, metavar="DIR", help="folder for label maps and results, in which the run can go on"
+    )
     one.add_argument("--limit", metavar="N", type=int, help="at most this many images")
     add_model(one)
     add_noise(one)
@@ -462,7 +497,9 @@ def run_evaluate(options: argparse.Namespace) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        result = evaluate(pipe, data, settings, options.out, process=process, workers=options.workers, on_image=on_image)
+        result = evaluate(
+            pipe, data, settings, options.out, process=process, workers=options.workers, on_image=on_image
+        )
     if result is None:
         return
     print(result.text())
@@ -487,7 +524,9 @@ def add_optimize(commands: argparse._SubParsersAction) -> None:
     one.add_argument("--mask", metavar="FILE", help="the mask: any picture of the image's shape, black is background")
     one.add_argument("--photo", metavar="FILE", help="a photograph in place of a generated image")
     one.add_argument("--caption", metavar="TEXT", help="what the photograph shows (names the class)")
-    one.add_argument("--image-set", metavar="DIR", help="folder with metadata.jsonl: prompt and seed, or photo; mask, class a line")
+    one.add_argument(
+        "--image-set", metavar="DIR", help="folder with metadata.jsonl: prompt and seed, or photo; mask, class a line"
+    )
     one.add_argument("--annotated", metavar="DIR", help="the same, but one token for each class in it")
     one.add_argument("--class", dest="classes", nargs="+", metavar="NAME", help="class of mask value 1, 2, ...")
     one.add_argument("--out", type=a_name, required=True, metavar="PATH", help="token file; with --annotated, a folder")
@@ -498,9 +537,11 @@ def add_optimize(commands: argparse._SubParsersAction) -> None:
     one.add_argument("--epochs", type=int, help="epochs instead of the recipe's")
     one.add_argument("--stay", type=float, metavar="W", help="weight on staying near the class name's embedding")
     one.add_argument(
-        "--apart", type=float, metavar="W",
+        "--apart",
+        type=float,
+        metavar="W",
         help="with --annotated: weight on staying dark in the other classes' images; all recordings are held at a time",
-    )  # fmt: skip
+    )
     one.add_argument("--branch", choices=list(BRANCHES), default="conditional", help="half of the guided batch")
     one.add_argument("--tau", type=float, help="threshold that the token file recommends (the model's)")
     one.add_argument("--alpha", type=float, help="self-attention floor that the token file recommends (the model's)")
@@ -518,7 +559,9 @@ def add_tokens(commands: argparse._SubParsersAction) -> None:
     one = actions.add_parser("import", help="a NumPy file, such as the paper's tokens_VOC.npy, to token files")
     one.add_argument("file", metavar="FILE")
     one.add_argument("--model", required=True, help="the model that the tokens were found with")
-    one.add_argument("--branch", choices=list(BRANCHES), default="unconditional", help="default as the paper's: unconditional")
+    one.add_argument(
+        "--branch", choices=list(BRANCHES), default="unconditional", help="default as the paper's: unconditional"
+    )
     one.add_argument("--class", dest="classes", nargs="+", metavar="NAME", help="names of a plain array's rows")
     one.add_argument("--out", type=a_name, metavar="DIR", help="another folder than tokens/<model>")
     one.set_defaults(run=run_tokens_import)
@@ -548,7 +591,9 @@ def run_optimize(options: argparse.Namespace) -> None:
         for path, token, found in learned(pipe, sets, settings, options, stop):
             save_token(path, token)
             why = f" ({found.reason})" if found.reason else ""
-            print(f"{', '.join(token.names)}: loss {found.loss:.4f} after {found.epochs} epochs, {found.seconds:.1f} s{why}: {path}")
+            print(
+                f"{', '.join(token.names)}: loss {found.loss:.4f} after {found.epochs} epochs, {found.seconds:.1f} s{why}: {path}"
+            )
             if stop.asked:
                 raise KeyboardInterrupt
             stop.waits = False
@@ -587,7 +632,9 @@ def examples_of(pipe: Any, options: argparse.Namespace, about_image: dict[str, A
     """The annotated images of each token that is to be made, by the token's file."""
     out = Path(options.out)
     if options.annotated is not None:
-        return {out / file_name([name]): group for name, group in by_class(read_folder(options.annotated, pipe)).items()}
+        return {
+            out / file_name([name]): group for name, group in by_class(read_folder(options.annotated, pipe)).items()
+        }
     if options.image_set is not None:
         examples = read_folder(options.image_set, pipe)
         return {out: [replace(one, classes=tuple(options.classes or one.classes)) for one in examples]}
@@ -611,9 +658,12 @@ def learned(
             show_loss(epoch)
 
     wanted = {
-        "branch": options.branch, "tau": options.tau, "alpha": options.alpha, "on_epoch": on_epoch,
+        "branch": options.branch,
+        "tau": options.tau,
+        "alpha": options.alpha,
+        "on_epoch": on_epoch,
         "should_stop": lambda: stop.asked,
-    }  # fmt: skip
+    }
     if options.apart is None:
         for path, examples in sets.items():
             yield path, *learn(pipe, examples, settings, **wanted)
@@ -717,7 +767,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     quiet()
     try:
-        with short_memory_says("The device has too little memory for this: choose a smaller size, or another --device."):
+        with short_memory_says(
+            "The device has too little memory for this: choose a smaller size, or another --device."
+        ):
             options.run(options)
     except ValueError as error:
         sys.stderr.write(f"Error: {' '.join(str(error).split())}\n")

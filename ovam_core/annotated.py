@@ -137,7 +137,9 @@ def by_class(examples: Iterable[Example]) -> dict[str, list[Example]]:
     groups: dict[str, list[Example]] = {}
     for example in examples:
         if len(example.classes) != 1:
-            raise ValueError(f"'{example.mask.name}' has {len(example.classes)} classes; a set of tokens takes one a row.")
+            raise ValueError(
+                f"'{example.mask.name}' has {len(example.classes)} classes; a set of tokens takes one a row."
+            )
         groups.setdefault(example.classes[0], []).append(example)
     return groups
 
@@ -182,7 +184,9 @@ def learn(
     """
     classes = examples[0].classes
     if any(example.classes != classes for example in examples):
-        raise ValueError("The rows of an image set must all name the same class; use --annotated for one token a class.")
+        raise ValueError(
+            "The rows of an image set must all name the same class; use --annotated for one token a class."
+        )
     start = initial_embedding(pipe, classes)
     made, targets = _record_all(pipe, examples, branch, on_image)
     found = optimize([own_choice(pipe, one.recording) for one in made], targets, start, settings, on_epoch, should_stop)
@@ -223,7 +227,11 @@ def learn_apart(
         weights = [1.0 if mine else share for mine in own]
         found = optimize(recordings, labels, starts[name], settings, on_epoch, should_stop, weights)
         its_own = [one for one, mine in zip(made, own, strict=True) if mine]
-        yield name, token_of(its_own, (name,), found, settings, tau, alpha, {"apart": apart, "others": len(own) - sum(own)}), found
+        yield (
+            name,
+            token_of(its_own, (name,), found, settings, tau, alpha, {"apart": apart, "others": len(own) - sum(own)}),
+            found,
+        )
 
 
 def _record_all(
@@ -251,7 +259,9 @@ def _target(pipe: Any, example: Example) -> np.ndarray:
     if not example.is_photo:
         return read_mask(example.mask, (example.image.height, example.image.width), len(example.classes))
     photo = read_photo(example.file)
-    return photo_target(pipe, photo, read_mask(example.mask, (photo.height, photo.width), len(example.classes)), example.image)
+    return photo_target(
+        pipe, photo, read_mask(example.mask, (photo.height, photo.width), len(example.classes)), example.image
+    )
 
 
 def photo_target(pipe: Any, photo: Image.Image, labels: np.ndarray, settings: PhotoSettings) -> np.ndarray:

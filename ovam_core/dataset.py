@@ -325,15 +325,17 @@ def coco_instances(folder: Path, rows: Sequence[dict[str, Any]], classes: Sequen
         images.append({"id": number, "file_name": Path(row["file_name"]).name, "width": width, "height": height})
         for label in [int(label) for label in np.unique(labels) if label not in (0, IGNORE)]:
             encoded = rle.encode(np.asfortranarray(labels == label, dtype=np.uint8))
-            annotations.append({
-                "id": len(annotations) + 1,
-                "image_id": number,
-                "category_id": label,
-                "iscrowd": 0,
-                "area": int(rle.area(encoded)),
-                "bbox": [float(side) for side in rle.toBbox(encoded)],
-                "segmentation": {"size": [height, width], "counts": encoded["counts"].decode("ascii")},
-            })  # fmt: skip
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": label,
+                    "iscrowd": 0,
+                    "area": int(rle.area(encoded)),
+                    "bbox": [float(side) for side in rle.toBbox(encoded)],
+                    "segmentation": {"size": [height, width], "counts": encoded["counts"].decode("ascii")},
+                }
+            )
     categories = [{"id": label, "name": name} for label, name in enumerate(classes, start=1)]
     return {"images": images, "annotations": annotations, "categories": categories}
 
@@ -370,8 +372,12 @@ def write_parquet(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
         "seed": pa.int64(),
         "classes": pa.list_(pa.string()),
     }
-    numbers = {"class_ids": pa.list_(pa.int64()), "clip_scores": pa.list_(pa.float64()),
-               "coverages": pa.list_(pa.float64()), "coverage": pa.float64()}  # fmt: skip
+    numbers = {
+        "class_ids": pa.list_(pa.int64()),
+        "clip_scores": pa.list_(pa.float64()),
+        "coverages": pa.list_(pa.float64()),
+        "coverage": pa.float64(),
+    }
     columns = {"image": picture, "mask": picture, **texts, **numbers}
     # What `datasets` reads its features from; other readers pass over it.
     features = {"image": {"_type": "Image"}, "mask": {"_type": "Image"}}
@@ -394,10 +400,13 @@ def write_parquet(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     for number, name in enumerate(names):
         shard = rows[number * SHARD_ROWS : (number + 1) * SHARD_ROWS]
         filled = [
-            {**{key: row[key] for key in (*texts, *numbers)}, "image": _picture(folder, row["file_name"]),
-             "mask": _picture(folder, row["mask_file_name"])}
+            {
+                **{key: row[key] for key in (*texts, *numbers)},
+                "image": _picture(folder, row["file_name"]),
+                "mask": _picture(folder, row["mask_file_name"]),
+            }
             for row in shard
-        ]  # fmt: skip
+        ]
         buffer = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(filled, schema=schema), buffer)
         write(out / name, buffer.getvalue())
@@ -441,7 +450,10 @@ def zip_folder(folder: str | Path, path: str | Path) -> Path:
     path: outside the folder. The same data set gives the same bytes.
     """
     folder, path = Path(folder), Path(path)
-    with beside(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:  # JPEG and PNG do not get smaller
+    with (
+        beside(path) as part,
+        zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive,
+    ):  # JPEG and PNG do not get smaller
         for file in sorted(file for file in folder.rglob("*") if file.is_file()):
             inside = file.relative_to(folder)
             if inside.parts[0] == STATE or file.name.endswith(".part"):

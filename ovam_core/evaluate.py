@@ -30,7 +30,9 @@ def confusion_matrix(predicted: np.ndarray, truth: np.ndarray, labels: int, igno
     """
     predicted, truth = np.asarray(predicted), np.asarray(truth)
     if predicted.shape != truth.shape:
-        raise ValueError(f"The labels are {list(predicted.shape)} and the truth {list(truth.shape)}: make them one size.")
+        raise ValueError(
+            f"The labels are {list(predicted.shape)} and the truth {list(truth.shape)}: make them one size."
+        )
     seen = truth != ignore
     rows, columns = truth[seen].astype(np.int64), predicted[seen].astype(np.int64)
     highest = max(rows.max(initial=0), columns.max(initial=0))
@@ -45,7 +47,9 @@ def matrix_counts(matrix: np.ndarray) -> np.ndarray:
     return np.stack([right, matrix.sum(axis=0) - right, matrix.sum(axis=1) - right], axis=1)
 
 
-def sweep(heatmap: np.ndarray, truth: np.ndarray, thresholds: np.ndarray, ignore: np.ndarray | None = None) -> np.ndarray:
+def sweep(
+    heatmap: np.ndarray, truth: np.ndarray, thresholds: np.ndarray, ignore: np.ndarray | None = None
+) -> np.ndarray:
     """Counts int64 `[T, 3]` of the masks `heatmap >= threshold * max` (Eq. 9), all thresholds in one pass.
 
     heatmap: float `[H, W]`, 0 or more; thresholds: rising, in [0, 1]. A map of zeros gives empty masks.
@@ -57,7 +61,9 @@ def sweep(heatmap: np.ndarray, truth: np.ndarray, thresholds: np.ndarray, ignore
     # `passed` thresholds let a pixel through: it is in the first `passed` masks.
     passed = np.searchsorted(cuts, values[seen], side="right") if values.max() > 0 else np.zeros(len(truth), int)
     length = len(cuts) + 1
-    inside, outside = (np.bincount(passed[which], minlength=length)[::-1].cumsum()[::-1][1:] for which in (truth, ~truth))
+    inside, outside = (
+        np.bincount(passed[which], minlength=length)[::-1].cumsum()[::-1][1:] for which in (truth, ~truth)
+    )
     return np.stack([inside, outside, truth.sum() - inside], axis=1).astype(np.int64)
 
 
@@ -94,9 +100,14 @@ def interval(
 
 
 def gain(
-    first: np.ndarray, second: np.ndarray, classes: Sequence, images: Sequence, level: float = 0.95, draws: int = 2000,
+    first: np.ndarray,
+    second: np.ndarray,
+    classes: Sequence,
+    images: Sequence,
+    level: float = 0.95,
+    draws: int = 2000,
     seed: int = 0,
-) -> tuple[float, float, float]:  # fmt: skip
+) -> tuple[float, float, float]:
     """mIoU of `second` less that of `first`, and its bootstrap interval: the same images are drawn for both."""
     weights = _weights(images, draws, seed)
     apart = _drawn(_cells(second, classes, images), weights) - _drawn(_cells(first, classes, images), weights)

@@ -524,10 +524,12 @@ def weigh(
         if places:  # all classes of a branch read the queries once
             found.update(zip(places, attribute(recording, [own[place].attribution for place in places]), strict=True))
     maps = torch.stack([found[place] for place in range(len(own))])
-    weighted = torch.cat([
-        resize((one_map * self_attention_map(recordings[one.branch], one.alpha).to(maps.device))[None], size)
-        for one_map, one in zip(maps, own, strict=True)
-    ])  # fmt: skip
+    weighted = torch.cat(
+        [
+            resize((one_map * self_attention_map(recordings[one.branch], one.alpha).to(maps.device))[None], size)
+            for one_map, one in zip(maps, own, strict=True)
+        ]
+    )
     masks = torch.cat([binary_masks(weighted[n : n + 1], one.tau) for n, one in enumerate(own)])
     scaled = weighted / weighted.amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     return maps, scaled, masks
@@ -581,10 +583,17 @@ class Summary:
     def text(self) -> str:
         """A table for a terminal."""
         heads = ("class", "images", "kept", "small", "large", "low CLIP", "coverage")
-        lines = [heads, *(
-            (one["class"], *(str(one[key]) for key in ("images", "kept", "small", "large", "clip")), f"{one['coverage']:.1%}")
-            for one in self.by_class()
-        )]  # fmt: skip
+        lines = [
+            heads,
+            *(
+                (
+                    one["class"],
+                    *(str(one[key]) for key in ("images", "kept", "small", "large", "clip")),
+                    f"{one['coverage']:.1%}",
+                )
+                for one in self.by_class()
+            ),
+        ]
         widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
         table = [
             "  ".join(cell.ljust(w) if n == 0 else cell.rjust(w) for n, (cell, w) in enumerate(zip(line, widths)))

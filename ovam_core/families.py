@@ -154,9 +154,7 @@ class PixArt(Transformer):
             "added_cond_kwargs": shape,
         }
 
-    def arguments(
-        self, negative_prompt: str | list[str], after_step: Callable[[int], None]
-    ) -> dict[str, Any]:
+    def arguments(self, negative_prompt: str | list[str], after_step: Callable[[int], None]) -> dict[str, Any]:
         return {
             "negative_prompt": negative_prompt,
             "callback": lambda step, _timestep, _latents: after_step(step + 1),
@@ -255,9 +253,7 @@ class Sana(FlowTransformer):
         texts, masks = (torch.cat(one) for one in zip(*found, strict=True))
         return {"encoder_hidden_states": texts.to(self.denoiser.dtype), "encoder_attention_mask": masks}
 
-    def arguments(
-        self, negative_prompt: str | list[str], after_step: Callable[[int], None]
-    ) -> dict[str, Any]:
+    def arguments(self, negative_prompt: str | list[str], after_step: Callable[[int], None]) -> dict[str, Any]:
         given = super().arguments(negative_prompt, after_step)
         return {**given, "negative_prompt": negative_prompt, "use_resolution_binning": False}
 
@@ -365,9 +361,7 @@ class HunyuanDiT(Transformer):
         device = t5.device if weight.is_meta else weight.device
         return torch.cat([bert.to(weight.dtype), project(t5.to(device, weight.dtype)).to(bert.device)])
 
-    def arguments(
-        self, negative_prompt: str | list[str], after_step: Callable[[int], None]
-    ) -> dict[str, Any]:
+    def arguments(self, negative_prompt: str | list[str], after_step: Callable[[int], None]) -> dict[str, Any]:
         return {**super().arguments(negative_prompt, after_step), "use_resolution_binning": False}
 
 

@@ -43,7 +43,9 @@ class Call:
     rotary: Any = None
 
 
-Form = Callable[[Tensor, Call], Tensor]  # a module's output for some images `[b, ...]` to what is kept of it, `[b, ...]`
+Form = Callable[
+    [Tensor, Call], Tensor
+]  # a module's output for some images `[b, ...]` to what is kept of it, `[b, ...]`
 
 
 @dataclass(frozen=True)
@@ -114,11 +116,7 @@ class Family:
         """The denoiser's cross-attentions and self-attentions by name, in the order of its modules."""
         cross, own = attentions_of(self.denoiser)
         for name, x in cross.items():
-            if (
-                x.norm_cross
-                or getattr(x, "norm_q", None) is not None
-                or getattr(x, "norm_k", None) is not None
-            ):
+            if x.norm_cross or getattr(x, "norm_q", None) is not None or getattr(x, "norm_k", None) is not None:
                 raise ValueError(f"The layer {name} normalises its queries or keys, which is not supported.")
         return cross, own
 
@@ -275,9 +273,7 @@ class Family:
 
     # The pipeline's arguments, where they go by different names.
 
-    def arguments(
-        self, negative_prompt: str | list[str], after_step: Callable[[int], None]
-    ) -> dict[str, Any]:
+    def arguments(self, negative_prompt: str | list[str], after_step: Callable[[int], None]) -> dict[str, Any]:
         """Arguments of `pipe(...)`: a negative prompt, and a function told after each step how many are done.
 
         `after_step` may raise to end the run.
@@ -413,9 +409,7 @@ class EncodeListener(BinListener):
     @property
     def guided(self) -> bool:
         if self._guided is None:
-            raise ValueError(
-                "Nothing says whether this run is guided: call the pipeline, or record with branch='all'."
-            )
+            raise ValueError("Nothing says whether this run is guided: call the pipeline, or record with branch='all'.")
         return self._guided
 
 
@@ -495,9 +489,7 @@ def attentions_of(denoiser: nn.Module) -> tuple[dict[str, nn.Module], dict[str, 
     }
     cross = {name: x for name, x in found.items() if x.is_cross_attention}
     if not cross:
-        raise ValueError(
-            f"This {type(denoiser).__name__} has no cross-attention: there is no word to ask for."
-        )
+        raise ValueError(f"This {type(denoiser).__name__} has no cross-attention: there is no word to ask for.")
     return cross, {name: x for name, x in found.items() if not x.is_cross_attention}
 
 
@@ -571,8 +563,7 @@ def check_length(tokens: int, limit: int) -> None:
     """Raises ValueError for a text of more tokens than the text encoder takes."""
     if tokens > limit:
         raise ValueError(
-            f"The text has {tokens} tokens and the text encoder takes {limit}, its start and end included: "
-            "shorten it."
+            f"The text has {tokens} tokens and the text encoder takes {limit}, its start and end included: shorten it."
         )
 
 

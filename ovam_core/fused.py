@@ -124,9 +124,19 @@ def _sums(keys: Tensor, queries: Tensor, sizes: Sequence[int] | None) -> Tensor:
     key_step = keys.stride(0) if keys.ndim == 4 else 0
     with torch.cuda.device_of(keys):
         sums_forward[prompts, blocks, parts](
-            keys, queries, bounds, out, key_step, *queries.stride()[:2], heads, n, rows, pairs, together,
+            keys,
+            queries,
+            bounds,
+            out,
+            key_step,
+            *queries.stride()[:2],
+            heads,
+            n,
+            rows,
+            pairs,
+            together,
             **_constants(queries, sizes),
-        )  # fmt: skip
+        )
     return out.sum(dim=0)
 
 
@@ -146,10 +156,21 @@ def _gradient(keys: Tensor, queries: Tensor, sizes: Sequence[int] | None, gradie
     out = keys.new_empty(parts, *keys.shape)
     with torch.cuda.device_of(keys):
         sums_backward[prompts, groups * heads, parts](
-            keys, queries, bounds, gradient * factor, out, *queries.stride()[:2],
-            heads, n, rows, groups, pixel_blocks, blocks, together,
+            keys,
+            queries,
+            bounds,
+            gradient * factor,
+            out,
+            *queries.stride()[:2],
+            heads,
+            n,
+            rows,
+            groups,
+            pixel_blocks,
+            blocks,
+            together,
             **_constants(queries, sizes),
-        )  # fmt: skip
+        )
     return out.sum(dim=0) / factor
 
 

@@ -223,7 +223,9 @@ class MapSettings:
                 f"{method.name} compares words; for a token choose {GOCA_TOKEN.name} or {OVAM_TOKEN.name}."
             )
         if isinstance(method, GocaMethod) and (self.sentence.strip() or self.template != "{}"):
-            raise ValueError(f"{method.name} asks for words alone; leave the attribution sentence and the template out.")
+            raise ValueError(
+                f"{method.name} asks for words alone; leave the attribution sentence and the template out."
+            )
         if (method.needs_goca or method.only is not None) and self.steps is not None:
             raise ValueError(f"{method.name} looks at a step of its own; name no denoising steps.")
         if method.needs_goca and self.resolutions is not None:
@@ -485,7 +487,15 @@ def _cut(
     _check_answer(labels, generation.image)
 
     bodies = tuple(token.embedding.numpy().tobytes() for token in loaded)  # a file may change under its name
-    question = (method.name, settings.words, settings.sentence, settings.template, settings.steps, settings.resolutions, bodies)
+    question = (
+        method.name,
+        settings.words,
+        settings.sentence,
+        settings.template,
+        settings.steps,
+        settings.resolutions,
+        bodies,
+    )
     last = generation._last  # which another thread may replace at any time
     if last is None or last[0] != question:
         last = generation._last = (question, method.maps(seen, [*of_text, *of_tokens]))

@@ -42,9 +42,7 @@ PAPER_GRID = 64  # attention grid of the paper's models, for which its blur is m
 REFERENCES = {EMBEDDED: "up_blocks.2.attentions.1.transformer_blocks.0.attn2"}
 
 # Words of a caption that name nothing in the picture; the second kind may name all of it.
-PLACE_WORDS = frozenset(
-    "next against inside outside above below front back top side left right beneath around".split()
-)
+PLACE_WORDS = frozenset("next against inside outside above below front back top side left right beneath around".split())
 PICTURE_WORDS = frozenset("photograph photo picture image painting drawing illustration view scene".split())
 
 # Attention values (float32) made at once, all heads together.
@@ -108,14 +106,10 @@ class GocaRecording:
         return replace(
             self,
             layers=tuple(
-                replace(
-                    x, layer=replace(x.layer, queries=x.layer.queries.to(device)), heads=x.heads.to(device)
-                )
+                replace(x, layer=replace(x.layer, queries=x.layer.queries.to(device)), heads=x.heads.to(device))
                 for x in self.layers
             ),
-            finest=tuple(
-                replace(x, queries=x.queries.to(device), keys=x.keys.to(device)) for x in self.finest
-            ),
+            finest=tuple(replace(x, queries=x.queries.to(device), keys=x.keys.to(device)) for x in self.finest),
         )
 
 
@@ -139,9 +133,7 @@ class Parts:
 
 
 @torch.no_grad()
-def goca(
-    recording: GocaRecording, asked: Attribution | Sequence[Attribution], parts: Parts | None = None
-) -> Tensor:
+def goca(recording: GocaRecording, asked: Attribution | Sequence[Attribution], parts: Parts | None = None) -> Tensor:
     """All steps of GoCA: one map a label, float32 `[labels, recording.height, recording.width]`, from 0 to 1.
 
     asked: what is compared at each pixel, objects and background nouns alike; labels of all attributions in
@@ -154,18 +146,12 @@ def goca(
     parts = parts or Parts()
     content = [_content(one) for one in asked]
     if parts.rescale and sum(map(len, content)) == 1:
-        raise ValueError(
-            "GoCA compares words at each pixel: ask for two or more, such as an object and a background."
-        )
+        raise ValueError("GoCA compares words at each pixel: ask for two or more, such as an object and a background.")
     scores = [scores[rows] for scores, rows in zip(_scores(recording, asked, parts), content, strict=True)]
     if parts.rescale:
         scores = rescale(torch.cat(scores)).split([len(rows) for rows in content])
     maps = torch.stack(
-        [
-            label
-            for one, rows, own in zip(asked, content, scores, strict=True)
-            for label in one.means(own, rows)
-        ]
+        [label for one, rows, own in zip(asked, content, scores, strict=True) for label in one.means(own, rows)]
     )
     maps = min_max(gaussian_blur(maps, blur_size(parts.blur, max(maps.shape[1:]))))
     return propagate(maps, recording.finest, parts.propagations) if parts.propagations else maps
@@ -482,9 +468,7 @@ class GocaRecorder(Hooked):
         found = _blocks(self._family)
         names = [x.name for x in found]
         self._kept = _matching(names, layers)
-        self._reference = (
-            reference_layer(pipe, names) if reference is None else _matching(names, reference)[0]
-        )
+        self._reference = reference_layer(pipe, names) if reference is None else _matching(names, reference)[0]
         self._blocks = [x for x in found if x.name in self._kept or x.name == self._reference]
         self._reset()
 
@@ -545,13 +529,9 @@ class GocaRecorder(Hooked):
                 "not among them; call the pipeline inside the `with` block, or name another step."
             )
         device = self._caught[self._reference, "queries"].device
-        timesteps = (
-            torch.as_tensor(self._call.timestep).flatten().expand(self._call.batch)[self._images].tolist()
-        )
+        timesteps = torch.as_tensor(self._call.timestep).flatten().expand(self._call.batch)[self._images].tolist()
         with torch.autocast(device.type, enabled=False):
-            projections = {
-                x.name: _projections(x.cross, self._caught[x.name, "hidden"]) for x in self._blocks
-            }
+            projections = {x.name: _projections(x.cross, self._caught[x.name, "hidden"]) for x in self._blocks}
             return [self._recording(image, int(at), projections) for image, at in enumerate(timesteps)]
 
     def _recording(self, image: int, timestep: int, projections: dict[str, Tensor]) -> GocaRecording:
@@ -615,21 +595,13 @@ def _blocks(family: Family) -> list[_Block]:
     """
     if type(family) not in FAMILIES:
         *names, last = (x.name for x in FAMILIES)
-        raise ValueError(
-            f"GoCA is not there for {family.name}: load {', '.join(names)} or {last}, or take OVAM."
-        )
+        raise ValueError(f"GoCA is not there for {family.name}: load {', '.join(names)} or {last}, or take OVAM.")
     cross, own = family.attentions()
     beside = {name.rpartition(".")[0]: module for name, module in own.items()}
     parents = {name: name.rpartition(".")[0] for name in cross}
-    blocks = [
-        _Block(name, module, beside[parents[name]])
-        for name, module in cross.items()
-        if parents[name] in beside
-    ]
+    blocks = [_Block(name, module, beside[parents[name]]) for name, module in cross.items() if parents[name] in beside]
     if not blocks:
-        raise ValueError(
-            "This model has no block with a self-attention and a cross-attention, which GoCA needs."
-        )
+        raise ValueError("This model has no block with a self-attention and a cross-attention, which GoCA needs.")
     return blocks
 
 

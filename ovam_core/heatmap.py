@@ -48,11 +48,7 @@ def attribute(recording: Recording, attributions: Attribution | Sequence[Attribu
         raise ValueError("There is no word to attribute: give at least one.")
     all_maps = _heatmaps(recording, [x.embedding for x in attributions])
     return torch.stack(
-        [
-            one
-            for maps, attribution in zip(all_maps, attributions, strict=True)
-            for one in attribution.means(maps)
-        ]
+        [one for maps, attribution in zip(all_maps, attributions, strict=True) for one in attribution.means(maps)]
     )
 
 

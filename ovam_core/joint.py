@@ -96,8 +96,7 @@ class TextStream:
             return None if x is None else change(x)
 
         blocks = tuple(
-            replace(x, image_keys=changed(x.image_keys), image_values=changed(x.image_values))
-            for x in self.blocks
+            replace(x, image_keys=changed(x.image_keys), image_values=changed(x.image_values)) for x in self.blocks
         )
         return replace(self, blocks=blocks, modulation=change(self.modulation))
 
@@ -115,8 +114,7 @@ def text_stream(
     """
     *before, last = blocks
     parts = [
-        StreamBlock(x, TextKeys(blocks[x]), TextStep(blocks[x]), kept[f"{x}.keys"], kept[f"{x}.values"])
-        for x in before
+        StreamBlock(x, TextKeys(blocks[x]), TextStep(blocks[x]), kept[f"{x}.keys"], kept[f"{x}.values"]) for x in before
     ]
     end = StreamBlock(last, TextKeys(blocks[last]), None, None, None)
     return TextStream(embed, (*parts, end), kept["modulation"], rotary)

@@ -89,7 +89,9 @@ class _JointTransformer(FlowTransformer):
         used = dict(list(blocks.items())[: before + 1])
         return text_stream(self.denoiser.context_embedder, used, kept, self._text_rotary)
 
-    _text_rotary: Callable[[Tensor], Turn] | None = None  # of the places `[L]` of text tokens; None: they are not turned
+    _text_rotary: Callable[[Tensor], Turn] | None = (
+        None  # of the places `[L]` of text tokens; None: they are not turned
+    )
 
     def moment(self, timestep: int, latents: Tensor) -> Tensor:
         return super().moment(timestep, latents).float()  # as flow-matching schedulers count
@@ -138,8 +140,7 @@ class StableDiffusion3(_JointTransformer):
     def encode(self, tokens: Tokens) -> Tensor:
         pairs = list(zip(tokens.ids, self.encoders, strict=True))
         clip = [
-            encoder(self._batch(ids), output_hidden_states=True).hidden_states[-2][0]
-            for ids, (_, encoder) in pairs[:2]
+            encoder(self._batch(ids), output_hidden_states=True).hidden_states[-2][0] for ids, (_, encoder) in pairs[:2]
         ]
         beside = torch.cat(clip, dim=-1)
         rows = [F.pad(beside, (0, self.embed_dim - beside.shape[-1]))]
@@ -252,9 +253,7 @@ class Flux(_JointTransformer):
         """The patches' places by which they are turned, `[n, 3]`; texts: `[B, L, E]`."""
         return self.pipe._prepare_latent_image_ids(len(texts), height, width, texts.device, texts.dtype)
 
-    def arguments(
-        self, negative_prompt: str | list[str], after_step: Callable[[int], None]
-    ) -> dict[str, Any]:
+    def arguments(self, negative_prompt: str | list[str], after_step: Callable[[int], None]) -> dict[str, Any]:
         """Raises ValueError for a negative prompt, which the model would not see."""
         asked = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
         if any(one.strip() for one in asked or ()):

@@ -46,12 +46,26 @@ def _tile(start, row, column, rows, columns, row_stride, column_stride):
 
 @triton.jit(do_not_specialize=["heads", "rows", "pairs", "together"])
 def sums_forward(
-    keys, queries, bounds, parts,
-    key_step, query_step, query_head,
-    heads, n, rows, pairs, together,
-    query_pixel: tl.constexpr, query_channel: tl.constexpr, d: tl.constexpr,
-    SOFTMAX: tl.constexpr, TOKENS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
+    keys,
+    queries,
+    bounds,
+    parts,
+    key_step,
+    query_step,
+    query_head,
+    heads,
+    n,
+    rows,
+    pairs,
+    together,
+    query_pixel: tl.constexpr,
+    query_channel: tl.constexpr,
+    d: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     """Of one prompt, PIXELS pixels and `together` of all `pairs` of a step and a head: its place in `parts`.
 
     keys: float32 `[heads, rows, d]`, and key_step from one step's to the next's (0: the steps share them); queries:
@@ -78,12 +92,28 @@ def sums_forward(
 
 @triton.jit(do_not_specialize=["heads", "rows", "groups", "pixel_blocks", "blocks", "together"])
 def sums_backward(
-    keys, queries, bounds, gradient, parts,
-    query_step, query_head,
-    heads, n, rows, groups, pixel_blocks, blocks, together,
-    query_pixel: tl.constexpr, query_channel: tl.constexpr, d: tl.constexpr,
-    SOFTMAX: tl.constexpr, TOKENS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
+    keys,
+    queries,
+    bounds,
+    gradient,
+    parts,
+    query_step,
+    query_head,
+    heads,
+    n,
+    rows,
+    groups,
+    pixel_blocks,
+    blocks,
+    together,
+    query_pixel: tl.constexpr,
+    query_channel: tl.constexpr,
+    d: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     """Of one prompt, the keys of one head, and `together` of all `blocks` of pixels of a step: its place in `parts`.
 
     keys: float32 `[groups, heads, rows, d]`, groups: 1 where the steps share them, else T; gradient: float32
@@ -125,10 +155,15 @@ def _logits(query, key, scale):
 
 @triton.jit
 def columns_norms(
-    query, key, norms,
-    scale, n,
-    d: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
+    query,
+    key,
+    norms,
+    scale,
+    n,
+    d: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     """Of PIXELS rows of one head's attention, the logarithm (to the base of two) of what the softmax divides by.
 
     query, key: `[heads, n, d]`; norms: float32 `[heads, n]`. Launched over (blocks of pixels, heads).
@@ -151,10 +186,19 @@ def columns_norms(
 
 @triton.jit(do_not_specialize=["heads", "blocks", "together"])
 def columns_sums(
-    query, key, norms, parts,
-    scale, heads, n, blocks, together,
-    d: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
+    query,
+    key,
+    norms,
+    parts,
+    scale,
+    heads,
+    n,
+    blocks,
+    together,
+    d: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     """Of PIXELS columns of one head's attention, the sum over `together` of all `blocks` of rows: its place in `parts`.
 
     Arguments as of `columns_norms`. parts: float32 `[ceil(blocks / together), heads, n]`. Launched over

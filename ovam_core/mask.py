@@ -30,9 +30,7 @@ def self_attention_map(recording: Recording, alpha: float) -> Tensor:
     if alpha == 1:
         return torch.ones(recording.height, recording.width, device=recording.layers[0].queries.device)
     if not recording.column_sums:
-        raise ValueError(
-            "This recording has no self-attention: record with self_attention=True or set alpha to 1."
-        )
+        raise ValueError("This recording has no self-attention: record with self_attention=True or set alpha to 1.")
     size = (recording.height, recording.width)
     received = sum(
         resize(rearrange(layer.sums.sum(dim=0), "(h w) -> 1 h w", h=layer.height), size)[0]
@@ -104,9 +102,7 @@ def label_map(maps: np.ndarray, masks: np.ndarray, ids: Sequence[int] | None = N
     """
     ids = list(range(1, len(masks) + 1)) if ids is None else list(ids)
     if maps.shape != masks.shape or len(ids) != len(masks):
-        raise ValueError(
-            f"{list(maps.shape)} maps, {list(masks.shape)} masks and {len(ids)} ids do not go together."
-        )
+        raise ValueError(f"{list(maps.shape)} maps, {list(masks.shape)} masks and {len(ids)} ids do not go together.")
     if any(not 1 <= int(x) <= 255 for x in ids):
         raise ValueError("Label ids must lie between 1 and 255: 0 is the background.")
     if len(masks) == 0:

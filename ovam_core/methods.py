@@ -99,9 +99,7 @@ class Method:
         """Heatmaps float32 `[labels, h, w]` of words or tokens."""
         return attribute(self.select(seen.recording), asked)
 
-    def masks(
-        self, recording: Recording, maps: Tensor, image: Image.Image, token: bool = False
-    ) -> np.ndarray:
+    def masks(self, recording: Recording, maps: Tensor, image: Image.Image, token: bool = False) -> np.ndarray:
         """Masks bool `[L, H, W]` of maps `[L, h, w]` that were asked of `select(recording)`."""
         tau, alpha = self.cut(token)
         return make_masks(recording, maps, image, tau=tau, alpha=alpha, crf=self.crf)
@@ -166,9 +164,7 @@ class GocaMethod:
     ) -> Found:
         """As `maps_and_masks`."""
         if tokens:
-            raise ValueError(
-                f"{self.name} compares words; for a token choose {GOCA_TOKEN.name} or {OVAM_TOKEN.name}."
-            )
+            raise ValueError(f"{self.name} compares words; for a token choose {GOCA_TOKEN.name} or {OVAM_TOKEN.name}.")
         maps = goca(seen.goca, self.asking(pipe, seen.caption, [*words, *background]), self.parts)
         size = (seen.image.height, seen.image.width)
         full = resize(maps, size)
@@ -195,37 +191,61 @@ def maps_and_masks(
     round, without the recording that the method needs, and as the steps of the method do.
     """
     if method.asks == "token" and (words or not tokens):
-        raise ValueError(
-            f"{method.name} takes tokens, not words: choose a token and no words, or another method."
-        )
+        raise ValueError(f"{method.name} takes tokens, not words: choose a token and no words, or another method.")
     if not words and not tokens:
         raise ValueError("There is no word to look for: give at least one.")
     if method.needs_goca and seen.goca is None:
-        raise ValueError(
-            f"{method.name} needs the pass of record_goca beside the recording: record the image anew."
-        )
+        raise ValueError(f"{method.name} needs the pass of record_goca beside the recording: record the image anew.")
     words = list(words)
     background = background_words(seen.caption, words) if background is None else background
     return method.run(pipe, seen, words, tokens, background)
 
 
 DAAM = Method(
-    "DAAM", "The mean of all attention maps of a word, cut at a share of its peak.",
-    None, None, False, 0.4, 1.0, 0.8, 1.0,
-)  # fmt: skip
+    "DAAM",
+    "The mean of all attention maps of a word, cut at a share of its peak.",
+    None,
+    None,
+    False,
+    0.4,
+    1.0,
+    0.8,
+    1.0,
+)
 ATTN2MASK = Method(
-    "Attn2Mask", "The maps of step 50 of a run of 100 steps alone, cut, then refined by a dense CRF.",
-    100, 50, True, 0.5, 1.0, 0.8, 1.0,
-)  # fmt: skip
+    "Attn2Mask",
+    "The maps of step 50 of a run of 100 steps alone, cut, then refined by a dense CRF.",
+    100,
+    50,
+    True,
+    0.5,
+    1.0,
+    0.8,
+    1.0,
+)
 OVAM = Method(
     "OVAM",
     "The mean of all maps, times the self-attention a pixel receives, cut, then refined by a dense CRF.",
-    None, None, True, 0.4, 0.85, 0.8, 0.95,
-)  # fmt: skip
+    None,
+    None,
+    True,
+    0.4,
+    0.85,
+    0.8,
+    0.95,
+)
 OVAM_TOKEN = Method(
-    "OVAM + token", "OVAM with an embedding that was learned from a mask in place of the word.",
-    None, None, True, 0.4, 0.85, 0.8, 0.95, asks="token",
-)  # fmt: skip
+    "OVAM + token",
+    "OVAM with an embedding that was learned from a mask in place of the word.",
+    None,
+    None,
+    True,
+    0.4,
+    0.85,
+    0.8,
+    0.95,
+    asks="token",
+)
 GOCA = GocaMethod(
     "GoCA",
     "Words of the prompt, compared at each pixel: weighted heads and layers, spread along the self-attention.",
@@ -239,13 +259,26 @@ GOCA_ANY = GocaMethod(
 OVAM_WEIGHTED = WeightedMethod(
     "OVAM, GoCA's weights",
     "OVAM on one pass, with GoCA's weights of heads and layers for the plain mean. Extends both papers.",
-    None, None, True, 0.4, 0.85, 0.8, 0.95,
-)  # fmt: skip
+    None,
+    None,
+    True,
+    0.4,
+    0.85,
+    0.8,
+    0.95,
+)
 GOCA_TOKEN = WeightedMethod(
     "GoCA + token",
     "A learned embedding in place of the word, under GoCA's weights, on one pass. Extends both papers.",
-    None, None, True, 0.4, 0.85, 0.8, 0.95, asks="token",
-)  # fmt: skip
+    None,
+    None,
+    True,
+    0.4,
+    0.85,
+    0.8,
+    0.95,
+    asks="token",
+)
 METHODS = {method.name: method for method in (DAAM, ATTN2MASK, OVAM)}  # those that any recording serves
 ALL_METHODS: dict[str, Method | GocaMethod] = METHODS | {
     method.name: method for method in (OVAM_TOKEN, GOCA, GOCA_ANY, OVAM_WEIGHTED, GOCA_TOKEN)

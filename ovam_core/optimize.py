@@ -299,9 +299,15 @@ def _optimizer(x: Tensor, settings: OptimizeSettings) -> torch.optim.Optimizer:
     if settings.method == "adam":
         return torch.optim.Adam([x], lr=settings.rate)
     return torch.optim.LBFGS(
-        [x], lr=settings.rate, max_iter=settings.epochs, max_eval=settings.epochs + 1, history_size=10,
-        tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe",
-    )  # fmt: skip
+        [x],
+        lr=settings.rate,
+        max_iter=settings.epochs,
+        max_eval=settings.epochs + 1,
+        history_size=10,
+        tolerance_grad=0,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -344,7 +350,7 @@ def _tasks(
         stored = recording.layers[0].queries.device
         device = start.device if stored.type == "cpu" else stored
         rows = torch.arange(len(start), device=device)[:, None, None]
-        target = (torch.from_numpy(labels.astype(np.int64)).to(device)[None] == rows)
+        target = torch.from_numpy(labels.astype(np.int64)).to(device)[None] == rows
         tasks.append(_Task(recording, target, torch.from_numpy(kept * (weight / kept.sum())).float().to(device)))
     strange, missing = seen - set(range(len(start))), set(range(1, len(start))) - seen
     if strange:

@@ -197,9 +197,7 @@ def prepare(
 ) -> Noisy:
     """Everything before the forward passes; arguments and refusals as in `record_images`."""
     if not images or len(images) != len(captions):
-        raise ValueError(
-            f"There are {len(images)} photographs and {len(captions)} captions: give each a caption."
-        )
+        raise ValueError(f"There are {len(images)} photographs and {len(captions)} captions: give each a caption.")
     if len({bool(caption.strip()) for caption in captions}) > 1:
         raise ValueError("Some captions are empty and others are not: record those photographs apart.")
     height, width = size or (None, None)
@@ -246,9 +244,7 @@ def read_photo(source: Image.Image | str | Path) -> Image.Image:
     with _opened(source) as picture:
         if picture.width * picture.height > MAX_PIXELS:
             size = f"{picture.width}x{picture.height}"
-            raise ValueError(
-                f"The picture is {size}; at most {MAX_PIXELS:,} pixels are taken, make it smaller."
-            )
+            raise ValueError(f"The picture is {size}; at most {MAX_PIXELS:,} pixels are taken, make it smaller.")
         try:
             return _rgb(ImageOps.exif_transpose(picture))
         except Exception:  # a decoder fails in whatever way a broken file makes it
@@ -270,9 +266,7 @@ def _opened(source: Image.Image | str | Path) -> AbstractContextManager[Image.Im
     except Image.DecompressionBombError:
         raise ValueError(f"The picture has more than {MAX_PIXELS:,} pixels; make it smaller.") from None
     except (OSError, ValueError):
-        raise ValueError(
-            f"'{Path(source).name}' is not a picture that can be read; give a JPEG or a PNG."
-        ) from None
+        raise ValueError(f"'{Path(source).name}' is not a picture that can be read; give a JPEG or a PNG.") from None
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
@@ -297,9 +291,7 @@ def fitted_size(pipe: Any, photo: Image.Image) -> tuple[int, int]:
     if min(photo.size) < MIN_SIDE:
         raise ValueError(f"The picture is {own_size}; each side needs {MIN_SIDE} pixels, give a larger one.")
     if max(photo.size) > MAX_ASPECT * min(photo.size):
-        raise ValueError(
-            f"The picture is {own_size}, one side more than {MAX_ASPECT:g} times the other; crop it."
-        )
+        raise ValueError(f"The picture is {own_size}, one side more than {MAX_ASPECT:g} times the other; crop it.")
     own, multiple = defaults_for(pipe), family_of(pipe).photo_multiple
     scale = math.sqrt(own.width * own.height / (photo.width * photo.height))
     scale = min(scale, own.max_size / max(photo.size))
@@ -309,9 +301,7 @@ def fitted_size(pipe: Any, photo: Image.Image) -> tuple[int, int]:
 def caption_of(names: Sequence[str]) -> str:
     """ "A photograph of a cat, an aeroplane and the red bus": what to tell the model of a picture of these things."""
     names = [name.strip() for name in names if name.strip()]
-    things = [
-        name if name.split()[0].lower() in FUNCTION_WORDS else f"{_article(name)} {name}" for name in names
-    ]
+    things = [name if name.split()[0].lower() in FUNCTION_WORDS else f"{_article(name)} {name}" for name in names]
     if len(things) < 2:
         return " ".join(["A photograph", *(f"of {thing}" for thing in things)])
     return f"A photograph of {', '.join(things[:-1])} and {things[-1]}"
@@ -341,10 +331,7 @@ def encode(pipe: Any, photos: Sequence[Image.Image], size: tuple[int, int]) -> T
     """
     height, width = size
     small = [photo.resize((width, height), Image.Resampling.LANCZOS) for photo in photos]
-    pixels = (
-        rearrange([torch.from_numpy(np.array(one)) for one in small], "b h w c -> b c h w").float() / 127.5
-        - 1
-    )
+    pixels = rearrange([torch.from_numpy(np.array(one)) for one in small], "b h w c -> b c h w").float() / 127.5 - 1
     vae, given = pipe.vae, pipe.vae.dtype
     # SDXL's overflows in half precision.
     upcast = given == torch.float16 and getattr(vae.config, "force_upcast", False)

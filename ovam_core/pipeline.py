@@ -65,7 +65,15 @@ KNOWN_MODELS: dict[str, ModelDefaults] = {
     # Its coarser grids, 8 x 8 and 4 x 4, and its first steps find little (benchmarks/quality.py, Resolutions and Steps).
     # Both tau by the mean mIoU of both sets on seeds from 2000, which the tables do not use; alpha made no difference.
     EMBEDDED: ModelDefaults(
-        steps=25, guidance=4.0, height=128, width=128, max_size=256, strides=(8,), noisiest=600, tau=0.36, token_tau=0.37
+        steps=25,
+        guidance=4.0,
+        height=128,
+        width=128,
+        max_size=256,
+        strides=(8,),
+        noisiest=600,
+        tau=0.36,
+        token_tau=0.37,
     ),
     DEFAULT_HUB_MODEL: _SD1,
     "CompVis/stable-diffusion-v1-4": _SD1,

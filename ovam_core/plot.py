@@ -11,14 +11,41 @@ from PIL import Image, ImageColor
 
 # Pascal VOC: the 20 names in the order of their ids 1 to 20; 0 is background, 255 is "ignore".
 VOC_CLASSES = (
-    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
-    "dining table", "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv",
-)  # fmt: skip
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "dining table",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "potted plant",
+    "sheep",
+    "sofa",
+    "train",
+    "tv",
+)
 
 # Okabe and Ito's set without its black, then three of Paul Tol's: told apart with any kind of colour vision.
 COLORS = (
-    "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#F0E442", "#AA4499", "#44AA99", "#882255",
-)  # fmt: skip
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#CC79A7",
+    "#0072B2",
+    "#D55E00",
+    "#F0E442",
+    "#AA4499",
+    "#44AA99",
+    "#882255",
+)
 
 DIM = 0.45  # how bright the picture under a heatmap stays
 

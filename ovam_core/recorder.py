@@ -243,9 +243,7 @@ class Hooked:
             return slice(0, batch)
         if not self._listener.guided:
             if self._branch == "unconditional":
-                raise ValueError(
-                    "Without guidance there is no unconditional half: record the conditional branch."
-                )
+                raise ValueError("Without guidance there is no unconditional half: record the conditional branch.")
             return slice(0, batch)
         half = batch // 2  # diffusers concatenates [negative, positive]
         return slice(half, batch) if self._branch == "conditional" else slice(0, half)
@@ -383,9 +381,7 @@ class Recorder(Hooked):
             for image, queries in enumerate(_by_image(self._queries.pop(name))):
                 if image == len(layers):
                     layers.append([])
-                layers[image].append(
-                    LayerQueries(name, height, width, queries, keys, self._family.scale(attention))
-                )
+                layers[image].append(LayerQueries(name, height, width, queries, keys, self._family.scale(attention)))
         sums = {name: _by_image(self._sums[name]) for name in self._self if name in self._sums}
         beside = {name: _by_image(self._streamed.pop(name)) for name in self._beside}
         factor = self._pipe.vae_scale_factor

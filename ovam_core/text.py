@@ -143,9 +143,7 @@ def _check_words(words: Sequence[str]) -> list[str]:
         if not isinstance(word, str):
             raise ValueError(f"The word {word!r} is not text.")
         if len(word) > MAX_WORD_CHARS:
-            raise ValueError(
-                f"The word {word[:30]!r}... is longer than {MAX_WORD_CHARS} characters: shorten it."
-            )
+            raise ValueError(f"The word {word[:30]!r}... is longer than {MAX_WORD_CHARS} characters: shorten it.")
         if not any(_is_content(letter) for letter in word):
             raise ValueError(f"{word!r} is not a word: it has neither a letter nor a digit.")
     return words
@@ -169,9 +167,7 @@ def _positions(tokens: Tokens, word: str) -> dict[int, float]:
     pattern = r"\s+".join(re.escape(part) for part in word.split())
     found = list(re.finditer(rf"(?<!\w){pattern}(?!\w)", tokens.text, flags=re.IGNORECASE))
     if not pattern or not found:
-        raise ValueError(
-            f"{word!r} does not stand in the sentence {tokens.text[:80]!r}: use words of the sentence."
-        )
+        raise ValueError(f"{word!r} does not stand in the sentence {tokens.text[:80]!r}: use words of the sentence.")
     pieces = [
         (match.start() + piece.start(), match.start() + piece.end(), piece.group().lower())
         for match in found

@@ -107,18 +107,14 @@ class EvaluateSettings:
             "timesteps": timesteps_of(found, pipe.scheduler.config.num_train_timesteps),
             "threads": cores() if pipe._execution_device.type == "cpu" else None,
         }
-        return cls(
-            found.name, **{**own, **{name: value for name, value in given.items() if value is not None}}
-        )
+        return cls(found.name, **{**own, **{name: value for name, value in given.items() if value is not None}})
 
     def validate(self, pipe: Any) -> None:
         """Raises ValueError, one sentence, for what cannot be evaluated."""
         method = method_named(self.method)
         self.photo().validate(pipe)
         if method.needs_goca and (len(self.timesteps) > 1 or self.template != "{}"):
-            raise ValueError(
-                f"{method.name} looks at one timestep and takes no template; leave the others out."
-            )
+            raise ValueError(f"{method.name} looks at one timestep and takes no template; leave the others out.")
         if isinstance(method, GocaMethod) and (self.alpha is not None or self.crf):
             raise ValueError(f"{method.name} has neither alpha nor a dense CRF; leave these settings out.")
         for name, value in (("tau", self.tau), ("alpha", self.alpha)):
@@ -215,16 +211,12 @@ def read_voc(
     for name in names:
         for file in (_photo_file(root, name), _truth_file(root, name)):
             if not file.is_file():
-                raise ValueError(
-                    f"'{file.relative_to(root)}' is missing in '{root}', though {split}.txt names it."
-                )
+                raise ValueError(f"'{file.relative_to(root)}' is missing in '{root}', though {split}.txt names it.")
     if str(classes_from) == GROUND_TRUTH:
         wanted = [("", _present(_truth_file(root, name), classes)) for name in names]
     else:
         wanted = read_wanted(Path(classes_from), names, classes)
-    items = [
-        Item(index, caption or caption_of(own), "", 0, own) for index, (caption, own) in enumerate(wanted)
-    ]
+    items = [Item(index, caption or caption_of(own), "", 0, own) for index, (caption, own) in enumerate(wanted)]
     return VocSet(root, split, tuple(names), Work(tuple(items), classes))
 
 
@@ -281,16 +273,12 @@ def read_truth(path: Path, classes: int) -> np.ndarray:
     return labels
 
 
-def read_wanted(
-    file: Path, names: Sequence[str], classes: tuple[str, ...]
-) -> list[tuple[str, tuple[str, ...]]]:
+def read_wanted(file: Path, names: Sequence[str], classes: tuple[str, ...]) -> list[tuple[str, tuple[str, ...]]]:
     """(caption or "", classes) of each image from a JSON file; see `read_voc`."""
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(
-            f"There is no file '{file}'; give gt or a JSON file of captions or classes."
-        ) from None
+        raise ValueError(f"There is no file '{file}'; give gt or a JSON file of captions or classes.") from None
     except (OSError, ValueError, RecursionError):
         raise ValueError(f"'{file}' is not a JSON file that can be read.") from None
     if not isinstance(rows, dict):
@@ -305,9 +293,7 @@ def _wanted(row: Any, name: str, classes: tuple[str, ...]) -> tuple[str, tuple[s
         return row.strip(), find_classes(row, classes)
     if isinstance(row, list):
         row = {"classes": row}
-    caption, stated = (
-        (row.get("caption") or "", row.get("classes")) if isinstance(row, dict) else (None, None)
-    )
+    caption, stated = (row.get("caption") or "", row.get("classes")) if isinstance(row, dict) else (None, None)
     is_list = isinstance(stated, list) and all(isinstance(one, str) for one in stated)
     if not isinstance(caption, str) or not (is_list or (stated is None and caption)):
         raise ValueError(
@@ -318,9 +304,7 @@ def _wanted(row: Any, name: str, classes: tuple[str, ...]) -> tuple[str, tuple[s
     matched = {one: match_class(one, classes) for one in stated}
     unknown = [one for one, match in matched.items() if match is None]
     if unknown:
-        raise ValueError(
-            f"The class '{unknown[0][:60]}' of '{name}' is not among the classes of the data set."
-        )
+        raise ValueError(f"The class '{unknown[0][:60]}' of '{name}' is not among the classes of the data set.")
     return caption.strip(), tuple(one for one in classes if one in matched.values())
 
 
@@ -363,11 +347,7 @@ class Job:
 
 def found_labels(job: Job) -> np.ndarray:
     """The label map of a job, uint8 [H, W]."""
-    masks = (
-        np.stack([densecrf(mask, job.image) for mask in job.masks])
-        if job.crf and len(job.masks)
-        else job.masks
-    )
+    masks = np.stack([densecrf(mask, job.image) for mask in job.masks]) if job.crf and len(job.masks) else job.masks
     return label_map(job.scaled, masks, job.ids)
 
 
@@ -434,9 +414,7 @@ def answer_in_one_pass(
     """The same for a method that needs the pass of `record_goca`."""
     branches = {one.branch for one in asked}
     if len(branches) > 1:
-        raise ValueError(
-            f"{method.name} looks at one pass, but its tokens belong to different halves of a batch."
-        )
+        raise ValueError(f"{method.name} looks at one pass, but its tokens belong to different halves of a batch.")
     caption = photo.caption if branches == {"conditional"} else ""
     noisy = prepare(pipe, [image], [caption], photo.timesteps, photo.seed, photo.size)
     with record(pipe, branch="all") as plain, record_goca(pipe, branch="all") as weighted:
@@ -470,9 +448,7 @@ def method_questions(pipe: Any, work: Work, settings: EvaluateSettings) -> dict[
     asked = questions(pipe, work, settings, settings.template)
     words = [name for name, one in asked.items() if one.by == "word"]
     if method.asks == "token" and words:
-        raise ValueError(
-            f"{method.name} asks for tokens alone, and there is none for '{words[0]}'; add --tokens."
-        )
+        raise ValueError(f"{method.name} asks for tokens alone, and there is none for '{words[0]}'; add --tokens.")
     if isinstance(method, GocaMethod):
         return asked
     cuts = {name: method.cut(one.by == "token") for name, one in asked.items()}
@@ -496,8 +472,7 @@ class Result:
         """IoU of each label in [0, 1]; None for one that is neither in the truth nor was found."""
         values = iou(matrix_counts(self.matrix))
         return {
-            name: None if math.isnan(value) else float(value)
-            for name, value in zip(self.labels, values, strict=True)
+            name: None if math.isnan(value) else float(value) for name, value in zip(self.labels, values, strict=True)
         }
 
     @property
@@ -512,16 +487,16 @@ class Result:
 
     def text(self) -> str:
         """A Markdown table, in percent."""
-        shown = [
-            (name, value, int(self.matrix[row].sum())) for row, (name, value) in enumerate(self.iou.items())
-        ]
+        shown = [(name, value, int(self.matrix[row].sum())) for row, (name, value) in enumerate(self.iou.items())]
         rows = [[name, _percent(value), f"{pixels:,}"] for name, value, pixels in shown if value is not None]
-        return "\n".join([
-            table(["class", "IoU %", "pixels"], rows),
-            "",
-            f"mIoU {_percent(self.miou)} %, without the background {_percent(self.miou_objects)} %, "
-            f"over {self.images:,} images.",
-        ])  # fmt: skip
+        return "\n".join(
+            [
+                table(["class", "IoU %", "pixels"], rows),
+                "",
+                f"mIoU {_percent(self.miou)} %, without the background {_percent(self.miou_objects)} %, "
+                f"over {self.images:,} images.",
+            ]
+        )
 
     def json(self) -> bytes:
         about = {
@@ -597,9 +572,7 @@ def evaluate(
             ) from None
 
 
-def fingerprint(
-    pipe: Any, data: VocSet, settings: EvaluateSettings, asked: dict[str, Question]
-) -> dict[str, Any]:
+def fingerprint(pipe: Any, data: VocSet, settings: EvaluateSettings, asked: dict[str, Question]) -> dict[str, Any]:
     """What a result depends on, as it is kept in its folder; nothing of it names the machine."""
     values = {
         "program": FORMAT,
@@ -618,9 +591,7 @@ def _begin(folder: Path, about: dict[str, Any]) -> None:
     """Settings before the rest: another process that begins just now must not take the folder for a stranger's."""
     (folder / dataset.ITEMS).mkdir(parents=True, exist_ok=True)
     dataset.clear_parts(folder)
-    write(
-        folder / dataset.SETTINGS, (json.dumps(about, ensure_ascii=False, indent=1) + "\n").encode()
-    )
+    write(folder / dataset.SETTINGS, (json.dumps(about, ensure_ascii=False, indent=1) + "\n").encode())
     (folder / MASKS).mkdir(exist_ok=True)
 
 
@@ -632,9 +603,14 @@ def _share(data: VocSet, folder: Path, process: Process) -> tuple[list[Item], in
 
 
 def _run(
-    pipe: Any, data: VocSet, items: Sequence[Item], asked: dict[str, Question], settings: EvaluateSettings, folder: Path,
+    pipe: Any,
+    data: VocSet,
+    items: Sequence[Item],
+    asked: dict[str, Question],
+    settings: EvaluateSettings,
+    folder: Path,
     workers: int,
-) -> Iterator[int]:  # fmt: skip
+) -> Iterator[int]:
     """Does the images; gives how many are finished after each."""
     if not items:
         return
@@ -658,9 +634,7 @@ def _finish(folder: Path, data: VocSet, about: dict[str, Any]) -> Result:
     for item in data.work.items:
         row = dataset.read_done(folder, item)
         if row is None:
-            raise ValueError(
-                f"'{data.names[item.index]}' is missing in '{folder}'; start the same evaluation again."
-            )
+            raise ValueError(f"'{data.names[item.index]}' is missing in '{folder}'; start the same evaluation again.")
         for truth, found, pixels in row["confusion"]:
             matrix[truth, found] += pixels
     result = Result(matrix, data.labels, len(data.names), about)

@@ -47,7 +47,9 @@ def only_numbers(*fields: gr.Slider | gr.Number) -> None:
             if value is None and isinstance(field, gr.Number):  # left empty
                 return read(value)
             if not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise gr.Error(f"{field.label} is {html.escape(str(value)[:40])}; give a number.", print_exception=False)
+                raise gr.Error(
+                    f"{field.label} is {html.escape(str(value)[:40])}; give a number.", print_exception=False
+                )
             if getattr(field, "precision", None) == 0 and value != int(value):  # gradio would round it in silence
                 raise gr.Error(f"{field.label} is {value}; give a whole number.", print_exception=False)
             return read(value)
@@ -97,19 +99,26 @@ class Desk:
         self._zips: dict[str, Path] = {}
 
     def draw(
-        self, settings: GenerateSettings, work: str, request: gr.Request, progress: gr.Progress, branch: str = "conditional"
+        self,
+        settings: GenerateSettings,
+        work: str,
+        request: gr.Request,
+        progress: gr.Progress,
+        branch: str = "conditional",
     ) -> Generation:
         """Generates as a part of `work`, whose stop flag ends it. Raises Stopped, ValueError."""
         stop = self.flag(request, work)
         try:
-            return self._drive(lambda: generate(
-                self.pipe,
-                settings,
-                on_step=lambda done, total: progress((done, total), desc="Denoising", unit="steps"),
-                should_stop=stop.is_set,
-                branch=branch,
-                with_goca=self.with_goca,
-            ))  # fmt: skip
+            return self._drive(
+                lambda: generate(
+                    self.pipe,
+                    settings,
+                    on_step=lambda done, total: progress((done, total), desc="Denoising", unit="steps"),
+                    should_stop=stop.is_set,
+                    branch=branch,
+                    with_goca=self.with_goca,
+                )
+            )
         finally:
             self.end(request, work, stop)
 

@@ -41,7 +41,9 @@ EXAMPLE = "A cat and a dog on grass\nA bus next to a bicycle on a road\nA sofa a
 # -------------------------------------------------------------------------------------------- from the page
 
 
-def prompts_of(way: str, template: str, names: list[str], text: str, file: str | None) -> tuple[list[Prompt], tuple | None]:
+def prompts_of(
+    way: str, template: str, names: list[str], text: str, file: str | None
+) -> tuple[list[Prompt], tuple | None]:
     """The prompts and the class list (None: those that the prompts name). Raises ValueError, one sentence."""
     classes = class_list(", ".join(names)) if names else None
     if way == TEMPLATE:
@@ -52,7 +54,9 @@ def prompts_of(way: str, template: str, names: list[str], text: str, file: str |
     if not (text or "").strip():
         raise ValueError("There are no prompts; paste some, one a line, or upload a file.")
     if len(text) > MAX_TEXT:
-        raise ValueError(f"The prompts have {len(text):,} characters; at most {MAX_TEXT:,} can be pasted, upload a file.")
+        raise ValueError(
+            f"The prompts have {len(text):,} characters; at most {MAX_TEXT:,} can be pasted, upload a file."
+        )
     return parse_prompts(text), classes
 
 
@@ -137,79 +141,177 @@ class ExportTab:
         only_lists(self.formats)
         only_numbers(self.each, self.seed, self.low, self.high, self.steps)
         self.given = [
-            self.way, self.template, self.text, self.file, self.classes, self.by, self.each, self.seed, self.low, self.high,
-            self.formats, self.steps, self.crf,
-        ]  # fmt: skip
+            self.way,
+            self.template,
+            self.text,
+            self.file,
+            self.classes,
+            self.by,
+            self.each,
+            self.seed,
+            self.low,
+            self.high,
+            self.formats,
+            self.steps,
+            self.crf,
+        ]
         self._wire()
 
     def _lay_out_questions(self) -> None:
         self.way = gr.Radio([TEMPLATE, OWN], value=TEMPLATE, show_label=False, container=False, elem_id="export-way")
-        self.template = gr.Textbox("A photograph of a {}", label="Prompt", info="{} is where the class goes.", max_lines=1, elem_id="template")
+        self.template = gr.Textbox(
+            "A photograph of a {}", label="Prompt", info="{} is where the class goes.", max_lines=1, elem_id="template"
+        )
         with gr.Group(visible=False) as self.own:
-            self.text = gr.Textbox("", label="Prompts, one a line", lines=5, max_lines=12, placeholder=EXAMPLE, elem_id="export-prompts")
+            self.text = gr.Textbox(
+                "", label="Prompts, one a line", lines=5, max_lines=12, placeholder=EXAMPLE, elem_id="export-prompts"
+            )
             self.file = gr.File(
-                label="or a file: txt, csv, tsv, jsonl, COCO captions json", file_types=[f".{kind}" for kind in KINDS],
-                height=110, elem_id="export-file",
-            )  # fmt: skip
+                label="or a file: txt, csv, tsv, jsonl, COCO captions json",
+                file_types=[f".{kind}" for kind in KINDS],
+                height=110,
+                elem_id="export-file",
+            )
         self.classes = gr.Dropdown(
-            list(VOC_CLASSES), value=["cat", "dog"], multiselect=True, allow_custom_value=True, label="Classes",
-            info="Any words. None: all 20 VOC classes, or those that your prompts name.", elem_id="export-classes",
-        )  # fmt: skip
-        self.by = gr.Radio([NAMES, TOKENS], value=TOKENS if self.desk.shelf.shipped else NAMES, label="Ask for a class", elem_id="export-by")
+            list(VOC_CLASSES),
+            value=["cat", "dog"],
+            multiselect=True,
+            allow_custom_value=True,
+            label="Classes",
+            info="Any words. None: all 20 VOC classes, or those that your prompts name.",
+            elem_id="export-classes",
+        )
+        self.by = gr.Radio(
+            [NAMES, TOKENS],
+            value=TOKENS if self.desk.shelf.shipped else NAMES,
+            label="Ask for a class",
+            elem_id="export-by",
+        )
         with gr.Row():
-            self.each = gr.Number(2, label="Images a prompt", precision=0, minimum=1, maximum=self.limits.images, min_width=90, elem_id="each")
+            self.each = gr.Number(
+                2,
+                label="Images a prompt",
+                precision=0,
+                minimum=1,
+                maximum=self.limits.images,
+                min_width=90,
+                elem_id="each",
+            )
             self.seed = gr.Number(0, label="First seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=90)
         self.note = gr.HTML("", elem_id="export-note", elem_classes="note")
         with gr.Row(elem_classes="buttons"):
             self.start = gr.Button("Export data set", variant="primary", scale=3, min_width=120, elem_id="export")
-            self.halt = gr.Button("Stop: resume later", variant="stop", scale=2, min_width=120, interactive=False, elem_id="export-stop")
+            self.halt = gr.Button(
+                "Stop: resume later", variant="stop", scale=2, min_width=120, interactive=False, elem_id="export-stop"
+            )
 
     def _lay_out_folds(self) -> None:
         with gr.Accordion("Filters, formats, steps", open=False, elem_id="export-more"):
             with gr.Row():
                 self.low = gr.Slider(0, 1, 0.05, step=0.01, label="Least coverage", min_width=140, elem_id="low")
                 self.high = gr.Slider(0, 1, 0.95, step=0.01, label="Most coverage", min_width=140)
-            self.formats = gr.CheckboxGroup(["coco", "parquet"], value=[], label="Beside the VOC layout", info="coco: instances with RLE")
+            self.formats = gr.CheckboxGroup(
+                ["coco", "parquet"], value=[], label="Beside the VOC layout", info="coco: instances with RLE"
+            )
             with gr.Row():
-                self.steps = gr.Slider(1, MAX_STEPS, defaults_for(self.pipe).steps, step=1, label="Steps", min_width=140, elem_id="export-steps")
+                self.steps = gr.Slider(
+                    1,
+                    MAX_STEPS,
+                    defaults_for(self.pipe).steps,
+                    step=1,
+                    label="Steps",
+                    min_width=140,
+                    elem_id="export-steps",
+                )
                 self.crf = gr.Checkbox(True, label="dCRF", min_width=80)
 
     def _lay_out_results(self) -> None:
         self.state = gr.HTML(NOTHING_YET, elem_id="export-state")
         self.gallery = gr.Gallery(
-            label="Image and label map", columns=3, height="auto", object_fit="contain", format="png", interactive=False,
-            preview=False, buttons=["download", "fullscreen"], elem_id="exported", elem_classes="gallery",
-        )  # fmt: skip
+            label="Image and label map",
+            columns=3,
+            height="auto",
+            object_fit="contain",
+            format="png",
+            interactive=False,
+            preview=False,
+            buttons=["download", "fullscreen"],
+            elem_id="exported",
+            elem_classes="gallery",
+        )
         self.result = gr.HTML("", elem_id="export-table")
         with gr.Row(elem_classes="end"):
             self.facts = gr.HTML("", elem_id="export-facts", elem_classes="facts")
-            self.download = gr.DownloadButton("Download zip", interactive=False, scale=1, min_width=150, elem_id="export-download")
+            self.download = gr.DownloadButton(
+                "Download zip", interactive=False, scale=1, min_width=150, elem_id="export-download"
+            )
 
     def _wire(self) -> None:
         self.way.change(self.choose, self.way, [self.template, self.own, self.classes], queue=False, **QUIET)
-        begun = self.start.click(self.begin, self.given, [self.start, self.halt, self.note, self.state], concurrency_id="checks", concurrency_limit=CHECKS, **QUIET)
-        ran = begun.success(
-            self.run, self.given, [self.state, self.gallery, self.result, self.facts, self.download], concurrency_id="model", concurrency_limit=1, **QUIET
+        begun = self.start.click(
+            self.begin,
+            self.given,
+            [self.start, self.halt, self.note, self.state],
+            concurrency_id="checks",
+            concurrency_limit=CHECKS,
+            **QUIET,
         )
-        ran.then(lambda: (gr.Button(interactive=True), gr.Button(interactive=False)), None, [self.start, self.halt], queue=False, **QUIET)
+        ran = begun.success(
+            self.run,
+            self.given,
+            [self.state, self.gallery, self.result, self.facts, self.download],
+            concurrency_id="model",
+            concurrency_limit=1,
+            **QUIET,
+        )
+        ran.then(
+            lambda: (gr.Button(interactive=True), gr.Button(interactive=False)),
+            None,
+            [self.start, self.halt],
+            queue=False,
+            **QUIET,
+        )
         self.halt.click(self.stop_work, None, None, queue=False, **QUIET)
 
     def choose(self, chosen):
-        return gr.Textbox(visible=chosen == TEMPLATE), gr.Group(visible=chosen == OWN), [] if chosen == OWN else gr.skip()
+        return (
+            gr.Textbox(visible=chosen == TEMPLATE),
+            gr.Group(visible=chosen == OWN),
+            [] if chosen == OWN else gr.skip(),
+        )
 
     def stop_work(self, request: gr.Request):
         self.desk.stop(request, WORK)
 
-    def asked(self, owner: str, chosen, pattern, pasted, uploaded, names, ask_by, images, first, least, most, kinds, number, refine):
+    def asked(
+        self,
+        owner: str,
+        chosen,
+        pattern,
+        pasted,
+        uploaded,
+        names,
+        ask_by,
+        images,
+        first,
+        least,
+        most,
+        kinds,
+        number,
+        refine,
+    ):
         """Work and settings; everything that can be wrong is said here."""
         if not all(isinstance(name, str) for name in names or ()):
             raise ValueError("The classes are no list of names; write each as text.")
         prompts, wanted = prompts_of(chosen, pattern, names or [], pasted, uploaded)
         within(self.limits, prompts, whole(images))
         settings = ExportSettings.for_model(
-            self.pipe, steps=whole(number), crf=bool(refine), formats=("voc", *(kinds or ())),
+            self.pipe,
+            steps=whole(number),
+            crf=bool(refine),
+            formats=("voc", *(kinds or ())),
             filters=Filters(min_coverage=least, max_coverage=most),
-        )  # fmt: skip
+        )
         settings.validate(self.pipe)
         work = work_list(prompts, wanted, whole(images), whole(first), check=settings.check(self.pipe))
         if len(work.items) > self.limits.images:
@@ -238,7 +340,9 @@ class ExportTab:
             folder = self.desk.jobs.folder(owner, described(work, settings, bodies))
             planned = plan(self.pipe, work, settings, folder)
             if planned.largest_bytes > self.limits.megabytes * 1e6:
-                raise ValueError(f"This would be up to {planned.largest_bytes / 1e6:,.0f} MB; at most {self.limits.megabytes:,} here.")
+                raise ValueError(
+                    f"This would be up to {planned.largest_bytes / 1e6:,.0f} MB; at most {self.limits.megabytes:,} here."
+                )
             should_stop = lambda: stop.is_set() or out_of_time()  # noqa: E731
             work_it = lambda report: self.make(work, settings, folder, report, should_stop)  # noqa: E731
             shown: list[tuple[Image.Image, str]] = []
@@ -253,10 +357,12 @@ class ExportTab:
             over = out_of_time() and not stop.is_set()
             packed = self.desk.jobs.pack(folder) if summary.rows else None
             yield (
-                bar(len(summary.rows or ()), summary.total, 0, 0.0), gr.skip(), table(summary),
+                bar(len(summary.rows or ()), summary.total, 0, 0.0),
+                gr.skip(),
+                table(summary),
                 ended(summary, time.monotonic() - begun, over),
                 gr.DownloadButton(value=packed and str(packed), interactive=packed is not None),
-            )  # fmt: skip
+            )
         except ValueError as error:
             raise problem(error) from None
         finally:
@@ -265,7 +371,12 @@ class ExportTab:
             forget(settings)
 
     def make(
-        self, work: Work, settings: ExportSettings, folder: Path, report: Callable[[Progress], None], should_stop: Callable[[], bool]
+        self,
+        work: Work,
+        settings: ExportSettings,
+        folder: Path,
+        report: Callable[[Progress], None],
+        should_stop: Callable[[], bool],
     ) -> Summary:
         """Without workers: each would import this whole page, for a few hundredths of a second an image."""
         with self.desk.alone():

@@ -122,7 +122,9 @@ def map_settings(
 
 def for_tokens(asked: MapSettings, own: ModelDefaults) -> MapSettings:
     """The sliders hold for tokens too once they are moved; until then every token keeps to its file's tau and alpha."""
-    tau, alpha = (value if value != usual else None for value, usual in ((asked.tau, own.tau), (asked.alpha, own.alpha)))
+    tau, alpha = (
+        value if value != usual else None for value, usual in ((asked.tau, own.tau), (asked.alpha, own.alpha))
+    )
     return replace(asked, token_tau=tau, token_alpha=alpha)
 
 
@@ -251,10 +253,22 @@ class GenerateTab:
                 self._lay_out_folds()
                 self._lay_out_end()
         only_lists(self.which)
-        only_numbers(self.seed, self.of_photo[-1], self.steps, self.guidance, self.width, self.height, self.tau, self.alpha)
+        only_numbers(
+            self.seed, self.of_photo[-1], self.steps, self.guidance, self.width, self.height, self.tau, self.alpha
+        )
         self.of_prompt = [self.prompt, self.negative, self.seed, self.steps, self.guidance, self.width, self.height]
         self.left = [self.source, *self.of_prompt, *self.of_photo]
-        self.asked_by = [self.words, self.sentence, self.tau, self.alpha, self.crf, self.used, self.which, self.pick, self.method]
+        self.asked_by = [
+            self.words,
+            self.sentence,
+            self.tau,
+            self.alpha,
+            self.crf,
+            self.used,
+            self.which,
+            self.pick,
+            self.method,
+        ]
         self.answers = [self.annotated, self.gallery, self.scale, self.map_facts]
         self._wire_runs()
         self._wire_maps()
@@ -265,9 +279,14 @@ class GenerateTab:
 
     def _lay_out_questions(self) -> None:
         self.source = gr.Radio(
-            [MAKE, UPLOAD], value=MAKE, show_label=False, container=False, elem_id="source", elem_classes="ways",
+            [MAKE, UPLOAD],
+            value=MAKE,
+            show_label=False,
+            container=False,
+            elem_id="source",
+            elem_classes="ways",
             visible=takes_photographs(self.pipe),
-        )  # fmt: skip
+        )
         with gr.Column(elem_classes="part") as self.for_prompt:
             self.prompt = gr.Textbox(EXAMPLES[0][0], label="Prompt", lines=2, elem_id="prompt")
         with gr.Column(visible=False, elem_classes="part") as self.for_photo:
@@ -281,10 +300,16 @@ class GenerateTab:
         self.note = gr.HTML("", elem_id="note", elem_classes="note")
         with gr.Row(elem_classes="tokens"):
             self.pick = gr.Dropdown(
-                list(self.desk.shelf.shipped), value=[], multiselect=True, max_choices=MAX_TOKENS, scale=4, min_width=180,
-                label="Tokens", info="Each stands in for a class name, at the threshold of its file until a slider is moved.",
+                list(self.desk.shelf.shipped),
+                value=[],
+                multiselect=True,
+                max_choices=MAX_TOKENS,
+                scale=4,
+                min_width=180,
+                label="Tokens",
+                info="Each stands in for a class name, at the threshold of its file until a slider is moved.",
                 elem_id="tokens",
-            )  # fmt: skip
+            )
             # The visitor's shelf checks the names; Gradio knows only those that were there when the page was built.
             self.pick.preprocess = lambda names: names
             self.bring = gr.UploadButton(
@@ -292,9 +317,7 @@ class GenerateTab:
             )
         with gr.Row(elem_classes="buttons"):
             self.start = gr.Button("Generate", variant="primary", scale=3, min_width=120, elem_id="generate")
-            self.halt = gr.Button(
-                "Stop", variant="stop", scale=1, min_width=80, interactive=False, elem_id="stop"
-            )
+            self.halt = gr.Button("Stop", variant="stop", scale=1, min_width=80, interactive=False, elem_id="stop")
 
     def _lay_out_image_settings(self) -> None:
         with gr.Column(elem_classes="part") as self.more:
@@ -315,13 +338,21 @@ class GenerateTab:
                 self.steps = gr.Slider(1, MAX_STEPS, self.defaults.steps, step=1, label="Steps", elem_id="steps")
                 self.guidance = gr.Slider(0, MAX_GUIDANCE, self.defaults.guidance, step=0.1, label="Guidance")
                 with gr.Row():
-                    sides = {"minimum": MIN_SIDE, "maximum": self.defaults.max_size, "step": family_of(self.pipe).side_multiple}
+                    sides = {
+                        "minimum": MIN_SIDE,
+                        "maximum": self.defaults.max_size,
+                        "step": family_of(self.pipe).side_multiple,
+                    }
                     self.width = gr.Slider(value=self.defaults.width, label="Width", min_width=130, **sides)
                     self.height = gr.Slider(value=self.defaults.height, label="Height", min_width=130, **sides)
             self.examples = gr.Examples(
-                EXAMPLES, [self.prompt, self.words], label="Examples: one click makes the picture", elem_id="examples",
-                **PRIVATE, preload=False,
-            )  # fmt: skip
+                EXAMPLES,
+                [self.prompt, self.words],
+                label="Examples: one click makes the picture",
+                elem_id="examples",
+                **PRIVATE,
+                preload=False,
+            )
 
     # ---- the right column: what you get
 
@@ -368,20 +399,34 @@ class GenerateTab:
     def _lay_out_folds(self) -> None:
         with gr.Accordion(f"Method: {OVAM.name}", open=False, elem_id="methods") as self.methods:
             self.method = gr.Radio(
-                [(f"{one.name}: {one.about}", one.name) for one in ALL_METHODS.values() if self.desk.with_goca or not one.needs_goca],
-                value=OVAM.name, show_label=False, container=False, elem_id="method",
-            )  # fmt: skip
+                [
+                    (f"{one.name}: {one.about}", one.name)
+                    for one in ALL_METHODS.values()
+                    if self.desk.with_goca or not one.needs_goca
+                ],
+                value=OVAM.name,
+                show_label=False,
+                container=False,
+                elem_id="method",
+            )
         with gr.Accordion("Which steps, which resolutions, full attribution sentence", open=False, elem_id="which"):
             with gr.Row():
                 self.used = gr.Textbox(
-                    "", label="Denoising steps", info="0 is the first: 0-9, or 3, 5, 8, or all", min_width=150,
+                    "",
+                    label="Denoising steps",
+                    info="0 is the first: 0-9, or 3, 5, 8, or all",
+                    min_width=150,
                     placeholder="the model's own choice",
                     elem_id="used",
-                )  # fmt: skip
+                )
                 self.which = gr.CheckboxGroup(
-                    grid_names(self.pipe), value=own_grid_names(self.pipe), label="Attention grids", info="as shares of the image's side",
-                    min_width=190, elem_id="grids",
-                )  # fmt: skip
+                    grid_names(self.pipe),
+                    value=own_grid_names(self.pipe),
+                    label="Attention grids",
+                    info="as shares of the image's side",
+                    min_width=190,
+                    elem_id="grids",
+                )
             self.sentence = gr.Textbox(
                 "",
                 label="Full attribution sentence",
@@ -419,14 +464,26 @@ class GenerateTab:
     # ---- the page: what is wrong is said before anything is queued, and beside the words while they are typed
 
     def _wire_runs(self) -> None:
-        for trigger in (self.start.click, self.prompt.submit, self.of_photo[1].submit, self.examples.load_input_event.then):
+        for trigger in (
+            self.start.click,
+            self.prompt.submit,
+            self.of_photo[1].submit,
+            self.examples.load_input_event.then,
+        ):
             self._wire_run(trigger)
         self.halt.click(self.stop_work, None, None, queue=False, **QUIET)
-        self.source.change(self.choose, self.source, [self.for_prompt, self.for_photo, self.more, self.start], queue=False, **QUIET)
+        self.source.change(
+            self.choose, self.source, [self.for_prompt, self.for_photo, self.more, self.start], queue=False, **QUIET
+        )
 
     def _wire_run(self, trigger: Callable) -> None:
         begun = trigger(
-            self.begin, self.left + self.asked_by, [self.start, self.halt, self.note], concurrency_id="checks", concurrency_limit=CHECKS, **QUIET
+            self.begin,
+            self.left + self.asked_by,
+            [self.start, self.halt, self.note],
+            concurrency_id="checks",
+            concurrency_limit=CHECKS,
+            **QUIET,
         )
         made = begun.success(
             self.run,
@@ -441,7 +498,9 @@ class GenerateTab:
         made.then(self.finish, None, [self.start, self.halt], queue=False, **QUIET)
         made.success(self.redraw, [self.key, *self.asked_by], [*self.answers, self.note], **MAPS_QUEUE, **QUIET)
 
-    def wanted(self, request: gr.Request, chosen, *values) -> tuple[GenerateSettings | PhotoSettings, str | None, MapSettings]:
+    def wanted(
+        self, request: gr.Request, chosen, *values
+    ) -> tuple[GenerateSettings | PhotoSettings, str | None, MapSettings]:
         """What makes the picture, not validated yet, the file of a photograph, and what is asked."""
         of_image, (file, *about) = values[: len(self.of_prompt)], values[len(self.of_prompt) : len(self.left) - 1]
         asked = self.asked_for(None, request, *values[len(self.left) - 1 :])
@@ -483,10 +542,14 @@ class GenerateTab:
     def finish(self):
         return gr.Button(interactive=True), gr.Button(interactive=False)
 
-
     def choose(self, chosen):
         by_prompt = chosen != UPLOAD
-        return gr.Column(visible=by_prompt), gr.Column(visible=not by_prompt), gr.Column(visible=by_prompt), DOES.get(chosen)
+        return (
+            gr.Column(visible=by_prompt),
+            gr.Column(visible=not by_prompt),
+            gr.Column(visible=by_prompt),
+            DOES.get(chosen),
+        )
 
     # ---- maps and masks anew, from the recording
 
@@ -495,13 +558,25 @@ class GenerateTab:
         boxes = (self.words, self.sentence, self.used)
         for box in boxes:
             # change, not input: that one misses what is pasted or dictated
-            box.change(None, js=f"""() => {{
+            box.change(
+                None,
+                js=f"""() => {{
                 clearTimeout(window.ovamTyping);
                 window.ovamTyping = setTimeout(() => document.querySelector('#typed').click(), {WAIT_FOR_TYPING});
-            }}""", **PRIVATE)  # fmt: skip
+            }}""",
+                **PRIVATE,
+            )
         gr.on(
-            [typed.click, *(box.submit for box in boxes), self.tau.change, self.alpha.change, self.crf.change, self.which.change, self.pick.change,
-             self.method.change],
+            [
+                typed.click,
+                *(box.submit for box in boxes),
+                self.tau.change,
+                self.alpha.change,
+                self.crf.change,
+                self.which.change,
+                self.pick.change,
+                self.method.change,
+            ],
             self.redraw,
             [self.key, *self.asked_by],
             [*self.answers, self.note],
@@ -520,7 +595,11 @@ class GenerateTab:
             asked = self.asked_for(made, request, *values)
             masks, *others = self.answers_of(made, asked)
             colors = plot.word_colors([label for _, label in masks[1]])
-            return gr.AnnotatedImage(value=masks, color_map=colors), *others, strangers(self.pipe, made.settings.caption, *asked.words)
+            return (
+                gr.AnnotatedImage(value=masks, color_map=colors),
+                *others,
+                strangers(self.pipe, made.settings.caption, *asked.words),
+            )
         except ValueError as error:
             return *[gr.skip()] * 4, html.escape(str(error))
 
@@ -536,11 +615,14 @@ class GenerateTab:
         self.bring.upload(self.brought, [self.bring, self.pick], self.pick, **QUIET, concurrency_limit=None)
         self.dice.click(None, None, self.seed, js=f"() => Math.floor(Math.random() * {MAX_SEED + 1})", **PRIVATE)
         self.pack.click(
-            self.zip_of, [self.key, *self.asked_by], self.archive, show_progress="minimal", **PRIVATE, concurrency_id="zips",
+            self.zip_of,
+            [self.key, *self.asked_by],
+            self.archive,
+            show_progress="minimal",
+            **PRIVATE,
+            concurrency_id="zips",
             concurrency_limit=1,
-        ).success(
-            None, js="() => setTimeout(() => document.querySelector('#archive').click(), 150)", **PRIVATE
-        )
+        ).success(None, js="() => setTimeout(() => document.querySelector('#archive').click(), 150)", **PRIVATE)
 
     def brought(self, file, chosen, request: gr.Request):
         """A visitor's token file: read, tried on this model, and kept to this visitor."""
@@ -551,7 +633,11 @@ class GenerateTab:
         except ValueError as error:
             raise problem(error) from None
         if (made_with := last_part(token.model)) != last_part(self.pipe.ovam_name):
-            gr.Warning(html.escape(f"This token was made with {made_with or 'an unnamed model'}, not with {self.pipe.ovam_name}: its maps may mean nothing here."))
+            gr.Warning(
+                html.escape(
+                    f"This token was made with {made_with or 'an unnamed model'}, not with {self.pipe.ovam_name}: its maps may mean nothing here."
+                )
+            )
         return gr.Dropdown(choices=self.desk.shelf.names(visitor(request)), value=[*dict.fromkeys([*chosen, name])])
 
     def zip_of(self, made_key, request: gr.Request, *values):
@@ -570,14 +656,25 @@ class GenerateTab:
             for_programs = gr.Button("generate"), gr.Button("attribute"), gr.Button("photograph"), gr.Button("stop")
             named = gr.Textbox("", label="Words", info="what an empty caption is made of")
         for_programs[0].click(
-            self.api_generate, self.of_prompt, [self.key, self.image, self.facts], api_name="generate", concurrency_id="model", concurrency_limit=1
+            self.api_generate,
+            self.of_prompt,
+            [self.key, self.image, self.facts],
+            api_name="generate",
+            concurrency_id="model",
+            concurrency_limit=1,
         )
         for_programs[2].click(
-            self.api_photograph, [*self.of_photo, named], [self.key, self.image, self.facts], api_name="photograph", concurrency_id="model",
+            self.api_photograph,
+            [*self.of_photo, named],
+            [self.key, self.image, self.facts],
+            api_name="photograph",
+            concurrency_id="model",
             concurrency_limit=1,
-        )  # fmt: skip
+        )
         for_programs[3].click(self.api_stop, None, None, api_name="stop", queue=False)
-        for_programs[1].click(self.api_attribute, [self.key, *self.asked_by], self.answers, api_name="attribute", **MAPS_QUEUE)
+        for_programs[1].click(
+            self.api_attribute, [self.key, *self.asked_by], self.answers, api_name="attribute", **MAPS_QUEUE
+        )
 
     # Parameters are written out: their names are the API's.
     def api_generate(

@@ -188,7 +188,12 @@ def target_of(pipe: Any, made: Generation, labels: np.ndarray) -> np.ndarray:
 
 
 def search(
-    pipe: Any, made: Generation, labels: np.ndarray, name: str, settings: OptimizeSettings, should_stop: Callable[[], bool],
+    pipe: Any,
+    made: Generation,
+    labels: np.ndarray,
+    name: str,
+    settings: OptimizeSettings,
+    should_stop: Callable[[], bool],
     driving: AbstractContextManager = nullcontext(),
 ) -> Iterator[tuple[Epoch | Optimized, list[float]]]:
     """Runs `optimize` within `driving`; gives its latest epoch every SHOW_EVERY seconds, at the end the result, with the losses so far."""
@@ -209,7 +214,9 @@ def search(
 @torch.no_grad()
 def preview(pipe: Any, made: Generation, embedding: torch.Tensor) -> Image.Image:
     """The heatmap of the class as it is now."""
-    return plot.overlay(on_screen(made.image), heatmaps(own_choice(pipe, made.recording), embedding)[1].cpu().numpy(), 1.0)
+    return plot.overlay(
+        on_screen(made.image), heatmaps(own_choice(pipe, made.recording), embedding)[1].cpu().numpy(), 1.0
+    )
 
 
 # -------------------------------------------------------------------------------------------------- the tab
@@ -246,9 +253,14 @@ class OptimizeTab:
     def _lay_out_picture(self) -> None:
         gr.HTML("<h2>1 · Picture</h2>", elem_classes="step")
         self.source = gr.Radio(
-            [MAKE, PHOTO], value=MAKE, show_label=False, container=False, elem_id="learn-source", elem_classes="ways",
+            [MAKE, PHOTO],
+            value=MAKE,
+            show_label=False,
+            container=False,
+            elem_id="learn-source",
+            elem_classes="ways",
             visible=takes_photographs(self.desk.pipe),
-        )  # fmt: skip
+        )
         with gr.Column(elem_classes="part") as self.for_prompt:
             with gr.Group():
                 self.prompt = gr.Textbox(FIRST_PROMPT, label="Prompt", max_length=MAX_PROMPT, elem_id="learn-prompt")
@@ -266,13 +278,24 @@ class OptimizeTab:
 
     def _lay_out_mask(self) -> None:
         gr.HTML("<h2>2 · Mask</h2>", elem_classes="step")
-        self.way = gr.Radio([PAINT, STROKES, UPLOAD], value=PAINT, show_label=False, container=False, elem_id="way", elem_classes="ways")
+        self.way = gr.Radio(
+            [PAINT, STROKES, UPLOAD], value=PAINT, show_label=False, container=False, elem_id="way", elem_classes="ways"
+        )
         self.hint = gr.HTML(HINTS[PAINT], elem_id="hint")
         self.canvas = gr.ImageEditor(
-            type="pil", image_mode="RGBA", format="png", sources=(), transforms=(), layers=False,
+            type="pil",
+            image_mode="RGBA",
+            format="png",
+            sources=(),
+            transforms=(),
+            layers=False,
             brush=gr.Brush(default_size=28, colors=[OBJECT, BACKGROUND], default_color=OBJECT, color_mode="fixed"),
-            eraser=gr.Eraser(default_size=28), canvas_size=(512, 512), show_label=False, buttons=[], elem_id="canvas",
-        )  # fmt: skip
+            eraser=gr.Eraser(default_size=28),
+            canvas_size=(512, 512),
+            show_label=False,
+            buttons=[],
+            elem_id="canvas",
+        )
         self.file = gr.File(label="Mask picture", file_types=["image"], visible=False, height=120, elem_id="mask-file")
 
     def _lay_out_class(self) -> None:
@@ -281,12 +304,23 @@ class OptimizeTab:
         self.name = gr.Textbox("cat", label="Name of the class", max_lines=1, elem_id="class-name")
         self.note = gr.HTML("", elem_id="learn-note", elem_classes="note")
         with gr.Row(elem_classes="buttons"):
-            self.start = gr.Button("Optimize token", variant="primary", scale=3, min_width=120, interactive=False, elem_id="learn")
-            self.halt = gr.Button("Stop: keep the best", variant="stop", scale=2, min_width=120, interactive=False, elem_id="learn-stop")
+            self.start = gr.Button(
+                "Optimize token", variant="primary", scale=3, min_width=120, interactive=False, elem_id="learn"
+            )
+            self.halt = gr.Button(
+                "Stop: keep the best", variant="stop", scale=2, min_width=120, interactive=False, elem_id="learn-stop"
+            )
         with gr.Accordion("Recipe, epochs, rate", open=False, elem_id="learn-more"):
-            self.recipe = gr.Radio(list(RECIPES), value=own.recipe, label="Recipe", info="paper: as published, 500 epochs of gradient descent")
+            self.recipe = gr.Radio(
+                list(RECIPES),
+                value=own.recipe,
+                label="Recipe",
+                info="paper: as published, 500 epochs of gradient descent",
+            )
             with gr.Row():
-                self.epochs = gr.Slider(1, MAX_EPOCHS, own.epochs, step=1, label="Epochs", elem_id="epochs", min_width=140)
+                self.epochs = gr.Slider(
+                    1, MAX_EPOCHS, own.epochs, step=1, label="Epochs", elem_id="epochs", min_width=140
+                )
                 self.rate = gr.Number(own.rate, label="Learning rate", minimum=0, min_width=100)
 
     # ---- the right column: what you get
@@ -294,60 +328,122 @@ class OptimizeTab:
     def _lay_out_search(self) -> None:
         with gr.Row(elem_classes="pictures"):
             self.now = gr.Image(
-                label="Heatmap of the class, as it is learned", type="pil", format="png", interactive=False, min_width=220,
-                buttons=["download", "fullscreen"], elem_id="now", elem_classes="shown", alt_text="Heatmap of the class so far",
-            )  # fmt: skip
+                label="Heatmap of the class, as it is learned",
+                type="pil",
+                format="png",
+                interactive=False,
+                min_width=220,
+                buttons=["download", "fullscreen"],
+                elem_id="now",
+                elem_classes="shown",
+                alt_text="Heatmap of the class so far",
+            )
             self.curve = gr.HTML(NO_CURVE, elem_id="curve", container=True, min_width=220)
         self.result = gr.HTML("", elem_id="verdict")
         with gr.Row(elem_classes="pictures"):
             self.heat = gr.ImageSlider(
-                label="Heatmap: word | token", type="pil", format="png", interactive=False, elem_id="heat-slider",
-                elem_classes="shown", min_width=220, buttons=["download", "fullscreen"],
-            )  # fmt: skip
+                label="Heatmap: word | token",
+                type="pil",
+                format="png",
+                interactive=False,
+                elem_id="heat-slider",
+                elem_classes="shown",
+                min_width=220,
+                buttons=["download", "fullscreen"],
+            )
             self.masks = gr.ImageSlider(
-                label="Mask: word | token", type="pil", format="png", interactive=False, elem_id="mask-slider",
-                elem_classes="shown", min_width=220, buttons=["download", "fullscreen"],
-            )  # fmt: skip
+                label="Mask: word | token",
+                type="pil",
+                format="png",
+                interactive=False,
+                elem_id="mask-slider",
+                elem_classes="shown",
+                min_width=220,
+                buttons=["download", "fullscreen"],
+            )
         with gr.Row(elem_classes="end"):
             self.facts = gr.HTML("", elem_id="learn-facts", elem_classes="facts")
-            self.download = gr.DownloadButton("Download token", interactive=False, scale=1, min_width=150, elem_id="learn-download")
+            self.download = gr.DownloadButton(
+                "Download token", interactive=False, scale=1, min_width=150, elem_id="learn-download"
+            )
 
     def _lay_out_elsewhere(self) -> None:
         gr.HTML("<h2>Try it on another prompt</h2>", elem_classes="step")
         with gr.Row(elem_classes="try"):
             self.other = gr.Textbox(
-                "A photograph of a cat on grass", show_label=False, container=False, max_length=MAX_PROMPT, scale=6,
-                min_width=200, elem_id="try-prompt",
-            )  # fmt: skip
-            self.other_seed = gr.Number(7, show_label=False, container=False, precision=0, minimum=0, maximum=MAX_SEED,
-                                   scale=1, min_width=70, elem_id="try-seed")  # fmt: skip
+                "A photograph of a cat on grass",
+                show_label=False,
+                container=False,
+                max_length=MAX_PROMPT,
+                scale=6,
+                min_width=200,
+                elem_id="try-prompt",
+            )
+            self.other_seed = gr.Number(
+                7,
+                show_label=False,
+                container=False,
+                precision=0,
+                minimum=0,
+                maximum=MAX_SEED,
+                scale=1,
+                min_width=70,
+                elem_id="try-seed",
+            )
             self.go = gr.Button("Go", scale=1, min_width=70, interactive=False, elem_id="try")
         self.tried = gr.Gallery(
-            label="The token elsewhere", columns=3, height="auto", object_fit="contain", format="png", interactive=False,
-            preview=False, buttons=["download", "fullscreen"], elem_id="tried", elem_classes="gallery",
-        )  # fmt: skip
+            label="The token elsewhere",
+            columns=3,
+            height="auto",
+            object_fit="contain",
+            format="png",
+            interactive=False,
+            preview=False,
+            buttons=["download", "fullscreen"],
+            elem_id="tried",
+            elem_classes="gallery",
+        )
 
     # ---- the picture
 
     def _wire_picture(self) -> None:
         photo, caption, *_ = self.of_photo
         gr.on(
-            [photo.upload, self.use.click, caption.submit], self.check_photograph, [*self.of_photo, self.name], None, concurrency_id="checks",
-            concurrency_limit=CHECKS, **QUIET,
+            [photo.upload, self.use.click, caption.submit],
+            self.check_photograph,
+            [*self.of_photo, self.name],
+            None,
+            concurrency_id="checks",
+            concurrency_limit=CHECKS,
+            **QUIET,
         ).success(
-            self.take_photograph, [*self.of_photo, self.name], self.shown, concurrency_id="model", concurrency_limit=1, show_progress_on=self.canvas,
+            self.take_photograph,
+            [*self.of_photo, self.name],
+            self.shown,
+            concurrency_id="model",
+            concurrency_limit=1,
+            show_progress_on=self.canvas,
             **PRIVATE,
-        )  # fmt: skip
+        )
         self.source.change(
-            lambda chosen: (gr.Column(visible=chosen != PHOTO), gr.Column(visible=chosen == PHOTO)), self.source,
-            [self.for_prompt, self.for_photo], queue=False, **QUIET,
-        )  # fmt: skip
+            lambda chosen: (gr.Column(visible=chosen != PHOTO), gr.Column(visible=chosen == PHOTO)),
+            self.source,
+            [self.for_prompt, self.for_photo],
+            queue=False,
+            **QUIET,
+        )
         self.take.click(self.take_picture, self.from_generate, self.shown, **QUIET)
         self.tab.select(self.take_if_none, [self.key, self.from_generate], self.shown, **QUIET)
         gr.on(
-            [self.draw.click, self.prompt.submit], self.draw_picture, [self.prompt, self.seed], self.shown, concurrency_id="model", concurrency_limit=1,
-            show_progress_on=self.canvas, **PRIVATE,
-        )  # fmt: skip
+            [self.draw.click, self.prompt.submit],
+            self.draw_picture,
+            [self.prompt, self.seed],
+            self.shown,
+            concurrency_id="model",
+            concurrency_limit=1,
+            show_progress_on=self.canvas,
+            **PRIVATE,
+        )
         # "A photograph of a potted plant" names the class as well; any other prompt leaves it as it is.
         self.prompt.change(None, [self.prompt, self.name], self.name, js=NAMED, **PRIVATE)
 
@@ -396,20 +492,52 @@ class OptimizeTab:
 
     def _wire_mask(self) -> None:
         self.way.change(self.choose, self.way, [self.hint, self.canvas, self.file], queue=False, **QUIET)
-        self.recipe.change(lambda chosen: (RECIPES[chosen].epochs, RECIPES[chosen].rate), self.recipe, [self.epochs, self.rate], queue=False, **QUIET)
+        self.recipe.change(
+            lambda chosen: (RECIPES[chosen].epochs, RECIPES[chosen].rate),
+            self.recipe,
+            [self.epochs, self.rate],
+            queue=False,
+            **QUIET,
+        )
 
     def choose(self, chosen):
         return HINTS.get(chosen, ""), gr.ImageEditor(visible=chosen != UPLOAD), gr.File(visible=chosen == UPLOAD)
 
     def _wire_search(self) -> None:
         begun = self.start.click(
-            self.begin, self.given, [self.start, self.halt, self.note, self.now], concurrency_id="checks", concurrency_limit=CHECKS, **QUIET
+            self.begin,
+            self.given,
+            [self.start, self.halt, self.note, self.now],
+            concurrency_id="checks",
+            concurrency_limit=CHECKS,
+            **QUIET,
         )
         ran = begun.success(
-            self.run, self.given, [self.now, self.curve, self.result, self.heat, self.masks, self.facts, self.download, self.token_name, self.pick, self.go], concurrency_id="model",
-            concurrency_limit=1, **QUIET,
-        )  # fmt: skip
-        ran.then(lambda: (gr.Button(interactive=True), gr.Button(interactive=False)), None, [self.start, self.halt], queue=False, **QUIET)
+            self.run,
+            self.given,
+            [
+                self.now,
+                self.curve,
+                self.result,
+                self.heat,
+                self.masks,
+                self.facts,
+                self.download,
+                self.token_name,
+                self.pick,
+                self.go,
+            ],
+            concurrency_id="model",
+            concurrency_limit=1,
+            **QUIET,
+        )
+        ran.then(
+            lambda: (gr.Button(interactive=True), gr.Button(interactive=False)),
+            None,
+            [self.start, self.halt],
+            queue=False,
+            **QUIET,
+        )
         self.halt.click(self.stop_work, None, None, queue=False, **QUIET)
 
     def understood(self, made_key, chosen, painted, uploaded, text, *search_by):
@@ -432,7 +560,9 @@ class OptimizeTab:
             made, labels, called, settings = self.understood(*values)
             stop = self.desk.flag(request, WORK)
             try:
-                for state, losses in search(self.desk.pipe, made, labels, called, settings, stop.is_set, self.desk.alone()):
+                for state, losses in search(
+                    self.desk.pipe, made, labels, called, settings, stop.is_set, self.desk.alone()
+                ):
                     yield preview(self.desk.pipe, made, state.embedding), curve_of(losses, settings), *[gr.skip()] * 8
             finally:
                 stop.set()  # a visitor who left ends the search too
@@ -443,10 +573,16 @@ class OptimizeTab:
             maps = self.desk.answer(made, MapSettings(words=(called,), tokens=(str(path),)))
             pairs, scores = versus(made.image, maps), agreement(maps, labels)
             yield (
-                gr.skip(), gr.skip(), verdict(called, *scores, state), *pairs, image_facts(made),
-                gr.DownloadButton(value=str(path), interactive=True), label, gr.Dropdown(choices=self.desk.shelf.names(owner)),
+                gr.skip(),
+                gr.skip(),
+                verdict(called, *scores, state),
+                *pairs,
+                image_facts(made),
+                gr.DownloadButton(value=str(path), interactive=True),
+                label,
+                gr.Dropdown(choices=self.desk.shelf.names(owner)),
                 gr.Button(interactive=True),
-            )  # fmt: skip
+            )
         except ValueError as error:
             raise problem(error) from None
 
@@ -457,24 +593,35 @@ class OptimizeTab:
 
     def _wire_elsewhere(self) -> None:
         gr.on(
-            [self.go.click, self.other.submit], self.elsewhere, [self.token_name, self.other, self.other_seed, self.name], self.tried, concurrency_id="model",
-            concurrency_limit=1, show_progress_on=self.tried, **PRIVATE,
-        )  # fmt: skip
+            [self.go.click, self.other.submit],
+            self.elsewhere,
+            [self.token_name, self.other, self.other_seed, self.name],
+            self.tried,
+            concurrency_id="model",
+            concurrency_limit=1,
+            show_progress_on=self.tried,
+            **PRIVATE,
+        )
 
     def elsewhere(self, label, text, number, called, request: gr.Request, progress=gr.Progress()):
         try:
             path = self.desk.shelf.path(visitor(request), label)
             asked = MapSettings(words=(class_name(called),), tokens=(str(path),))
             settings = GenerateSettings.for_model(self.desk.pipe, text or "", seed=whole(number))
-            made = self.desk.draw(settings, PICTURE, request, progress, branch_for(asked))  # looked at once, so not kept
+            made = self.desk.draw(
+                settings, PICTURE, request, progress, branch_for(asked)
+            )  # looked at once, so not kept
             maps = self.desk.answer(made, asked)
         except (ValueError, Stopped) as error:
             raise problem(error) from None
         pair, cut = versus(made.image, maps)
         return [
-            (plot.enlarge(made.image), "the picture"), (pair[0], f"{maps.labels[0]}: heatmap of the word"),
-            (pair[1], "heatmap of the token"), (cut[0], "mask of the word"), (cut[1], "mask of the token"),
-        ]  # fmt: skip
+            (plot.enlarge(made.image), "the picture"),
+            (pair[0], f"{maps.labels[0]}: heatmap of the word"),
+            (pair[1], "heatmap of the token"),
+            (cut[0], "mask of the word"),
+            (cut[1], "mask of the token"),
+        ]
 
     # ---- the API: the whole way in one call, on the picture of /generate
 
@@ -482,9 +629,13 @@ class OptimizeTab:
         with gr.Row(visible=False):
             for_programs, token_file, line = gr.Button("optimize"), gr.File(), gr.Textbox()
         for_programs.click(
-            self.api_optimize, [self.from_generate, self.file, self.name, self.recipe, self.epochs, self.rate], [token_file, line], api_name="optimize",
-            concurrency_id="model", concurrency_limit=1,
-        )  # fmt: skip
+            self.api_optimize,
+            [self.from_generate, self.file, self.name, self.recipe, self.epochs, self.rate],
+            [token_file, line],
+            api_name="optimize",
+            concurrency_id="model",
+            concurrency_limit=1,
+        )
 
     def api_optimize(self, made_key, mask, name, recipe, epochs, rate, request: gr.Request):
         """Learns a token from this session's last picture and a mask file. Returns the token's file and a line of facts."""
@@ -495,8 +646,13 @@ class OptimizeTab:
             try:
                 target = target_of(self.desk.pipe, made, labels)
                 with self.desk.alone():
-                    found = optimize([own_choice(self.desk.pipe, made.recording)], [target], initial_embedding(self.desk.pipe, [called]), settings,
-                                     should_stop=stop.is_set)  # fmt: skip
+                    found = optimize(
+                        [own_choice(self.desk.pipe, made.recording)],
+                        [target],
+                        initial_embedding(self.desk.pipe, [called]),
+                        settings,
+                        should_stop=stop.is_set,
+                    )
             finally:
                 self.desk.end(request, WORK, stop)
             label = self.desk.shelf.add(visitor(request), token_of([made], [called], found, settings))

@@ -36,7 +36,9 @@ class Shelf:
         with self._lock:
             own = self._own.setdefault(owner, {})
             if name not in own and len(own) >= PER_VISITOR:
-                raise ValueError(f"There are {PER_VISITOR} tokens of yours here already; reload the page to begin anew.")
+                raise ValueError(
+                    f"There are {PER_VISITOR} tokens of yours here already; reload the page to begin anew."
+                )
             if owner not in self._folders:
                 self._folders[owner] = Path(tempfile.mkdtemp(prefix="ovam-tokens-"))
             folder = self._folders[owner]

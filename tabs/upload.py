@@ -28,26 +28,47 @@ def photo_fields(prefix: str, names: str) -> list[gr.Image | gr.Textbox | gr.Num
     names: what an empty caption is made of.
     """
     photo = gr.Image(
-        label="Photograph", show_label=False, type="filepath", image_mode=None, sources=["upload", "clipboard"], buttons=[], height=220,
-        placeholder=f"Drop a photograph here, or click to choose one\nJPEG or PNG, up to {MAX_UPLOAD_MB} MB", elem_id=f"{prefix}-file",
-        elem_classes="upload", alt_text="The photograph that was uploaded",
-    )  # fmt: skip
+        label="Photograph",
+        show_label=False,
+        type="filepath",
+        image_mode=None,
+        sources=["upload", "clipboard"],
+        buttons=[],
+        height=220,
+        placeholder=f"Drop a photograph here, or click to choose one\nJPEG or PNG, up to {MAX_UPLOAD_MB} MB",
+        elem_id=f"{prefix}-file",
+        elem_classes="upload",
+        alt_text="The photograph that was uploaded",
+    )
     # Gradio would open the file, and in other modes than RGB turn and convert it; read_photo does, and says what is wrong.
     photo.preprocess = lambda file: None if file is None else file.path
     with gr.Accordion("Advanced: caption and noise", open=False, elem_id=f"{prefix}-more"):
         caption = gr.Textbox(
-            "", label="Caption", info=f"What it shows. Left empty, it is made of {names}.",
-            placeholder="A photograph of a cat and a car", max_length=MAX_PROMPT, elem_id=f"{prefix}-caption",
-        )  # fmt: skip
+            "",
+            label="Caption",
+            info=f"What it shows. Left empty, it is made of {names}.",
+            placeholder="A photograph of a cat and a car",
+            max_length=MAX_PROMPT,
+            elem_id=f"{prefix}-caption",
+        )
         with gr.Row():
             timesteps = gr.Textbox(
-                ", ".join(map(str, TIMESTEPS)), label="Timesteps", min_width=150, elem_id=f"{prefix}-timesteps",
+                ", ".join(map(str, TIMESTEPS)),
+                label="Timesteps",
+                min_width=150,
+                elem_id=f"{prefix}-timesteps",
                 info="how much noise, 0 to 999; one pass each: 100, or 50, 100",
-            )  # fmt: skip
+            )
             seed = gr.Number(
-                0, label="Seed", info="of the noise", precision=0, minimum=0, maximum=MAX_SEED, min_width=110,
+                0,
+                label="Seed",
+                info="of the noise",
+                precision=0,
+                minimum=0,
+                maximum=MAX_SEED,
+                min_width=110,
                 elem_id=f"{prefix}-seed",
-            )  # fmt: skip
+            )
     return [photo, caption, timesteps, seed]
 
 

@@ -45,9 +45,19 @@ PROMPTS = (
 )
 WORK = work_list(PROMPTS, CLASSES, images_per_prompt=2, seed=7)
 SETTINGS = ExportSettings(
-    steps=2, guidance=4.0, width=64, height=64, tau=0.8, alpha=0.9, uncertain=0.01, formats=("coco", "parquet"),
-    heatmaps=True, batch_size=2, threads=1, filters=Filters(min_coverage=0.11, max_coverage=0.9),
-)  # fmt: skip
+    steps=2,
+    guidance=4.0,
+    width=64,
+    height=64,
+    tau=0.8,
+    alpha=0.9,
+    uncertain=0.01,
+    formats=("coco", "parquet"),
+    heatmaps=True,
+    batch_size=2,
+    threads=1,
+    filters=Filters(min_coverage=0.11, max_coverage=0.9),
+)
 
 
 # The first call of anything imports and sets up: once here, not in each child.

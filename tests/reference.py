@@ -10,9 +10,7 @@ import torch
 import torch.nn.functional as F
 
 
-def generate(
-    pipe, prompt="a photograph of the cat", steps=3, guidance=4.0, height=32, width=48, seed=0, **more
-):
+def generate(pipe, prompt="a photograph of the cat", steps=3, guidance=4.0, height=32, width=48, seed=0, **more):
     """Float images `[images, 3, height, width]` of a short run."""
     return pipe(
         prompt,
@@ -44,9 +42,7 @@ class Spy:
 
             return hook
 
-        self.handles = [
-            x.register_forward_pre_hook(listen(name), with_kwargs=True) for name, x in self.modules.items()
-        ]
+        self.handles = [x.register_forward_pre_hook(listen(name), with_kwargs=True) for name, x in self.modules.items()]
         return self
 
     def __exit__(self, *error):

@@ -62,8 +62,11 @@ def folder(pipe, mask):
     made = generate(pipe, image(pipe))
     made.image.save(mask.parent / "cat.jpg", quality=92)
     row = {"prompt": PROMPT, "mask": "mask.png", "steps": 2, "width": 96, "height": 64}
-    rows = [row | {"seed": 1, "class": "cat", "file_name": "cat.jpg"}, row | {"seed": 2, "classes": ["cat"]},
-            row | {"seed": 3, "class": "dog", "guidance": 1.5}]  # fmt: skip
+    rows = [
+        row | {"seed": 1, "class": "cat", "file_name": "cat.jpg"},
+        row | {"seed": 2, "classes": ["cat"]},
+        row | {"seed": 3, "class": "dog", "guidance": 1.5},
+    ]
     write(mask.parent, rows)
     return mask.parent
 
@@ -82,7 +85,9 @@ def test_a_token_says_how_it_came_to_be(pipe, mask):
     assert (token.prompt, token.seed, token.steps, token.loss) == (PROMPT, 1, 2, found.loss)
     assert (token.tau, token.alpha) == (0.6, 0.95) and torch.equal(token.embedding, found.embedding)
     about = json.loads(token.settings)
-    assert about["image"]["width"] == 96 and about["optimization"]["stay"] == 0.5 and about["optimization"]["epochs"] == 3
+    assert (
+        about["image"]["width"] == 96 and about["optimization"]["stay"] == 0.5 and about["optimization"]["epochs"] == 3
+    )
 
 
 def test_learning_is_generating_and_optimising(pipe, mask):
@@ -106,7 +111,11 @@ def test_apart_the_other_classes_images_are_background(pipe, folder):
         torch.testing.assert_close(token.embedding, found.embedding)
         assert result.losses == pytest.approx(found.losses)
     about = json.loads(learned[1][1].settings)
-    assert (about["optimization"]["images"], about["optimization"]["apart"], about["optimization"]["others"]) == (1, 0.5, 2)
+    assert (about["optimization"]["images"], about["optimization"]["apart"], about["optimization"]["others"]) == (
+        1,
+        0.5,
+        2,
+    )
     assert about["image"]["guidance"] == 1.5  # of its own image
 
 
@@ -257,7 +266,10 @@ def test_several_images_and_a_set_of_tokens(folder, tmp_path, capsys):
     assert sorted(path.name for path in out.iterdir()) == ["cat.safetensors", "dog.safetensors"]
     assert json.loads(tokens.load(out / "cat.safetensors").settings)["optimization"]["images"] == 2
     apart = tmp_path / "apart"
-    assert main(["optimize", "--annotated", str(folder), "--apart", "1", "--epochs", "2", "--out", str(apart), *QUICK]) == 0
+    assert (
+        main(["optimize", "--annotated", str(folder), "--apart", "1", "--epochs", "2", "--out", str(apart), *QUICK])
+        == 0
+    )
     assert json.loads(tokens.load(apart / "dog.safetensors").settings)["optimization"]["others"] == 2
     assert tokens.load(apart / "dog.safetensors").loss > tokens.load(out / "dog.safetensors").loss
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()[:2]]
@@ -273,7 +285,9 @@ def test_several_classes_from_a_label_map(tmp_path):
     Image.fromarray(values).save(tmp_path / "labels.png")
     options = ["--mask", str(tmp_path / "labels.png"), "--class", "cat", "dog", "--epochs", "1", "--steps", "1"]
     out = tmp_path / "two.safetensors"
-    assert main(["optimize", "--prompt", "a cat and a dog", *options, "--size", "64x64", "--out", str(out), *QUICK]) == 0
+    assert (
+        main(["optimize", "--prompt", "a cat and a dog", *options, "--size", "64x64", "--out", str(out), *QUICK]) == 0
+    )
     assert tokens.load(out).classes == ("background", "cat", "dog")
 
 
@@ -286,7 +300,9 @@ def test_the_tokens_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tokens, "FOLDER", tmp_path / "tokens")
     assert main(["tokens", "list"]) == 0
     assert "no tokens" in capsys.readouterr().out
-    np.save(tmp_path / "voc.npy", {"potted-plant": np.ones(8, np.float32), "tv": np.zeros(8, np.float32)}, allow_pickle=True)
+    np.save(
+        tmp_path / "voc.npy", {"potted-plant": np.ones(8, np.float32), "tv": np.zeros(8, np.float32)}, allow_pickle=True
+    )
     assert main(["tokens", "import", str(tmp_path / "voc.npy"), "--model", "owner/sd"]) == 0
     capsys.readouterr()
     (tmp_path / "tokens" / "sd" / "broken.safetensors").write_bytes(b"x")
@@ -307,7 +323,10 @@ BAD = {
     "no prompt": (["--mask", "m.png", "--class", "cat"], "--prompt and --class"),
     "no class": (["--mask", "m.png", "--prompt", PROMPT], "--prompt and --class"),
     "no such mask": (["--mask", "/no/m.png", "--prompt", PROMPT, "--class", "cat"], "no mask file"),
-    "mask of another shape": (["--mask", "MASK", "--prompt", PROMPT, "--class", "cat", "--size", "64x96"], "shapes differ"),
+    "mask of another shape": (
+        ["--mask", "MASK", "--prompt", PROMPT, "--class", "cat", "--size", "64x96"],
+        "shapes differ",
+    ),
     "no epochs": (["--mask", "MASK", "--prompt", PROMPT, "--class", "cat", "--epochs", "0"], "epochs is 0"),
     "tau nan": (["--mask", "MASK", "--prompt", PROMPT, "--class", "cat", "--tau", "nan"], "tau is nan"),
     "negative stay": (["--mask", "MASK", "--prompt", PROMPT, "--class", "cat", "--stay", "-1"], "staying near"),
@@ -330,7 +349,9 @@ def test_bad_input_is_one_sentence_and_status_2(case, mask, tmp_path, capsys):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("command", [["tokens", "import", "X", "--model", "m"], ["tokens", "export", "X", "--out", "y.npy"]])
+@pytest.mark.parametrize(
+    "command", [["tokens", "import", "X", "--model", "m"], ["tokens", "export", "X", "--out", "y.npy"]]
+)
 def test_bad_files_are_one_sentence_too(command, tmp_path, capsys):
     (tmp_path / "bad").write_bytes(b"nothing")
     for name in ("bad", "absent"):
@@ -341,7 +362,9 @@ def test_bad_files_are_one_sentence_too(command, tmp_path, capsys):
 
 def test_generate_with_a_token_that_does_not_fit(tmp_path, capsys):
     narrow = tokens.save(tmp_path / "cat.safetensors", Token(torch.ones(2, 8), ("background", "cat"), "emoji-voc"))
-    assert main(["generate", PROMPT, "--token", str(narrow), "--steps", "2", "--out", str(tmp_path / "out"), *QUICK]) == 2
+    assert (
+        main(["generate", PROMPT, "--token", str(narrow), "--steps", "2", "--out", str(tmp_path / "out"), *QUICK]) == 2
+    )
     assert "is 8 wide and this model takes" in capsys.readouterr().err
 
 
@@ -359,14 +382,27 @@ def test_an_interrupt_keeps_the_best_so_far_and_those_before_it(folder, tmp_path
     out, before = tmp_path / "set", signal.getsignal(signal.SIGINT)
     assert main(["optimize", "--annotated", str(folder), "--epochs", "9", "--out", str(out), *QUICK]) == 130
     assert signal.getsignal(signal.SIGINT) is before
-    epochs = [json.loads(tokens.load(out / name).settings)["optimization"]["epochs"] for name in ("cat.safetensors", "dog.safetensors")]
+    epochs = [
+        json.loads(tokens.load(out / name).settings)["optimization"]["epochs"]
+        for name in ("cat.safetensors", "dog.safetensors")
+    ]
     assert epochs == [9, 3]
     assert "Stopped" in capsys.readouterr().err
 
 
 def test_an_interrupt_before_the_first_epoch_ends_at_once(mask, tmp_path, monkeypatch):
     monkeypatch.setattr(command_line, "learn", lambda *_, **__: signal.raise_signal(signal.SIGINT))
-    options = ["--prompt", PROMPT, "--mask", str(mask), "--class", "cat", "--out", str(tmp_path / "cat.safetensors"), *QUICK]
+    options = [
+        "--prompt",
+        PROMPT,
+        "--mask",
+        str(mask),
+        "--class",
+        "cat",
+        "--out",
+        str(tmp_path / "cat.safetensors"),
+        *QUICK,
+    ]
     assert main(["optimize", *options]) == 130
     assert not (tmp_path / "cat.safetensors").exists()
 

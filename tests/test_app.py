@@ -41,8 +41,12 @@ def generated(client):
 
 def test_the_api_has_these_endpoints_and_no_other(client):
     assert set(client.view_api(return_format="dict")["named_endpoints"]) == {
-        "/generate", "/photograph", "/attribute", "/stop", "/optimize"
-    }  # fmt: skip
+        "/generate",
+        "/photograph",
+        "/attribute",
+        "/stop",
+        "/optimize",
+    }
 
 
 def test_generate_gives_an_image_and_its_facts(generated):
@@ -289,17 +293,24 @@ def test_a_visit(visit, tmp_path):
     maps, masks = sources(page, "#gallery"), sources(page, "#annotated")
     page.fill("#tau input[type=number]", "0.9")
     page.press("#tau input[type=number]", "Tab")
-    page.wait_for_function("old => [...document.querySelectorAll('#annotated img')].map(one => one.src).join() !== old", arg=",".join(masks))
+    page.wait_for_function(
+        "old => [...document.querySelectorAll('#annotated img')].map(one => one.src).join() !== old",
+        arg=",".join(masks),
+    )
     assert sources(page, "#image") == picture and sources(page, "#gallery") == maps
 
     page.click("#which > button")
     page.fill("#used textarea, #used input", "0")
     page.press("#used textarea, #used input", "Enter")
-    page.wait_for_function("old => [...document.querySelectorAll('#gallery img')].map(one => one.src).join() !== old", arg=",".join(maps))
+    page.wait_for_function(
+        "old => [...document.querySelectorAll('#gallery img')].map(one => one.src).join() !== old", arg=",".join(maps)
+    )
     assert sources(page, "#image") == picture
     maps = sources(page, "#gallery")
     page.locator("#grids input").nth(1).click()
-    page.wait_for_function("old => [...document.querySelectorAll('#gallery img')].map(one => one.src).join() !== old", arg=",".join(maps))
+    page.wait_for_function(
+        "old => [...document.querySelectorAll('#gallery img')].map(one => one.src).join() !== old", arg=",".join(maps)
+    )
     page.wait_for_timeout(300)
     shoot(page, "wide-which", full=True)
 
@@ -322,8 +333,16 @@ def test_another_method(visit):
     page.click("#method label:has-text('DAAM')")
     page.wait_for_selector("#map-facts:has-text('by DAAM')")
     page.wait_for_selector("#methods > button:has-text('Method: DAAM')")
-    assert sources(page, "#image") == picture and sources(page, "#gallery") == maps and sources(page, "#annotated") != masks
-    assert page.is_disabled("#alpha input[type=number]") and page.is_disabled("#crf input") and page.is_enabled("#tau input[type=number]")
+    assert (
+        sources(page, "#image") == picture
+        and sources(page, "#gallery") == maps
+        and sources(page, "#annotated") != masks
+    )
+    assert (
+        page.is_disabled("#alpha input[type=number]")
+        and page.is_disabled("#crf input")
+        and page.is_enabled("#tau input[type=number]")
+    )
     page.locator("#method label").filter(has_text="GoCA: ").click()
     page.wait_for_selector("#map-facts:has-text('by GoCA')")
     assert sources(page, "#image") == picture and sources(page, "#gallery") != maps

@@ -58,7 +58,9 @@ def test_the_image_is_the_same_and_the_pass_is_counted(tiny, made):
 @pytest.mark.parametrize("name", BY_WORDS)
 def test_words_by_every_method(tiny, made, name):
     answer = ask(tiny, made, MapSettings(WORDS, method=name, tau=0.4, alpha=0.85))
-    assert_same(answer, maps_and_masks(ALL_METHODS[name], tiny, seen_of(made), WORDS), (made.image.height, made.image.width))
+    assert_same(
+        answer, maps_and_masks(ALL_METHODS[name], tiny, seen_of(made), WORDS), (made.image.height, made.image.width)
+    )
 
 
 @pytest.mark.parametrize("name", BY_TOKEN)
@@ -71,7 +73,9 @@ def test_tokens_by_every_method(tiny, made, token, name):
 
 def test_the_sliders_rule_what_the_method_uses(tiny, made):
     def masks(name, **settings):
-        return ask(tiny, made, MapSettings(WORDS, **{"method": name, "tau": 0.4, "alpha": 0.85, "crf": False, **settings})).masks
+        return ask(
+            tiny, made, MapSettings(WORDS, **{"method": name, "tau": 0.4, "alpha": 0.85, "crf": False, **settings})
+        ).masks
 
     plain = masks("DAAM")
     assert np.array_equal(plain, masks("DAAM", alpha=0.1, crf=True)) and (masks("DAAM", tau=0.9) < plain).any()
@@ -154,7 +158,10 @@ def folder(tmp_path_factory) -> str:
 def test_method_on_the_command_line(folder, tmp_path, capsys):
     common = ["--model", folder, "--device", "cpu", "--words", *WORDS]
     out, again = tmp_path / "out", tmp_path / "again"
-    assert main(["generate", PROMPT, "--steps", "2", "--size", "64x64", "--method", "goca", "--out", str(out), *common]) == 0
+    assert (
+        main(["generate", PROMPT, "--steps", "2", "--size", "64x64", "--method", "goca", "--out", str(out), *common])
+        == 0
+    )
     _, asked, *_ = load_settings(out / "settings.json")
     assert asked.method == "GoCA" and json.loads((out / "settings.json").read_text())["maps"]["method"] == "GoCA"
     assert main(["generate", "--settings", str(out / "settings.json"), "--out", str(again), "--device", "cpu"]) == 0
@@ -168,7 +175,11 @@ def test_method_on_the_command_line(folder, tmp_path, capsys):
     with np.load(tmp_path / "photo" / "heatmaps.npz") as file:
         assert np.allclose(file["maps"], expected.heatmaps, atol=1e-4)
     capsys.readouterr()
-    for wrong, part in (("sam", "There is no method 'sam'"), ("attn2mask", "100 steps"), ("ovam + token", "takes tokens")):
+    for wrong, part in (
+        ("sam", "There is no method 'sam'"),
+        ("attn2mask", "100 steps"),
+        ("ovam + token", "takes tokens"),
+    ):
         assert main([*about, "--method", wrong]) == 2
         said = capsys.readouterr().err.strip()
         assert said.startswith("Error: ") and part in said and "\n" not in said

@@ -52,7 +52,17 @@ def shelf(pipe, tmp_path):
 
 
 def options(tmp_path, shelf):
-    return ["--smoke", "--classes", *CLASSES, "--tokens", str(shelf), "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    return [
+        "--smoke",
+        "--classes",
+        *CLASSES,
+        "--tokens",
+        str(shelf),
+        "--work",
+        str(tmp_path / "work"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
 
 
 def test_smoke_subset_of_the_quality_tables(pipe, tmp_path, shelf, capsys):
@@ -63,15 +73,28 @@ def test_smoke_subset_of_the_quality_tables(pipe, tmp_path, shelf, capsys):
     for one in figures["sets"].values():
         methods = {(row["name"], row["asked"]) for row in one["rows"] if row["table"] == "Methods"}
         all_of_it = ("DAAM, all grids and steps", "OVAM, all grids and steps")
-        assert methods == {(name, asked) for name in ("DAAM", "OVAM", "OVAM, own tau", "Attn2Mask", *all_of_it) for asked in ("name", "token")}
-        assert {row["table"] for row in one["rows"]} == {"Methods", "Post-processing", "Ceiling", "Resolutions", "Steps", "Alpha"}
+        assert methods == {
+            (name, asked)
+            for name in ("DAAM", "OVAM", "OVAM, own tau", "Attn2Mask", *all_of_it)
+            for asked in ("name", "token")
+        }
+        assert {row["table"] for row in one["rows"]} == {
+            "Methods",
+            "Post-processing",
+            "Ceiling",
+            "Resolutions",
+            "Steps",
+            "Alpha",
+        }
         assert sum(row["table"] == "Resolutions" for row in one["rows"]) == 14
         for row in one["rows"]:
             assert 0 <= row["low"] <= row["miou"] <= row["high"] <= 100 or row["n"] < 5
             assert 0 <= row["best_miou"] <= 100
     apart = {row["name"]: row for row in figures["rendered"]}
     assert {"OVAM, name", "OVAM, token", "GoCA", "GoCA without propagation", "GoCA + token"} <= set(apart)
-    assert all(0 <= row["miou"] <= 100 and row["n"] == 2 for row in apart.values()) and apart["OVAM, name"]["over"][0] == 0
+    assert (
+        all(0 <= row["miou"] <= 100 and row["n"] == 2 for row in apart.values()) and apart["OVAM, name"]["over"][0] == 0
+    )
     assert "GoCA without rescaling" in text and "exact masks" in text
     assert "Token over name" in text and "Attn2Mask, token" in text and " nan" not in text
 
@@ -111,7 +134,11 @@ def test_a_row_is_the_packages_own_mask(pipe, shelf):
     ((image, recording),) = annotated.generations(pipe, ["A photograph of a bird"], [7], steps=3)
     loaded = {name: tokens.load(shelf / tokens.file_name([name])) for name in CLASSES}
     asked = quality.asked_of(pipe, "bird", loaded)
-    rows = [row for row in quality.main_rows(3, [16, 8, 4], quality.own_cuts(pipe)) if row.table == "Methods" or row.resolutions == (16, 8)]
+    rows = [
+        row
+        for row in quality.main_rows(3, [16, 8, 4], quality.own_cuts(pipe))
+        if row.table == "Methods" or row.resolutions == (16, 8)
+    ]
     truth = stand_in([image])[0] == 3
     with torch.no_grad():
         results = quality.evaluate(pipe, image, recording, truth, asked, rows)

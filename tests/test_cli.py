@@ -89,7 +89,9 @@ def test_settings_make_the_same_bytes_again(result, tmp_path):
 
 def test_options_stand_above_settings(result, tmp_path):
     out = tmp_path / "other"
-    code = main(["generate", "--settings", str(result / "settings.json"), "--out", str(out), "--words", "sky", "--tau", ".6"])
+    code = main(
+        ["generate", "--settings", str(result / "settings.json"), "--out", str(out), "--words", "sky", "--tau", ".6"]
+    )
     assert code == 0
     made, asked, _, _ = load_settings(out / "settings.json")
     assert asked.words == ("sky",) and asked.tau == 0.6 and made.seed == 1
@@ -98,11 +100,28 @@ def test_options_stand_above_settings(result, tmp_path):
 
 def test_every_option_together(tmp_path):
     out = tmp_path / "all"
-    options = ["--attribution", "a cat and a car", "--words", "cat, car", "--no-crf", "--alpha", "1", "--guidance", "1",
-               "--negative-prompt", "rain", "--timesteps", "1", "--resolutions", "16,8"]  # fmt: skip
+    options = [
+        "--attribution",
+        "a cat and a car",
+        "--words",
+        "cat, car",
+        "--no-crf",
+        "--alpha",
+        "1",
+        "--guidance",
+        "1",
+        "--negative-prompt",
+        "rain",
+        "--timesteps",
+        "1",
+        "--resolutions",
+        "16,8",
+    ]
     assert main(["generate", PROMPT, *options, "--out", str(out), *QUICK]) == 0
     made, asked, model, device = load_settings(out / "settings.json")
-    assert asked == MapSettings(("cat", "car"), "a cat and a car", defaults_for("emoji-voc").tau, 1.0, False, (1,), (8, 16))
+    assert asked == MapSettings(
+        ("cat", "car"), "a cat and a car", defaults_for("emoji-voc").tau, 1.0, False, (1,), (8, 16)
+    )
     assert (made.negative_prompt, made.guidance, model, device) == ("rain", 1.0, "emoji-voc", "cpu")
 
 
@@ -190,7 +209,14 @@ def test_progress_counts_to_the_end(pipe):
 
 @pytest.mark.parametrize(
     ("text", "numbers"),
-    [("", None), (" all ", tuple(range(200))), ("3", (3,)), ("0-2, 5", (0, 1, 2, 5)), ("4 2,2", (2, 4)), ("1 - 3", (1, 2, 3))],
+    [
+        ("", None),
+        (" all ", tuple(range(200))),
+        ("3", (3,)),
+        ("0-2, 5", (0, 1, 2, 5)),
+        ("4 2,2", (2, 4)),
+        ("1 - 3", (1, 2, 3)),
+    ],
 )
 def test_lists_of_numbers(text, numbers):
     assert parse_numbers(text) == numbers
@@ -245,7 +271,11 @@ BAD = {
     "alpha nan": ([PROMPT], [*WORDS, "--alpha", "nan"], "Alpha is nan"),
     "alpha infinite": ([PROMPT], [*WORDS, "--alpha", "inf"], "Alpha"),
     "timestep not run": ([PROMPT], [*WORDS, "--timesteps", "7"], "choose among 0 to 1"),
-    "resolution not there": ([PROMPT], [*WORDS, "--resolutions", "3"], "No attention grid is 3 wide: choose among 16, 8, 4"),
+    "resolution not there": (
+        [PROMPT],
+        [*WORDS, "--resolutions", "3"],
+        "No attention grid is 3 wide: choose among 16, 8, 4",
+    ),
     "no such model": ([PROMPT], [*WORDS, "--model", "no-such-model"], "no-such-model"),
     "no such folder": ([PROMPT], [*WORDS, "--model", "/no/such/folder"], "/no/such/folder"),
     "hub out of reach": ([PROMPT], [*WORDS, "--model", "nobody/nothing"], "hub cannot be reached"),
@@ -283,9 +313,14 @@ def test_a_folder_that_cannot_be_made(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     ("changed", "said"),
-    [({"words": [5]}, "not text"), ({"words": "cat"}, "wrong kind"), ({"template": 5}, "template is not text"), ({"crf": "no"}, "true or false"),
-     ({"tokens": 3}, "wrong kind")],
-)  # fmt: skip
+    [
+        ({"words": [5]}, "not text"),
+        ({"words": "cat"}, "wrong kind"),
+        ({"template": 5}, "template is not text"),
+        ({"crf": "no"}, "true or false"),
+        ({"tokens": 3}, "wrong kind"),
+    ],
+)
 def test_settings_edited_by_hand(result, tmp_path, capsys, changed, said):
     about = json.loads((result / "settings.json").read_text())
     about["maps"] |= changed
@@ -306,8 +341,20 @@ def test_settings_without_an_end(tmp_path):
         [],
         {"format": "other"},
         {"format": "ovam-generate/1"},
-        {"format": "ovam-generate/1", "model": "m", "device": "cpu", "generation": {"prompt": "x", "evil": 1}, "maps": {}},
-        {"format": "ovam-generate/1", "model": "m", "device": "cpu", "generation": {"prompt": "x"}, "maps": {"words": 3}},
+        {
+            "format": "ovam-generate/1",
+            "model": "m",
+            "device": "cpu",
+            "generation": {"prompt": "x", "evil": 1},
+            "maps": {},
+        },
+        {
+            "format": "ovam-generate/1",
+            "model": "m",
+            "device": "cpu",
+            "generation": {"prompt": "x"},
+            "maps": {"words": 3},
+        },
         {"format": "ovam-generate/1", "model": "m", "device": "cpu", "generation": 3, "maps": {}},
     ],
 )
@@ -319,7 +366,15 @@ def test_settings_of_the_wrong_kind(about, tmp_path):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"seed": 1.5}, {"seed": True}, {"steps": "2"}, {"prompt": None}, {"guidance": None}, {"width": 12}, {"height": 1e9}],
+    [
+        {"seed": 1.5},
+        {"seed": True},
+        {"steps": "2"},
+        {"prompt": None},
+        {"guidance": None},
+        {"width": 12},
+        {"height": 1e9},
+    ],
 )
 def test_settings_from_a_stranger_are_checked(pipe, wrong):
     with pytest.raises(ValueError):

@@ -118,7 +118,9 @@ def test_the_model_serves_one_run_at_a_time(desk, pipe, monkeypatch):
             at_work[0] -= 1
 
     monkeypatch.setattr(tabs.desk, "generate", watched)
-    runs = [threading.Thread(target=desk.draw, args=(image(pipe), "generate", visitor(str(n)), silent)) for n in range(3)]
+    runs = [
+        threading.Thread(target=desk.draw, args=(image(pipe), "generate", visitor(str(n)), silent)) for n in range(3)
+    ]
     [run.start() for run in runs]
     [run.join() for run in runs]
     assert most == [1]

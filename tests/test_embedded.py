@@ -44,7 +44,9 @@ def test_diffusers_alone_loads_it():
     assert attentions == {"CrossAttnDownBlock2D", "CrossAttnUpBlock2D"}
 
 
-@pytest.mark.parametrize("prompt", ["An astronaut riding a horse on the moon", "a watercolor painting of a red fox in the snow, detailed"])
+@pytest.mark.parametrize(
+    "prompt", ["An astronaut riding a horse on the moon", "a watercolor painting of a red fox in the snow, detailed"]
+)
 def test_words_that_were_never_learned_leave_room_for_the_rest(pipe, prompt):
     assert len(pipe.tokenizer(prompt).input_ids) <= 14
     assert {"a", "the", "horse", "snow"}.isdisjoint(not_learned(pipe, prompt))
@@ -72,6 +74,7 @@ def centred_blob(size: int) -> np.ndarray:
 
 def best_mean_iou(maps: list[np.ndarray], masks: list[np.ndarray]) -> float:
     """Mean IoU at the one threshold, relative to each map's peak, that serves all maps best."""
+
     def at(threshold: float) -> float:
         cut = [one >= threshold * one.max() for one in maps]
         return float(np.mean([(a & b).sum() / (a | b).sum() for a, b in zip(cut, masks, strict=True)]))
@@ -121,7 +124,12 @@ def test_the_shipped_tokens_are_of_these_weights(pipe):
     assert set(shipped) == {(name,) for name in VOC_CLASSES}
     for token in shipped.values():
         assert token.model == pipe.ovam_name and token.embedding.shape == (2, pipe.text_encoder.config.hidden_size)
-        assert token.loss > 0 and token.prompt and token.seed > 0 and json.loads(token.settings)["optimization"]["images"] == 1
+        assert (
+            token.loss > 0
+            and token.prompt
+            and token.seed > 0
+            and json.loads(token.settings)["optimization"]["images"] == 1
+        )
     network, gains = annotator.load(), []
     few = [shipped[name,] for name in ("cat", "car", "train", "sofa", "bird")]
     made = generations(pipe, [token.prompt for token in few], [token.seed for token in few], batch=5)

@@ -50,7 +50,11 @@ def test_sweep_of_an_empty_map():
 
 def test_iou_accumulates_over_the_set():
     counts = np.array([[1, 1, 0], [3, 0, 0], [0, 5, 5], [0, 0, 0]])
-    assert by_class(counts, ["cat", "cat", "dog", "cow"]) == {"cat": 0.8, "cow": pytest.approx(np.nan, nan_ok=True), "dog": 0}
+    assert by_class(counts, ["cat", "cat", "dog", "cow"]) == {
+        "cat": 0.8,
+        "cow": pytest.approx(np.nan, nan_ok=True),
+        "dog": 0,
+    }
     assert miou(counts, ["cat", "cat", "dog", "cow"]) == pytest.approx(0.4)
     assert np.isnan(iou(np.zeros(3))) and np.isnan(miou(np.zeros((0, 3)), []))
 
@@ -76,7 +80,14 @@ def test_interval_is_the_plain_bootstrap():
     means = []
     for _ in range(2000):
         drawn = rng.integers(0, 30, 30)
-        means.append(np.mean([counts[drawn][classes[drawn] == c].sum(0)[0] / counts[drawn][classes[drawn] == c].sum() for c in (0, 1)]))
+        means.append(
+            np.mean(
+                [
+                    counts[drawn][classes[drawn] == c].sum(0)[0] / counts[drawn][classes[drawn] == c].sum()
+                    for c in (0, 1)
+                ]
+            )
+        )
     assert interval(counts, classes, range(30)) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.01)
 
 
@@ -116,7 +127,9 @@ def test_methods_make_masks(tiny):
     recording = recorder.recordings[0]
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 48, 3), np.uint8))
     maps = attribute(recording, attribute_words(tiny, ["cat"]))
-    assert np.array_equal(DAAM.masks(recording, maps, image), make_masks(recording, maps, image, tau=0.4, alpha=1, crf=False))
+    assert np.array_equal(
+        DAAM.masks(recording, maps, image), make_masks(recording, maps, image, tau=0.4, alpha=1, crf=False)
+    )
     expected = make_masks(recording, maps, image, tau=0.8, alpha=0.95, crf=True)
     assert np.array_equal(OVAM.masks(recording, maps, image, token=True), expected)
     assert DAAM.select(recording) is recording

@@ -197,9 +197,14 @@ def test_images_are_those_of_generate(result, rows):
     """Nothing but prompt, seed and batch makes an image: the pipeline itself makes the same batch."""
     items = WORK.items[2:4]
     images = PIPE(
-        [item.prompt for item in items], negative_prompt=[item.negative_prompt for item in items], num_inference_steps=2,
-        guidance_scale=4.0, width=64, height=64, generator=[torch.Generator().manual_seed(item.seed) for item in items],
-    ).images  # fmt: skip
+        [item.prompt for item in items],
+        negative_prompt=[item.negative_prompt for item in items],
+        num_inference_steps=2,
+        guidance_scale=4.0,
+        width=64,
+        height=64,
+        generator=[torch.Generator().manual_seed(item.seed) for item in items],
+    ).images
     for image, row in zip(images, rows[2:4], strict=True):
         written = np.asarray(Image.open(result / row["file_name"]), dtype=int)
         assert np.abs(written - np.asarray(image, dtype=int)).mean() < 6  # JPEG
@@ -346,17 +351,70 @@ def test_accelerate_with_two_processes(result, tmp_path):
         )
     )
     options = [
-        "export", "--prompts", str(prompts), "--classes", ", ".join(CLASSES), "--images-per-prompt", "2", "--seed", "7",
-        "--model", str(model), "--device", "cpu", "--steps", "2", "--guidance", "4", "--size", "64x64", "--tau", ".8",
-        "--alpha", ".9", "--threads", "1", "--batch-size", "2", "--heatmaps", "--format", "coco", "--min-coverage", ".11",
-        "--max-coverage", ".9", "--uncertain", ".01",
-    ]  # fmt: skip
+        "export",
+        "--prompts",
+        str(prompts),
+        "--classes",
+        ", ".join(CLASSES),
+        "--images-per-prompt",
+        "2",
+        "--seed",
+        "7",
+        "--model",
+        str(model),
+        "--device",
+        "cpu",
+        "--steps",
+        "2",
+        "--guidance",
+        "4",
+        "--size",
+        "64x64",
+        "--tau",
+        ".8",
+        "--alpha",
+        ".9",
+        "--threads",
+        "1",
+        "--batch-size",
+        "2",
+        "--heatmaps",
+        "--format",
+        "coco",
+        "--min-coverage",
+        ".11",
+        "--max-coverage",
+        ".9",
+        "--uncertain",
+        ".01",
+    ]
     one, two = tmp_path / "one", tmp_path / "two"
     assert main([*options, "--out", str(one), "--workers", "0"]) == 0
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "ovam_core"]  # fmt: skip
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "2",
+        "--multi_gpu",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+        "-m",
+        "ovam_core",
+    ]
     ran = subprocess.run(
-        [*launch, *options, "--out", str(two), "--workers", "0"], cwd=ROOT, capture_output=True, text=True, check=False, timeout=400
+        [*launch, *options, "--out", str(two), "--workers", "0"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert ran.stdout.count("2 processes share the work.") == ran.stdout.count("8 of 8 images") == 1
@@ -420,11 +478,16 @@ def test_a_file_that_went_missing_is_made_again(result, tmp_path):
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        ({"tau": 0.7}, "tau"), ({"steps": 3}, "steps"), ({"batch_size": 1}, "batch size"), ({"crf": False}, "crf"),
-        ({"formats": ("voc",)}, "format"), ({"filters": Filters()}, "filters"), ({"threads": 2}, "threads"),
+        ({"tau": 0.7}, "tau"),
+        ({"steps": 3}, "steps"),
+        ({"batch_size": 1}, "batch size"),
+        ({"crf": False}, "crf"),
+        ({"formats": ("voc",)}, "format"),
+        ({"filters": Filters()}, "filters"),
+        ({"threads": 2}, "threads"),
         ({"guidance": 4.5}, "guidance"),
     ],
-)  # fmt: skip
+)
 def test_other_settings_are_refused(result, change, name):
     before = tree(result)
     with pytest.raises(ValueError, match=f"another setting of '{name}'"):
@@ -478,9 +541,20 @@ def test_summary(result):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"tau": float("nan")}, {"alpha": 2}, {"uncertain": -1}, {"batch_size": 0}, {"batch_size": True}, {"threads": 0.5},
-              {"formats": ("pascal",)}, {"filters": Filters(min_coverage=2)}, {"steps": 0}, {"width": 12}]
-)  # fmt: skip
+    "wrong",
+    [
+        {"tau": float("nan")},
+        {"alpha": 2},
+        {"uncertain": -1},
+        {"batch_size": 0},
+        {"batch_size": True},
+        {"threads": 0.5},
+        {"formats": ("pascal",)},
+        {"filters": Filters(min_coverage=2)},
+        {"steps": 0},
+        {"width": 12},
+    ],
+)
 def test_settings_that_cannot_be(wrong, tmp_path):
     with pytest.raises(ValueError):
         export(PIPE, WORK, replace(SETTINGS, **wrong), tmp_path / "out", workers=0)
@@ -537,15 +611,27 @@ def test_no_tokens(tmp_path):
 # ------------------------------------------------------------------------------------------- hard prompts
 
 HARD = (
-    'a cat, "quoted", and \'more\'', "a cat\non two\r\nlines", "a cat 🐈 🎉", "حصان a cat قطة", "../../a cat/../etc/passwd",
-    "C:\\cat\\car", "a cat\u2028\u2029\x00\x1b[31m", "cat " * 3, "<b>cat</b>&amp;", "a cat; DROP TABLE", "CAT!",
-)  # fmt: skip
+    "a cat, \"quoted\", and 'more'",
+    "a cat\non two\r\nlines",
+    "a cat 🐈 🎉",
+    "حصان a cat قطة",
+    "../../a cat/../etc/passwd",
+    "C:\\cat\\car",
+    "a cat\u2028\u2029\x00\x1b[31m",
+    "cat " * 3,
+    "<b>cat</b>&amp;",
+    "a cat; DROP TABLE",
+    "CAT!",
+)
 
 
 def test_hard_prompts(tmp_path):
     long = "a cat " * 1667  # 10,002 characters
-    work = work_list([Prompt(text, source=f"line {n}") for n, text in enumerate((*HARD, long, "a dog"))], CLASSES,
-                     check=SETTINGS.check(PIPE))  # fmt: skip
+    work = work_list(
+        [Prompt(text, source=f"line {n}") for n, text in enumerate((*HARD, long, "a dog"))],
+        CLASSES,
+        check=SETTINGS.check(PIPE),
+    )
     assert [one.reason.split(";")[0] for one in work.skipped] == [
         "The prompt has 10,002 characters",
         "It names none of the classes.",
@@ -588,8 +674,27 @@ def model(tmp_path_factory) -> Path:
 
 def test_command_line(model, tmp_path, capsys):
     out = tmp_path / "out"
-    options = ["--classes", "voc", "--limit", "3", "--out", str(out), "--model", str(model), "--device", "cpu", "--steps", "1",
-               "--size", "64x64", "--workers", "0", "--threads", "1", "--no-crf"]  # fmt: skip
+    options = [
+        "--classes",
+        "voc",
+        "--limit",
+        "3",
+        "--out",
+        str(out),
+        "--model",
+        str(model),
+        "--device",
+        "cpu",
+        "--steps",
+        "1",
+        "--size",
+        "64x64",
+        "--workers",
+        "0",
+        "--threads",
+        "1",
+        "--no-crf",
+    ]
     command = ["export", "--template", "A photograph of a {}", *options]
     assert main([*command, "--dry-run"]) == 0
     said = capsys.readouterr().out

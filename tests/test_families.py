@@ -101,18 +101,21 @@ def make_t5(width: int) -> tuple[T5Tokenizer, T5EncoderModel]:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0)]
     pieces += [("▁" + word, -1.0) for word in WORDS]
     pieces += [(x, -5.0) for x in string.ascii_lowercase + string.digits + ".,!?'-"]
-    config = T5Config(
-        vocab_size=len(pieces), d_model=width, d_kv=8, d_ff=16, num_layers=2, num_heads=2, pad_token_id=0
-    )
+    config = T5Config(vocab_size=len(pieces), d_model=width, d_kv=8, d_ff=16, num_layers=2, num_heads=2, pad_token_id=0)
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512), T5EncoderModel(config).eval()
 
 
 def make_clip(tokenizer, width: int, kind=CLIPTextModel):
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=width, projection_dim=width, intermediate_size=37,
-        num_attention_heads=4, num_hidden_layers=3, bos_token_id=tokenizer.bos_token_id,
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        projection_dim=width,
+        intermediate_size=37,
+        num_attention_heads=4,
+        num_hidden_layers=3,
+        bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+    )
     return kind(config).eval()
 
 
@@ -175,9 +178,15 @@ def make_sana(qk_norm: str | None, timestep_scale: float):
             vocab.setdefault(left, len(vocab))
     tokenizer = GemmaTokenizer(vocab=vocab, merges=list(dict.fromkeys(merges)), add_bos_token=True)
     config = Gemma2Config(
-        vocab_size=len(vocab), hidden_size=16, intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, head_dim=8, max_position_embeddings=4096,
-    )  # fmt: skip
+        vocab_size=len(vocab),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=4096,
+    )
     transformer = SanaTransformer2DModel(
         patch_size=1,
         in_channels=4,
@@ -377,9 +386,7 @@ def test_image_is_bit_identical_and_nothing_is_left_on_the_pipeline(name, guidan
     pipe = pipe_of(name)
 
     def state():
-        hooks = [
-            len(m._forward_hooks) + len(m._forward_pre_hooks) for m in family_of(pipe).denoiser.modules()
-        ]
+        hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in family_of(pipe).denoiser.modules()]
         return hooks, set(vars(pipe)), set(vars(pipe.image_processor))
 
     before = state()
@@ -412,9 +419,7 @@ def test_the_padded_prompt_gives_the_attention_of_the_model(name, guidance, monk
 
 @pytest.mark.parametrize("name", ALL)
 def test_the_other_half_of_the_batch(name, monkeypatch):
-    (recording,), spy = recorded(
-        name, monkeypatch, {"branch": "unconditional"}, negative_prompt="the red bus"
-    )
+    (recording,), spy = recorded(name, monkeypatch, {"branch": "unconditional"}, negative_prompt="the red bus")
     expected = attended(spy.maps(0, SIZES[name][1]))
     if name.startswith("sana"):  # the pipeline reads a negative prompt without the instruction
         pipe = pipe_of(name)
@@ -507,9 +512,7 @@ def test_steps_and_self_attention_can_be_left_out(name):
         generate(name)
     (part,) = recorder.recordings
     embedding = encode_padded(pipe_of(name), PROMPT)
-    torch.testing.assert_close(
-        heatmaps(part, embedding), heatmaps(recording_of(name).select(steps=[1]), embedding)
-    )
+    torch.testing.assert_close(heatmaps(part, embedding), heatmaps(recording_of(name).select(steps=[1]), embedding))
     assert part.column_sums == ()
     attention = self_attention_map(recording_of(name), 0.85)
     assert attention.shape == SIZES[name][1]
@@ -648,9 +651,7 @@ def test_arguments_of_a_call(name):
 def test_generate_makes_an_image_and_answers_words(name):
     pipe, told = pipe_of(name), []
     width = min(96, defaults_for(pipe).max_size)
-    settings = GenerateSettings.for_model(
-        pipe, PROMPT, negative_prompt="red", steps=2, width=width, height=64
-    )
+    settings = GenerateSettings.for_model(pipe, PROMPT, negative_prompt="red", steps=2, width=width, height=64)
     made = images.generate(pipe, settings, on_step=lambda done, of: told.append((done, of)))
     assert told == [(0, 2), (1, 2), (2, 2)]
     assert made.image.size == (width, 64)

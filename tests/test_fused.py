@@ -191,7 +191,11 @@ def test_without_a_gradient_and_with_queries_of_inference_mode(monkeypatch):
         (3, 200, 64, torch.float16),
         (1, 64, 160, torch.float16),
         pytest.param(
-            2, 130, 72, torch.bfloat16, marks=pytest.mark.skipif(INTERPRETED, reason="Triton interprets no bfloat16 product")
+            2,
+            130,
+            72,
+            torch.bfloat16,
+            marks=pytest.mark.skipif(INTERPRETED, reason="Triton interprets no bfloat16 product"),
         ),
     ],
     ids=str,

@@ -65,9 +65,7 @@ def make_self_layer(height, width, heads=2, d=3, seed=0):
 
 def full_attention(layer):
     """Head-averaged self-attention `[n, n]`."""
-    heads = [
-        torch.softmax(q @ k.T * layer.scale, dim=-1) for q, k in zip(layer.queries, layer.keys, strict=True)
-    ]
+    heads = [torch.softmax(q @ k.T * layer.scale, dim=-1) for q, k in zip(layer.queries, layer.keys, strict=True)]
     return sum(heads) / len(heads)
 
 
@@ -115,9 +113,7 @@ def test_reference_affinity_is_the_formula():
         torch.testing.assert_close(affinity[p], torch.tensor(values) / sum(values), atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("grid", "size"), [((4, 6), (2, 3)), ((2, 3), (4, 6)), ((3, 5), (3, 5)), ((5, 3), (3, 2))]
-)
+@pytest.mark.parametrize(("grid", "size"), [((4, 6), (2, 3)), ((2, 3), (4, 6)), ((3, 5), (3, 5)), ((5, 3), (3, 2))])
 @pytest.mark.parametrize("block", [1, 1 << 20])
 def test_resized_self_attention(grid, size, block, monkeypatch):
     monkeypatch.setitem(BLOCK_VALUES, "cpu", block)
@@ -278,10 +274,7 @@ def head_parts(module, pixels, text):
     weight = module.to_out[0].weight
     attention = probabilities(module, pixels, text)
     return torch.stack(
-        [
-            attention[n] @ values[:, n * d : (n + 1) * d] @ weight[:, n * d : (n + 1) * d].T
-            for n in range(module.heads)
-        ]
+        [attention[n] @ values[:, n * d : (n + 1) * d] @ weight[:, n * d : (n + 1) * d].T for n in range(module.heads)]
     )
 
 
@@ -323,9 +316,7 @@ def plain_weights(cross, own, reference, item=1, step=1):
         pixels = calls[step][0][item]
         attention, grid = probabilities(own.modules[name], pixels, pixels).mean(dim=0), grids[len(pixels)]
         keys = F.interpolate(attention.reshape(-1, 1, *grid), size=size, mode="bilinear")
-        both = (
-            F.interpolate(keys.flatten(1).T.reshape(1, -1, *grid), size=size, mode="nearest")[0].flatten(1).T
-        )
+        both = F.interpolate(keys.flatten(1).T.reshape(1, -1, *grid), size=size, mode="nearest")[0].flatten(1).T
         sums.append((affinity * (both / both.sum(dim=1, keepdim=True))).sum())
     return torch.stack(sums) / sum(sums)
 
@@ -393,9 +384,7 @@ def test_words_that_are_not_in_the_caption(run):
     alone = goca(seen, attribute_words(pipe, ["red bus", "car", "cat"]))
     for maps in (joint, alone):
         assert maps.shape == (3, *SIZE)
-        assert torch.equal(maps.amin(dim=(1, 2)), torch.zeros(3)) and torch.equal(
-            maps.amax(dim=(1, 2)), torch.ones(3)
-        )
+        assert torch.equal(maps.amin(dim=(1, 2)), torch.zeros(3)) and torch.equal(maps.amax(dim=(1, 2)), torch.ones(3))
     asked = attribute_words(pipe, ["red bus", "car"])
     scores = [token_scores(seen, one.embedding) for one in asked]
     expected = torch.stack([x[list(one.groups[0])].mean(dim=0) for x, one in zip(scores, asked, strict=True)])
@@ -618,6 +607,4 @@ def test_what_cannot_be_recorded_or_asked(tiny, run):
     with pytest.raises(ValueError, match=r"takes \[tokens, 32\]"):
         goca(seen, Attribution(noise(2, 31), ("a", "b"), ((0,), (1,))))
     sentence = attribute_sentence(pipe, "the cat")
-    torch.testing.assert_close(
-        token_scores(seen, sentence.embedding).sum(dim=0), torch.ones(SIZE), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(token_scores(seen, sentence.embedding).sum(dim=0), torch.ones(SIZE), atol=1e-5, rtol=0)

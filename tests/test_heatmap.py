@@ -110,9 +110,7 @@ def test_embeddings_of_another_model_are_refused(recording, shape):
 
 
 def test_words_asked_together_are_those_asked_alone(tiny, recording):
-    attributions = attribute_words(
-        tiny, ["cat", "zebra", "red bus", "car"]
-    )  # prompts of 3, 7, 4 and 3 tokens
+    attributions = attribute_words(tiny, ["cat", "zebra", "red bus", "car"])  # prompts of 3, 7, 4 and 3 tokens
     together = attribute(recording, attributions)
     assert together.shape == (4, 16, 24)
     for one, maps in zip(attributions, together, strict=True):

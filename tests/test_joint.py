@@ -158,13 +158,24 @@ def make_mistral(width: int):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.add_special_tokens(marks)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=TEMPLATE,
-        padding_side="left", model_max_length=512,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        chat_template=TEMPLATE,
+        padding_side="left",
+        model_max_length=512,
+    )
     text = MistralConfig(
-        vocab_size=len(vocab), hidden_size=width, intermediate_size=16, num_hidden_layers=31,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=1024,
-    )  # fmt: skip
+        vocab_size=len(vocab),
+        hidden_size=width,
+        intermediate_size=16,
+        num_hidden_layers=31,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=1024,
+    )
     vision = PixtralVisionConfig(
         hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=16, patch_size=8
     )
@@ -425,9 +436,7 @@ def test_other_words_are_carried_as_the_models_blocks_carry_them(name, count, mo
 
 @pytest.mark.parametrize("name", SD3)
 def test_the_other_half_of_the_batch(name, monkeypatch):
-    (recording,), spy = recorded(
-        name, monkeypatch, {"branch": "unconditional"}, negative_prompt="the red bus"
-    )
+    (recording,), spy = recorded(name, monkeypatch, {"branch": "unconditional"}, negative_prompt="the red bus")
     maps = heatmaps(recording, encode_padded(pipe_of(name), "the red bus"))
     torch.testing.assert_close(maps, spy.model_maps(0), atol=2e-6, rtol=1e-3)
 
@@ -502,7 +511,10 @@ def test_steps_and_layers_can_be_chosen_before_and_after(name, monkeypatch):
 
 def test_layers_and_steps_that_are_not_there_are_refused_in_one_sentence():
     for options in ({"layers": ["attn2"]}, {"steps": [9]}, {"resolutions": [5]}):
-        with pytest.raises(ValueError, match="Nothing was recorded.*check steps, layers"), record(pipe_of("sd3.5"), **options):
+        with (
+            pytest.raises(ValueError, match="Nothing was recorded.*check steps, layers"),
+            record(pipe_of("sd3.5"), **options),
+        ):
             generate("sd3.5")
     with pytest.raises(ValueError, match="No recorded layer matches"):
         recording_of("sd3.5").select(layers=["attn2"])

@@ -80,9 +80,7 @@ def test_thresholded_methods_are_their_settings(tiny, seen, token, method):
     maps = attribute(seen.recording, [*attribute_words(tiny, ["cat"]), token])
     torch.testing.assert_close(found.maps, maps)
     for row, (tau, alpha) in enumerate((method.cut(False), method.cut(True))):
-        expected = make_masks(
-            seen.recording, maps[row : row + 1], seen.image, tau=tau, alpha=alpha, crf=method.crf
-        )
+        expected = make_masks(seen.recording, maps[row : row + 1], seen.image, tau=tau, alpha=alpha, crf=method.crf)
         assert np.array_equal(found.masks[row], expected[0])
 
 
@@ -102,9 +100,7 @@ def test_token_methods_are_ovam_and_its_weighted_form(tiny, seen, token):
     torch.testing.assert_close(words.maps, attribute_weighted(seen.goca, attribute_words(tiny, ["car"])))
 
 
-@pytest.mark.parametrize(
-    ("method", "asking"), [(GOCA, caption_words), (GOCA_ANY, listed_words)], ids=["GoCA", "any"]
-)
+@pytest.mark.parametrize(("method", "asking"), [(GOCA, caption_words), (GOCA_ANY, listed_words)], ids=["GoCA", "any"])
 def test_goca_gives_each_pixel_to_one(tiny, seen, method, asking):
     found = maps_and_masks(method, tiny, seen, words=["cat"])  # against the caption's other content words
     maps = goca(seen.goca, asking(tiny, PROMPT, ["cat", "red", "bus"]))

@@ -92,7 +92,9 @@ def test_masks_of_every_mode(kind):
     assert set(np.unique(labels)) == {0, 1}
 
 
-@pytest.mark.parametrize("picture", [Image.fromarray(BORDER), palette(np.where(BORDER == 1, 8, BORDER).astype(np.uint8))])
+@pytest.mark.parametrize(
+    "picture", [Image.fromarray(BORDER), palette(np.where(BORDER == 1, 8, BORDER).astype(np.uint8))]
+)
 def test_255_beside_another_label_is_ignored(picture):
     labels = read_mask(picture, (8, 12))
     assert (labels[0] == 255).all() and labels[3, 5] == 1 and labels[7, 0] == 0
@@ -275,7 +277,9 @@ def test_weights_of_images(recordings):
     """Eq. 6 with a factor an image; one of them all background."""
     targets, start, one = [blob(), np.zeros_like(blob())], start_of(2), OptimizeSettings(epochs=1, stay=0)
     found = optimize(recordings, targets, start, one, weights=[1, 0.3])
-    maps = [resize(heatmaps(recording, start), target.shape) for recording, target in zip(recordings, targets, strict=True)]
+    maps = [
+        resize(heatmaps(recording, start), target.shape) for recording, target in zip(recordings, targets, strict=True)
+    ]
     each = [
         sum(F.binary_cross_entropy(x[row], torch.from_numpy(target == row).float()) for row in (0, 1))
         for x, target in zip(maps, targets, strict=True)
@@ -347,9 +351,20 @@ def test_targets_that_do_not_fit(recordings, targets, rows, part):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"epochs": 0}, {"epochs": 10**9}, {"epochs": 1.5}, {"method": "magic"}, {"rate": 0.0}, {"rate": float("nan")},
-     {"decay": 0.0}, {"decay": 2.0}, {"decay_every": 0}, {"stay": -1.0}, {"stay": float("nan")}],
-)  # fmt: skip
+    [
+        {"epochs": 0},
+        {"epochs": 10**9},
+        {"epochs": 1.5},
+        {"method": "magic"},
+        {"rate": 0.0},
+        {"rate": float("nan")},
+        {"decay": 0.0},
+        {"decay": 2.0},
+        {"decay_every": 0},
+        {"stay": -1.0},
+        {"stay": float("nan")},
+    ],
+)
 def test_settings_that_find_nothing(wrong):
     with pytest.raises(ValueError):
         replace(OptimizeSettings(), **wrong).validate()

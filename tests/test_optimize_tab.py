@@ -27,7 +27,15 @@ from tabs.optimize import (
 )
 from tabs.shelf import PER_VISITOR, Shelf
 
-IMAGE = {"prompt": "A photograph of a cat", "seed": 1, "steps": 4, "guidance": 4, "width": 128, "height": 128, "negative_prompt": ""}
+IMAGE = {
+    "prompt": "A photograph of a cat",
+    "seed": 1,
+    "steps": 4,
+    "guidance": 4,
+    "width": 128,
+    "height": 128,
+    "negative_prompt": "",
+}
 
 
 def layer(*boxes: tuple[tuple[int, int, int, int], str], size: tuple[int, int] = (512, 512)) -> Image.Image:
@@ -100,8 +108,17 @@ def test_bad_class_names(name):
         class_name(name)
 
 
-@pytest.mark.parametrize(("recipe", "epochs", "rate"), [("slow", 10, 1.0), ("fast", 0, 1.0), ("fast", 100_000, 1.0),
-                                                        ("fast", 2.5, 1.0), ("fast", 10, float("nan")), ("fast", 10, None)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("recipe", "epochs", "rate"),
+    [
+        ("slow", 10, 1.0),
+        ("fast", 0, 1.0),
+        ("fast", 100_000, 1.0),
+        ("fast", 2.5, 1.0),
+        ("fast", 10, float("nan")),
+        ("fast", 10, None),
+    ],
+)
 def test_bad_search_settings(recipe, epochs, rate):
     with pytest.raises(ValueError, match="choose|number"):
         search_settings(recipe, epochs, rate)
@@ -160,7 +177,9 @@ def ask(client, mask, **changed):
 def test_a_token_by_the_api(client, tmp_path):
     file, facts = ask(client, square_mask(tmp_path))
     token = tokens.load(file)
-    assert token.names == ("cat",) and token.prompt == IMAGE["prompt"] and token.seed == 1 and token.model == "emoji-voc"
+    assert (
+        token.names == ("cat",) and token.prompt == IMAGE["prompt"] and token.seed == 1 and token.model == "emoji-voc"
+    )
     first, best = (float(facts.split()[index]) for index in (1, 3))
     assert best < first and abs(token.loss - best) < 1e-3
     shown = client.predict("cat", tokens=["cat · yours"], api_name="/attribute")[2]
@@ -281,7 +300,10 @@ def test_the_whole_way(visit, searches, tmp_path):
         set_number(page, "#try-seed", number)
         before = sources(page, "#tried")
         page.click("#try")
-        page.wait_for_function("(before) => { const all = [...document.querySelectorAll('#tried img')].map((x) => x.src); return all.length == 5 && all.join() != before.join(); }", arg=before)
+        page.wait_for_function(
+            "(before) => { const all = [...document.querySelectorAll('#tried img')].map((x) => x.src); return all.length == 5 && all.join() != before.join(); }",
+            arg=before,
+        )
     page.click("#learn")
     until(page, lambda: len(searches) == 2)
     page.wait_for_selector("#learn:not([disabled])")

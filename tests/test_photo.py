@@ -112,7 +112,9 @@ def test_what_is_no_picture(case, tmp_path, recwarn):
     (tmp_path / "x.png").write_bytes(content)
     with pytest.raises(ValueError, match=part) as caught:
         read_photo(tmp_path / "x.png")
-    assert "\n" not in str(caught.value) and not [one for one in recwarn if one.category is Image.DecompressionBombWarning]
+    assert "\n" not in str(caught.value) and not [
+        one for one in recwarn if one.category is Image.DecompressionBombWarning
+    ]
 
 
 def test_what_cannot_be_opened(tmp_path):
@@ -147,10 +149,15 @@ def test_the_model_sees_its_own_area():
         height, width = rng.integers(40, 150, 2).tolist()
         sides = fitted_size(small, picture(height, width))
         scale = 128 / (height * width) ** 0.5
-        assert all(side % 8 == 0 and abs(side - own * scale) <= 4 for side, own in zip(sides, (height, width), strict=True))
+        assert all(
+            side % 8 == 0 and abs(side - own * scale) <= 4 for side, own in zip(sides, (height, width), strict=True)
+        )
 
 
-@pytest.mark.parametrize(("shape", "part"), [((20, 400), "each side needs 32"), ((40, 161), "more than 4 times the other"), ((170, 40), "crop it")])
+@pytest.mark.parametrize(
+    ("shape", "part"),
+    [((20, 400), "each side needs 32"), ((40, 161), "more than 4 times the other"), ((170, 40), "crop it")],
+)
 def test_shapes_that_are_refused(tiny, shape, part):
     with pytest.raises(ValueError, match=part):
         record_image(tiny, picture(*shape), CAPTION)
@@ -240,11 +247,15 @@ def test_the_empty_caption_is_the_unconditional_half(tiny):
     spy = direct_pass(tiny, picture(40, 40), (32, 32), "", (100,), 0)
     name = recording.layers[0].name
     expected = spy.modules[name].to_q(spy.seen[name][0][0])[0]
-    torch.testing.assert_close(recording.layers[0].queries[0].transpose(0, 1).reshape(expected.shape), expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        recording.layers[0].queries[0].transpose(0, 1).reshape(expected.shape), expected, atol=1e-4, rtol=1e-3
+    )
 
 
 def test_what_record_takes_is_handed_on_and_other_recorders_listen(tiny):
-    recording = record_image(tiny, picture(40, 40), CAPTION, (100,), size=(24, 48), resolutions=[24], self_attention=False)
+    recording = record_image(
+        tiny, picture(40, 40), CAPTION, (100,), size=(24, 48), resolutions=[24], self_attention=False
+    )
     assert recording.image_size == (24, 48) and recording.resolutions == (24,) and not recording.column_sums
     noisy = prepare(tiny, [picture(40, 40)], [CAPTION], (100,), size=(24, 48))
     with record(tiny, branch="all") as recorder:
@@ -406,7 +417,10 @@ def test_the_photo_command(folder, photos, tmp_path, capsys):
     with np.load(out / "heatmaps.npz", allow_pickle=False) as file:
         assert file["maps"].shape == (2, 90, 60) and file["words"].tolist() == ["cat", "red bus"]
     made, maps, model, _ = load_settings(out / "settings.json", PhotoSettings)
-    assert made == PhotoSettings("A photograph of a cat and a red bus", [100, 300], 4) and maps.words == ("cat", "red bus")
+    assert made == PhotoSettings("A photograph of a cat and a red bus", [100, 300], 4) and maps.words == (
+        "cat",
+        "red bus",
+    )
     assert json.loads((out / "settings.json").read_text())["format"] == "ovam-photo/1" and model == folder
 
     again = tmp_path / "again"  # the upright picture that was saved is the photograph
@@ -418,12 +432,26 @@ def test_the_photo_command(folder, photos, tmp_path, capsys):
 
 def test_a_token_from_a_photograph(folder, photos, tmp_path, capsys):
     common, file = ["--model", folder, "--device", "cpu"], tmp_path / "cat.safetensors"
-    about = ["--photo", str(photos / "a.png"), "--mask", str(photos / "a-mask.png"), "--class", "cat", "--timesteps", "100,200"]
+    about = [
+        "--photo",
+        str(photos / "a.png"),
+        "--mask",
+        str(photos / "a-mask.png"),
+        "--class",
+        "cat",
+        "--timesteps",
+        "100,200",
+    ]
     assert main(["optimize", *about, "--epochs", "2", "--out", str(file), *common]) == 0
     token = tokens.load(file)
     assert token.prompt == "A photograph of a cat" and json.loads(token.settings)["photo"]["timesteps"] == [100, 200]
     write_rows(photos, {"photo": "a.png", "mask": "a-mask.png", "class": "cat", "timesteps": [100, 200]})
-    assert main(["optimize", "--image-set", str(photos), "--epochs", "2", "--out", str(tmp_path / "b.safetensors"), *common]) == 0
+    assert (
+        main(
+            ["optimize", "--image-set", str(photos), "--epochs", "2", "--out", str(tmp_path / "b.safetensors"), *common]
+        )
+        == 0
+    )
     assert torch.equal(tokens.load(tmp_path / "b.safetensors").embedding, token.embedding)
     out = tmp_path / "out"
     assert main(["photo", str(photos / "b.png"), "--token", str(file), "--no-crf", "--out", str(out), *common]) == 0
@@ -434,7 +462,12 @@ def test_a_token_of_the_other_half(folder, photos, tmp_path, capsys):
     common, file = ["--model", folder, "--device", "cpu"], tmp_path / "cat.safetensors"
     about = ["--photo", str(photos / "a.png"), "--mask", str(photos / "a-mask.png"), "--class", "cat"]
     assert main(["optimize", *about, "--branch", "unconditional", "--epochs", "1", "--out", str(file), *common]) == 0
-    assert main(["photo", str(photos / "b.png"), "--token", str(file), "--no-crf", "--out", str(tmp_path / "out"), *common]) == 0
+    assert (
+        main(
+            ["photo", str(photos / "b.png"), "--token", str(file), "--no-crf", "--out", str(tmp_path / "out"), *common]
+        )
+        == 0
+    )
     assert "'', seen as" in capsys.readouterr().out
 
 
@@ -450,14 +483,41 @@ BAD_COMMANDS = {
     "no settings": (["photo", "a.png", "--settings", "none.json"], "no settings file"),
     "photo without a mask": (["optimize", "--photo", "a.png", "--class", "cat"], "one of --mask"),
     "photo without a class": (["optimize", "--photo", "a.png", "--mask", "a-mask.png"], "mask and the class"),
-    "photo with a prompt": (["optimize", "--photo", "a.png", "--mask", "a-mask.png", "--class", "cat", "--prompt", "x"], "no prompt"),
-    "photo with steps": (["optimize", "--photo", "a.png", "--mask", "a-mask.png", "--class", "cat", "--steps", "3"], "no prompt"),
+    "photo with a prompt": (
+        ["optimize", "--photo", "a.png", "--mask", "a-mask.png", "--class", "cat", "--prompt", "x"],
+        "no prompt",
+    ),
+    "photo with steps": (
+        ["optimize", "--photo", "a.png", "--mask", "a-mask.png", "--class", "cat", "--steps", "3"],
+        "no prompt",
+    ),
     "photo beside a folder": (["optimize", "--photo", "a.png", "--image-set", "."], "leave those options out"),
-    "caption without a photo": (["optimize", "--mask", "a-mask.png", "--class", "cat", "--prompt", "x", "--caption", "y"], "add --photo"),
-    "two halves": (["optimize", "--photo", "a.png", "--mask", "a-mask.png", "--class", "cat", "--caption", "x", "--branch", "unconditional"], "sees no text"),
+    "caption without a photo": (
+        ["optimize", "--mask", "a-mask.png", "--class", "cat", "--prompt", "x", "--caption", "y"],
+        "add --photo",
+    ),
+    "two halves": (
+        [
+            "optimize",
+            "--photo",
+            "a.png",
+            "--mask",
+            "a-mask.png",
+            "--class",
+            "cat",
+            "--caption",
+            "x",
+            "--branch",
+            "unconditional",
+        ],
+        "sees no text",
+    ),
     "mask of another": (["optimize", "--photo", "a.png", "--mask", "b-mask.png", "--class", "cat"], "shapes differ"),
-    "no such photo": (["optimize", "--photo", "c.png", "--mask", "a-mask.png", "--class", "cat"], "There is no picture"),
-}  # fmt: skip
+    "no such photo": (
+        ["optimize", "--photo", "c.png", "--mask", "a-mask.png", "--class", "cat"],
+        "There is no picture",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD_COMMANDS)

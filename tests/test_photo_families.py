@@ -125,16 +125,20 @@ def test_the_denoiser_is_given_what_its_pipeline_gives_it(kind):
     theirs = calls_of(
         pipe,
         lambda: pipe(
-            PROMPT, num_inference_steps=2, guidance_scale=4.0, height=size[0], width=size[1], output_type="latent", **plain
+            PROMPT,
+            num_inference_steps=2,
+            guidance_scale=4.0,
+            height=size[0],
+            width=size[1],
+            output_type="latent",
+            **plain,
         ),
     )
     at = pipe.scheduler.timesteps.tolist()
     assert len(theirs) == len(at) == 2
     ours = passes_like(pipe, theirs, ["", PROMPT], size)
     assert_same(ours, theirs)
-    assert (kind == "pixart-1024") == (
-        "pixart" in kind and ours[0]["added_cond_kwargs"]["resolution"] is not None
-    )
+    assert (kind == "pixart-1024") == ("pixart" in kind and ours[0]["added_cond_kwargs"]["resolution"] is not None)
 
 
 @torch.no_grad()
@@ -218,7 +222,8 @@ def call_by_hand(name: str, latents: torch.Tensor, t: int, caption: str, size) -
         pipe.transformer(latents, texts, scaled, encoder_attention_mask=mask)
     else:
         bert, t5 = (
-            pipe.encode_prompt(caption, do_classifier_free_guidance=empty, text_encoder_index=index) for index in range(2)
+            pipe.encode_prompt(caption, do_classifier_free_guidance=empty, text_encoder_index=index)
+            for index in range(2)
         )
         grid = (size[0] // 16, size[1] // 16)
         rotary = get_2d_rotary_pos_embed(8, get_resize_crop_region_for_grid(grid, 32), grid, output_type="pt")

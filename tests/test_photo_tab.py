@@ -138,7 +138,14 @@ def client(address, tmp_path_factory):
 
 
 def look(client, photo: str | None, **settings):
-    given = {"photo": photo and handle_file(photo), "caption": "", "timesteps": "100", "seed": 0, "words": "cat", **settings}
+    given = {
+        "photo": photo and handle_file(photo),
+        "caption": "",
+        "timesteps": "100",
+        "seed": 0,
+        "words": "cat",
+        **settings,
+    }
     return client.predict(**given, api_name="/photograph")
 
 
@@ -176,8 +183,13 @@ def test_files_that_are_refused(client, tmp_path):
     scene(20, 20).save(tmp_path / "small.png")
     scene(900, 100).save(tmp_path / "strip.png")
     (tmp_path / "page.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
-    said = {"text.png": "not a picture", "cut.jpg": "not whole", "small.png": "each side needs", "strip.png": "crop it",
-            "page.svg": "not a picture"}  # fmt: skip
+    said = {
+        "text.png": "not a picture",
+        "cut.jpg": "not whole",
+        "small.png": "each side needs",
+        "strip.png": "crop it",
+        "page.svg": "not a picture",
+    }
     for name, part in said.items():
         with pytest.raises(AppError, match=part) as caught:
             look(client, str(tmp_path / name))
@@ -254,7 +266,9 @@ def test_a_visit_with_a_photograph(visit, tmp_path):
     download.value.save_as(tmp_path / "all.zip")
     with zipfile.ZipFile(tmp_path / "all.zip") as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
-    assert {Image.open(io.BytesIO(data)).size for name, data in files.items() if name.endswith(".png")} == {(1500, 1000)}
+    assert {Image.open(io.BytesIO(data)).size for name, data in files.items() if name.endswith(".png")} == {
+        (1500, 1000)
+    }
     about = json.loads(files["settings.json"])
     assert about["format"] == "ovam-photo/1" and about["photo"]["caption"] == "A photograph of a cat and a car"
 

@@ -56,9 +56,7 @@ def test_embedded_folder_is_in_the_repository(monkeypatch):
     assert (folder.parents[1] / "ovam_core").is_dir()
 
 
-@pytest.mark.parametrize(
-    "model", ["no-such-model", "/no/such/folder", "./nowhere", "a/b/c", "../x", "~nobody/x", "\0"]
-)
+@pytest.mark.parametrize("model", ["no-such-model", "/no/such/folder", "./nowhere", "a/b/c", "../x", "~nobody/x", "\0"])
 def test_a_model_that_does_not_exist(model):
     with pytest.raises(ValueError, match="There is no model"):
         load_pipeline(model)

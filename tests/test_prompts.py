@@ -55,8 +55,15 @@ def test_jsonl():
         ("dog", ("dog", "cat"), None),
         ("x", (), None),
     ]
-    for bad in ('{"prompt": 3}', '{"text": "x"}', "[]", '{"prompt": "x", "seed": -1}', '{"prompt": "x", "seed": true}',
-                '{"prompt": "x", "seed": 1.5}', '{"prompt": "x", "classes": [1]}'):  # fmt: skip
+    for bad in (
+        '{"prompt": 3}',
+        '{"text": "x"}',
+        "[]",
+        '{"prompt": "x", "seed": -1}',
+        '{"prompt": "x", "seed": true}',
+        '{"prompt": "x", "seed": 1.5}',
+        '{"prompt": "x", "classes": [1]}',
+    ):
         with pytest.raises(ValueError):
             parse_prompts(bad, "jsonl") and work_list(parse_prompts(bad, "jsonl"), ("x",))
 
@@ -156,8 +163,11 @@ def test_clip_scorer(tmp_path):
     torch.manual_seed(0)
     small = {"hidden_size": EMBED, "intermediate_size": 37, "num_attention_heads": 4, "num_hidden_layers": 1}
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = CLIPConfig(text_config={**small, **special, "vocab_size": len(tokenizer)},
-                        vision_config={**small, "image_size": 32, "patch_size": 8}, projection_dim=16)  # fmt: skip
+    config = CLIPConfig(
+        text_config={**small, **special, "vocab_size": len(tokenizer)},
+        vision_config={**small, "image_size": 32, "patch_size": 8},
+        projection_dim=16,
+    )
     CLIPModel(config).save_pretrained(tmp_path)
     CLIPProcessor(CLIPImageProcessor(size=32, crop_size=32), tokenizer).save_pretrained(tmp_path)
     scorer = ClipScorer(str(tmp_path))

@@ -226,8 +226,7 @@ def test_selected_steps_share_memory(run):
     for steps in ([1], [1, 2], [0, 2], range(3)):
         part = full.select(steps=steps)
         assert (
-            part.layers[0].queries.untyped_storage().data_ptr()
-            == full.layers[0].queries.untyped_storage().data_ptr()
+            part.layers[0].queries.untyped_storage().data_ptr() == full.layers[0].queries.untyped_storage().data_ptr()
         )
 
 
@@ -391,12 +390,8 @@ def test_offload_frees_the_accelerator(fresh):
 def test_memory_is_what_nbytes_says(tiny, run):
     """`steps=` divides it, `offload=` leaves tensors on the host that the same questions work on."""
     full = run[0]
-    storages = {
-        x.queries.untyped_storage().data_ptr(): x.queries.untyped_storage().nbytes() for x in full.layers
-    }
-    storages |= {
-        x.sums.untyped_storage().data_ptr(): x.sums.untyped_storage().nbytes() for x in full.column_sums
-    }
+    storages = {x.queries.untyped_storage().data_ptr(): x.queries.untyped_storage().nbytes() for x in full.layers}
+    storages |= {x.sums.untyped_storage().data_ptr(): x.sums.untyped_storage().nbytes() for x in full.column_sums}
     assert sum(storages.values()) == full.nbytes  # no view keeps the negative half alive
     (one,), _ = recorded(tiny, record_options={"steps": [1], "offload": True})
     assert one.nbytes * 3 == full.nbytes
@@ -441,7 +436,9 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         made = operation(*args, **(kwargs or {}))
-        self.nbytes = max([self.nbytes, *(x.nbytes for x in torch.utils._pytree.tree_leaves(made) if isinstance(x, torch.Tensor))])
+        self.nbytes = max(
+            [self.nbytes, *(x.nbytes for x in torch.utils._pytree.tree_leaves(made) if isinstance(x, torch.Tensor))]
+        )
         return made
 
 

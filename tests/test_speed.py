@@ -49,9 +49,7 @@ def test_derivatives_of_the_fused_sums(monkeypatch, kept, sizes):
     layer = heatmap.LayerQueries("layer", 7, 10, queries, torch.nn.Identity(), 1.0)
     keys = draw(2, sum(sizes), 3, seed=1).double().requires_grad_()
     weight = draw(sum(sizes), 70, seed=2).double()
-    assert torch.autograd.gradcheck(
-        lambda x: (heatmap._layer_sums(layer, x, sizes) * weight).sum(dim=1), keys
-    )
+    assert torch.autograd.gradcheck(lambda x: (heatmap._layer_sums(layer, x, sizes) * weight).sum(dim=1), keys)
 
 
 @pytest.mark.parametrize("kept", [0, 1 << 20], ids=["made again", "kept"])
@@ -102,9 +100,7 @@ def saved_for_backward(recording, tokens) -> int:
 
 def test_memory_of_a_gradient_does_not_grow_with_the_steps(recording, monkeypatch):
     one = recording.select(steps=[0])
-    probabilities = 5 * sum(
-        x.queries.shape[1] * x.queries.shape[2] * 4 for x in recording.layers
-    )  # of one step
+    probabilities = 5 * sum(x.queries.shape[1] * x.queries.shape[2] * 4 for x in recording.layers)  # of one step
     few = saved_for_backward(one, 5)
     assert saved_for_backward(recording, 5) >= few + 2 * probabilities  # kept while they are few
     monkeypatch.setattr(heatmap, "KEPT_VALUES", 0)
@@ -172,10 +168,7 @@ def test_the_plain_loop_learns_as_optimize_does():
 
 
 def test_smoke_run(tmp_path, capsys):
-    assert (
-        speed.main(["--smoke", "--device", "cpu", "--rows", "1", "2", "3", "4", "6", "--out", str(tmp_path)])
-        == 0
-    )
+    assert speed.main(["--smoke", "--device", "cpu", "--rows", "1", "2", "3", "4", "6", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     figures = json.loads((tmp_path / "smoke-cpu.json").read_text())
     assert (tmp_path / "smoke-cpu.md").read_text() == printed

@@ -84,9 +84,7 @@ def test_tokens_without_an_entry_are_not_mistaken_for_the_end(tiny):
 
 
 def test_words_inside_a_sentence(tiny):
-    found = words_in_sentence(
-        tiny, "The red bus, a car and the zoo. the  BUS", ["bus", "the zoo", "red  bus"]
-    )
+    found = words_in_sentence(tiny, "The red bus, a car and the zoo. the  BUS", ["bus", "the zoo", "red  bus"])
     strings = token_strings(tiny, "The red bus, a car and the zoo. the  BUS")
     assert found.labels == ("bus", "the zoo", "red  bus")
     assert [[strings[i] for i in group] for group in found.groups] == [
@@ -176,7 +174,9 @@ def test_questions_leave_the_tokenizer_as_the_pipeline_needs_it(tiny):
 
     def generations():
         while not stop.is_set():
-            ids = tiny.tokenizer(["a cat"], padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+            ids = tiny.tokenizer(
+                ["a cat"], padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+            ).input_ids
             if ids.shape != (1, 77):
                 wrong.append(tuple(ids.shape))
 

@@ -20,9 +20,19 @@ from ovam_core.text import attribute_sentence
 from ovam_core.tokens import Token
 
 CAT = Token(
-    torch.randn(2, 32, generator=torch.Generator().manual_seed(3)), ("background", "cat"), "tiny", "conditional", 0.7,
-    0.9, 25, "A photograph of a cat, “näher”", 4, "A photograph of a cat", 0.123456789, "{}",
-)  # fmt: skip
+    torch.randn(2, 32, generator=torch.Generator().manual_seed(3)),
+    ("background", "cat"),
+    "tiny",
+    "conditional",
+    0.7,
+    0.9,
+    25,
+    "A photograph of a cat, “näher”",
+    4,
+    "A photograph of a cat",
+    0.123456789,
+    "{}",
+)
 
 
 @pytest.fixture
@@ -73,13 +83,31 @@ def test_the_file_is_plain_safetensors_with_strings(cat):
     assert header["embedding"]["shape"] == [2, 32] and header["embedding"]["dtype"] == "F32"
     assert all(isinstance(value, str) for value in about.values())
     assert json.loads(about["classes"]) == ["background", "cat"]
-    assert {"format", "model", "classes", "branch", "tau", "alpha", "steps", "prompt", "seed", "init", "loss",
-            "settings"} == set(about)  # fmt: skip
+    assert {
+        "format",
+        "model",
+        "classes",
+        "branch",
+        "tau",
+        "alpha",
+        "steps",
+        "prompt",
+        "seed",
+        "init",
+        "loss",
+        "settings",
+    } == set(about)
 
 
 def broken(path, **changes):
-    about = {"format": tokens.FORMAT, "model": "m", "classes": '["background", "cat"]', "branch": "conditional",
-             "tau": "0.8", "alpha": "0.95"}  # fmt: skip
+    about = {
+        "format": tokens.FORMAT,
+        "model": "m",
+        "classes": '["background", "cat"]',
+        "branch": "conditional",
+        "tau": "0.8",
+        "alpha": "0.95",
+    }
     about |= {key: value for key, value in changes.items() if key != "embedding"}
     save_file({"embedding": changes.get("embedding", torch.ones(2, 8))}, path, about)
     return path
@@ -250,7 +278,7 @@ MALICIOUS = {
     "a call inside": {"cat": Evil()},
     "a call in an array": np.array({"cat": np.array([Evil()], dtype=object)}, dtype=object),
     "os.system": b"cos\nsystem\n(S'touch pwned'\ntR.",
-    "builtins": b"cbuiltins\neval\n(S'open(\"pwned\",\"w\")'\ntR.",
+    "builtins": b'cbuiltins\neval\n(S\'open("pwned","w")\'\ntR.',
     "a numpy function that writes": b"cnumpy\nsave\n(S'pwned'\nI1\ntR.",
     "a numpy attribute path": b"\x80\x04\x8c\x05numpy\x8c\x0bcore.os.name\x93.",
     "numpy testing": b"cnumpy.testing._private.utils\nrunstring\n(S'1'\n}tR.",

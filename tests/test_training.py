@@ -23,9 +23,20 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "CHUNK", 50)
     monkeypatch.setattr(annotator, "FOLDER", tmp_path / "annotator")
     return replace(
-        CPU, size=32, vae_widths=(8, 16), unet_widths=(16, 16, 16), scenes=50, vae_scenes=16, vae_minutes=0.01,
-        vae_batch=8, unet_batch=8, annotator_scenes=16, annotator_minutes=0.01, text_width=32, compiled=False,
-    )  # fmt: skip
+        CPU,
+        size=32,
+        vae_widths=(8, 16),
+        unet_widths=(16, 16, 16),
+        scenes=50,
+        vae_scenes=16,
+        vae_minutes=0.01,
+        vae_batch=8,
+        unet_batch=8,
+        annotator_scenes=16,
+        annotator_minutes=0.01,
+        text_width=32,
+        compiled=False,
+    )
 
 
 class Steps:
@@ -59,7 +70,9 @@ def test_every_stage_runs_stops_and_goes_on(tiny, tmp_path):
         assert not train.train_annotator(tiny, work, 0.01, pool, train.Clock(0))
         assert train.train_annotator(tiny, work, 0.01, pool, forever)
     marks = json.loads((work / "annotator" / "figures.json").read_text())
-    assert marks["images"] > 0 and all(0 <= marks[name] <= 1 for name in ("rendered", "rendered_inside", "reconstructed", "reconstructed_inside"))
+    assert marks["images"] > 0 and all(
+        0 <= marks[name] <= 1 for name in ("rendered", "rendered_inside", "reconstructed", "reconstructed_inside")
+    )
     train.write_pipeline(tiny, work, out)
     pipe = StableDiffusionPipeline.from_pretrained(out)
     pipe.set_progress_bar_config(disable=True)
@@ -73,7 +86,9 @@ def test_every_stage_runs_stops_and_goes_on(tiny, tmp_path):
     assert state["samples"] == again["samples"] and state["spent"] == pytest.approx(again["spent"], abs=3)
     learned = again["average"]["shadow_params"][len(again["unet"]) :]
     table = next(weight for name, weight in state["encoder"].items() if "token_embedding" in name)
-    assert any(one.shape == table.shape and torch.allclose(one, table) for one in learned), "the words that were learned alone"
+    assert any(one.shape == table.shape and torch.allclose(one, table) for one in learned), (
+        "the words that were learned alone"
+    )
     for file in work.glob("*.npz"):
         shutil.copy(file, adopted)
     assert train.train_unet(tiny, adopted, state["spent"] / 60 + 0.01, forever), "and it goes on"
@@ -91,12 +106,18 @@ def test_common_words_take_no_place_of_those_that_are_learned():
     base = model.tokenizer(world.all_words(CPU.nouns), CPU.max_tokens)
     encoder = model.text_encoder(base, 32)
     larger, grown = model.with_common_words(base, encoder, ["moon", "cat", "astronaut"])
-    assert all(larger.convert_tokens_to_ids(word) == base.convert_tokens_to_ids(word) for word in world.all_words(CPU.nouns))
+    assert all(
+        larger.convert_tokens_to_ids(word) == base.convert_tokens_to_ids(word) for word in world.all_words(CPU.nouns)
+    )
     assert len(larger) == len(base) + 2
     text = base("a cat and a potted plant on grass", padding="max_length", return_tensors="pt").input_ids
-    assert torch.equal(larger("a cat and a potted plant on grass", padding="max_length", return_tensors="pt").input_ids, text)
+    assert torch.equal(
+        larger("a cat and a potted plant on grass", padding="max_length", return_tensors="pt").input_ids, text
+    )
     assert torch.equal(encoder(text)[0], grown(text)[0])
-    moon, astronaut = (grown.get_input_embeddings().weight[larger.convert_tokens_to_ids(word)] for word in ("moon", "astronaut"))
+    moon, astronaut = (
+        grown.get_input_embeddings().weight[larger.convert_tokens_to_ids(word)] for word in ("moon", "astronaut")
+    )
     assert torch.equal(moon, astronaut) and moon.norm() > 0
 
 
@@ -146,8 +167,17 @@ def test_budgets_that_cannot_be_spent(monkeypatch, capsys, tmp_path, option, tex
 def test_borders_can_be_left_out():
     labels = np.zeros((1, 6, 6), np.uint8)
     labels[0, 3:, 2:] = 7
-    touching = [[any(labels[0, y, x] != labels[0, v, u] for v, u in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1))
-                     if 0 <= v < 6 and 0 <= u < 6) for x in range(6)] for y in range(6)]  # fmt: skip
+    touching = [
+        [
+            any(
+                labels[0, y, x] != labels[0, v, u]
+                for v, u in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1))
+                if 0 <= v < 6 and 0 <= u < 6
+            )
+            for x in range(6)
+        ]
+        for y in range(6)
+    ]
     void = annotator.without_borders(labels)
     assert np.array_equal(void[0] == annotator.VOID, np.array(touching))
     predicted = np.where(void == annotator.VOID, 1, labels)  # wrong there alone

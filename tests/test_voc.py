@@ -155,14 +155,28 @@ def test_what_is_asked_for(root, data):
 
 def test_classes_from_a_file(root, tmp_path):
     file = tmp_path / "prompts.json"
-    rows = {"first": "two kittens on a couch", "second": ["tv-monitor", "bus"], "third": {"caption": "x", "classes": ["cat"]},
-            "fourth": {"classes": []}}  # fmt: skip
+    rows = {
+        "first": "two kittens on a couch",
+        "second": ["tv-monitor", "bus"],
+        "third": {"caption": "x", "classes": ["cat"]},
+        "fourth": {"classes": []},
+    }
     file.write_text(json.dumps(rows))
     items = read_voc(root, classes_from=file).work.items
     assert [item.classes for item in items] == [("cat", "sofa"), ("bus", "tv"), ("cat",), ()]
-    assert [item.prompt for item in items] == ["two kittens on a couch", "A photograph of a bus and a tv", "x", "A photograph"]
-    for wrong, part in (({}, "say nothing of the image 'first'"), ([], "JSON object"), (rows | {"third": ["zebra"]}, "'zebra' of 'third'"),
-                        (rows | {"third": 3}, "'third' is neither"), (rows | {"third": {"caption": 3}}, "neither")):  # fmt: skip
+    assert [item.prompt for item in items] == [
+        "two kittens on a couch",
+        "A photograph of a bus and a tv",
+        "x",
+        "A photograph",
+    ]
+    for wrong, part in (
+        ({}, "say nothing of the image 'first'"),
+        ([], "JSON object"),
+        (rows | {"third": ["zebra"]}, "'zebra' of 'third'"),
+        (rows | {"third": 3}, "'third' is neither"),
+        (rows | {"third": {"caption": 3}}, "neither"),
+    ):
         file.write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match=part):
             read_voc(root, classes_from=file)
@@ -182,7 +196,13 @@ def test_classes_of_the_data_set(root, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "part"),
-    [("", "no image"), ("nothing\n", "is missing"), ("../first\n", "not the name"), ("first\nfirst\n", "twice"), (".ovam\n", "not the name")],
+    [
+        ("", "no image"),
+        ("nothing\n", "is missing"),
+        ("../first\n", "not the name"),
+        ("first\nfirst\n", "twice"),
+        (".ovam\n", "not the name"),
+    ],
 )
 def test_lists_that_are_refused(root, tmp_path, text, part):
     shutil.copytree(root, tmp_path / "own")
@@ -226,7 +246,11 @@ def test_the_result_is_what_one_would_write_down(pipe, root, data, settings, res
     assert found.miou == pytest.approx(values.mean()) and found.miou_objects == pytest.approx(values[1:].mean())
     assert [value for value in found.iou.values() if value is not None] == pytest.approx(values)
     about = json.loads((out / "results.json").read_text())
-    assert about["confusion"] == matrix.tolist() and about["miou"] == found.miou and about["iou"]["background"] == values[0]
+    assert (
+        about["confusion"] == matrix.tolist()
+        and about["miou"] == found.miou
+        and about["iou"]["background"] == values[0]
+    )
     assert about["settings"]["method"] == "DAAM" and about["settings"]["timesteps"] == [50, 100]
     assert f"mIoU {100 * values.mean():.1f} %" in (out / "results.md").read_text()
     assert (out / "results.md").read_text().count("\n|") == len(values) + 1
@@ -278,8 +302,12 @@ def test_methods_of_one_pass(pipe, data, method):
 
 
 def test_methods_and_settings_that_do_not_go_together(pipe, data):
-    for name, given, part in (("goca", {"alpha": 0.5}, "neither alpha"), ("goca", {"crf": True}, "dense CRF"),
-                              ("goca", {"template": "a {}"}, "no template"), ("ovam + token", {}, "tokens alone")):  # fmt: skip
+    for name, given, part in (
+        ("goca", {"alpha": 0.5}, "neither alpha"),
+        ("goca", {"crf": True}, "dense CRF"),
+        ("goca", {"template": "a {}"}, "no template"),
+        ("ovam + token", {}, "tokens alone"),
+    ):
         with pytest.raises(ValueError, match=part):
             evaluate(pipe, data, EvaluateSettings.for_model(pipe, name, threads=1, **given), workers=0)
 
@@ -352,7 +380,13 @@ def test_without_a_folder(pipe, data, settings, result):
 
 @pytest.mark.parametrize(
     ("change", "name"),
-    [({"tau": 0.7}, "tau"), ({"method": "OVAM"}, "method"), ({"timesteps": (100,)}, "timesteps"), ({"seed": 8}, "seed"), ({"crf": True}, "crf")],
+    [
+        ({"tau": 0.7}, "tau"),
+        ({"method": "OVAM"}, "method"),
+        ({"timesteps": (100,)}, "timesteps"),
+        ({"seed": 8}, "seed"),
+        ({"crf": True}, "crf"),
+    ],
 )
 def test_other_settings_are_refused(pipe, data, settings, result, change, name):
     before = tree(result[0])
@@ -389,8 +423,27 @@ def model(pipe, tmp_path_factory) -> str:
 
 
 def command(root, model, out) -> list[str]:
-    return ["evaluate", "--voc", str(root), "--method", "daam", "--timesteps", "50,100", "--seed", "7", "--threads", "1",
-            "--model", model, "--device", "cpu", "--workers", "0", "--out", str(out)]  # fmt: skip
+    return [
+        "evaluate",
+        "--voc",
+        str(root),
+        "--method",
+        "daam",
+        "--timesteps",
+        "50,100",
+        "--seed",
+        "7",
+        "--threads",
+        "1",
+        "--model",
+        model,
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+        "--out",
+        str(out),
+    ]
 
 
 def same_answers(one: Path, other: Path) -> bool:
@@ -416,7 +469,9 @@ def test_the_command_killed_and_started_again(root, model, result, tmp_path, cap
         "main(sys.argv[1:])\n"
     )
     asked = command(root, model, out)
-    ran = subprocess.run([sys.executable, "-c", code, *asked], cwd=ROOT, capture_output=True, text=True, check=False, timeout=400)
+    ran = subprocess.run(
+        [sys.executable, "-c", code, *asked], cwd=ROOT, capture_output=True, text=True, check=False, timeout=400
+    )
     assert ran.returncode == -9, ran.stderr[-2000:]
     assert len(list((out / ".ovam/items").iterdir())) == 2 and (out / "SegmentationClass/third.png").exists()
     assert main(asked) == 0
@@ -427,14 +482,35 @@ def test_the_command_killed_and_started_again(root, model, result, tmp_path, cap
 
 def test_accelerate_with_two_processes(root, model, result, tmp_path):
     """The real launcher and a worker process each; --multi_gpu starts two processes, which find no GPU."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "ovam_core"]  # fmt: skip
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "2",
+        "--multi_gpu",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+        "-m",
+        "ovam_core",
+    ]
     asked = command(root, model, tmp_path / "two")
     asked[asked.index("--workers") + 1] = "1"
     ran = subprocess.run(
-        [*launch, *asked], cwd=ROOT, capture_output=True, text=True, check=False, timeout=500,
+        [*launch, *asked],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert ran.stdout.count("mIoU ") == 1
     assert same_answers(tmp_path / "two", result[0])

@@ -38,7 +38,12 @@ STAY, APART = 0.1, 1.0
 
 
 def generations(
-    pipe, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, batch: int = 4, only: int | None = None
+    pipe,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int | None = None,
+    batch: int = 4,
+    only: int | None = None,
 ) -> Iterator[tuple[Image.Image, Recording]]:
     """Images with their recordings, made `batch` at a time: faster on a CPU too, and the noise is that of each seed.
 
@@ -49,9 +54,13 @@ def generations(
         one = GenerateSettings.for_model(pipe, prompts[first], steps=steps)
         with record(pipe, steps=None if only is None else [only]) as recorder:
             images = pipe(
-                list(prompts[part]), num_inference_steps=one.steps, guidance_scale=one.guidance, width=one.width,
-                height=one.height, generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[part]],
-            ).images  # fmt: skip
+                list(prompts[part]),
+                num_inference_steps=one.steps,
+                guidance_scale=one.guidance,
+                width=one.width,
+                height=one.height,
+                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[part]],
+            ).images
         yield from zip(images, recorder.recordings, strict=True)
 
 
@@ -77,10 +86,19 @@ def write_folder(pipe, network, folder: Path, classes: Sequence[str] = VOC_CLASS
         image.save(folder / f"{stem}.png")
         Image.fromarray(mask.astype(np.uint8) * 255).save(folder / f"{stem}-mask.png")
         made = GenerateSettings.for_model(pipe, prompt_for(name), seed=seed, steps=steps)
-        rows.append({
-            "file_name": f"{stem}.png", "mask": f"{stem}-mask.png", "class": name, "prompt": made.prompt, "seed": seed,
-            "steps": made.steps, "guidance": made.guidance, "width": made.width, "height": made.height,
-        })  # fmt: skip
+        rows.append(
+            {
+                "file_name": f"{stem}.png",
+                "mask": f"{stem}-mask.png",
+                "class": name,
+                "prompt": made.prompt,
+                "seed": seed,
+                "steps": made.steps,
+                "guidance": made.guidance,
+                "width": made.width,
+                "height": made.height,
+            }
+        )
         print(f"{name}: seed {seed}, {mask.mean():.0%} of the image", flush=True)
     (folder / METADATA).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -108,8 +126,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("epochs", "stay", "apart", "tau", "alpha"):
         if getattr(options, name) is not None:
             asked += [f"--{name}", str(getattr(options, name))]
-    return command(["optimize", "--model", EMBEDDED, "--device", "cpu", "--annotated", str(options.folder),
-                    "--out", str(options.out), *asked])  # fmt: skip
+    return command(
+        [
+            "optimize",
+            "--model",
+            EMBEDDED,
+            "--device",
+            "cpu",
+            "--annotated",
+            str(options.folder),
+            "--out",
+            str(options.out),
+            *asked,
+        ]
+    )
 
 
 if __name__ == "__main__":

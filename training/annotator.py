@@ -2,6 +2,7 @@
 
 It reads the world's exact label maps, never the diffusion model's attention, and labels *generated* images.
 """
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -23,10 +24,15 @@ FOLDER = Path(__file__).parent / "annotator"
 def build() -> UNet2DModel:
     """A convolutional U-Net of diffusers' own blocks, used without its time input; its first level sees single pixels."""
     return UNet2DModel(
-        in_channels=3, out_channels=CLASSES, block_out_channels=(16, 32, 64, 96, 128, 128),
-        down_block_types=("DownBlock2D",) * 6, up_block_types=("UpBlock2D",) * 6,
-        layers_per_block=1, norm_num_groups=8, add_attention=False,
-    )  # fmt: skip
+        in_channels=3,
+        out_channels=CLASSES,
+        block_out_channels=(16, 32, 64, 96, 128, 128),
+        down_block_types=("DownBlock2D",) * 6,
+        up_block_types=("UpBlock2D",) * 6,
+        layers_per_block=1,
+        norm_num_groups=8,
+        add_attention=False,
+    )
 
 
 def logits(network: UNet2DModel, images: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,5 @@
 """Procedural backgrounds: `paint(name, size, rng)` gives float32 [size, size, 3] in 0..255."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

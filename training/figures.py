@@ -3,6 +3,7 @@
 Three questions: does the model draw what it is asked for (judged by the annotator), do the maps of two nouns
 find the right one of two objects, and how well do those maps cut it out, all on scenes no training has seen.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -114,9 +115,11 @@ def drawn(pipe, network, seeds: int, sheet: Path) -> dict[str, float]:
     for number, name in enumerate(VOC_CLASSES, start=1):
         begun = time.monotonic()
         images = pipe(
-            [prompt_for(name)] * seeds, num_inference_steps=settings.steps, guidance_scale=settings.guidance,
+            [prompt_for(name)] * seeds,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
             generator=[torch.Generator().manual_seed(seed) for seed in range(seeds)],
-        ).images  # fmt: skip
+        ).images
         seconds.append((time.monotonic() - begun) / seeds)
         found.append([largest_class(labels) == number for labels in annotator.annotate(network, images)])
         rows.append(np.concatenate([np.asarray(image) for image in images], axis=1))
@@ -224,7 +227,9 @@ def main() -> None:
     figures |= which_of_two(pipe, options.scenes) | received_attention(pipe, options.scenes)
     print({name: round(float(value), 3) for name, value in figures.items()}, flush=True)
     if not annotator.FOLDER.exists():
-        parser.exit(2, "The other figures need the annotator in training/annotator: python -m training.train makes it.\n")
+        parser.exit(
+            2, "The other figures need the annotator in training/annotator: python -m training.train makes it.\n"
+        )
     figures |= drawn(pipe, annotator.load(), options.seeds, options.model / "contact-sheet.jpg")
     figures = {name: value if isinstance(value, dict) else float(value) for name, value in figures.items()}
     for name in ("seeds", "scenes", "threads"):

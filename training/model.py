@@ -1,4 +1,5 @@
 """The parts of `emoji-voc`, untrained: ordinary diffusers and transformers classes, nothing of our own."""
+
 from __future__ import annotations
 
 import json
@@ -41,10 +42,17 @@ def tokenizer(words: list[str], longest: int) -> CLIPTokenizer:
 def text_encoder(words: CLIPTokenizer, width: int) -> CLIPTextModel:
     """CLIP with no layers: a word's embedding is its own, so the end token cannot carry the sentence."""
     config = CLIPTextConfig(
-        vocab_size=len(words), hidden_size=width, intermediate_size=width, num_hidden_layers=0, num_attention_heads=4,
-        max_position_embeddings=words.model_max_length, bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id, projection_dim=width,
-    )  # fmt: skip
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=width,
+        num_hidden_layers=0,
+        num_attention_heads=4,
+        max_position_embeddings=words.model_max_length,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+        projection_dim=width,
+    )
     encoder = CLIPTextModel(config)
     with torch.no_grad():  # what a word is should count for more than where it stands
         for name, weight in encoder.named_parameters():
@@ -53,7 +61,9 @@ def text_encoder(words: CLIPTokenizer, width: int) -> CLIPTextModel:
     return encoder
 
 
-def with_common_words(words: CLIPTokenizer, encoder: CLIPTextModel, further: list[str]) -> tuple[CLIPTokenizer, CLIPTextModel]:
+def with_common_words(
+    words: CLIPTokenizer, encoder: CLIPTextModel, further: list[str]
+) -> tuple[CLIPTokenizer, CLIPTextModel]:
     """The same with `further` words that were never trained, a token each: all at the mean of the words that were."""
     learned = words.added_tokens_decoder
     known = [token.content for number, token in sorted(learned.items()) if not token.special]
@@ -71,34 +81,55 @@ def with_common_words(words: CLIPTokenizer, encoder: CLIPTextModel, further: lis
 def autoencoder(recipe: Recipe) -> AutoencoderKL:
     widths = recipe.vae_widths
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * len(widths), up_block_types=("UpDecoderBlock2D",) * len(widths),
-        block_out_channels=widths, layers_per_block=1, latent_channels=recipe.latent_channels,
-        norm_num_groups=8, sample_size=recipe.size, mid_block_add_attention=False,
-    )  # fmt: skip
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=widths,
+        layers_per_block=1,
+        latent_channels=recipe.latent_channels,
+        norm_num_groups=8,
+        sample_size=recipe.size,
+        mid_block_add_attention=False,
+    )
 
 
 def unet(recipe: Recipe) -> UNet2DConditionModel:
     """Cross-attention at every resolution, the middle block included."""
     levels = len(recipe.unet_widths)
     return UNet2DConditionModel(
-        sample_size=recipe.latent_size, in_channels=recipe.latent_channels, out_channels=recipe.latent_channels,
-        down_block_types=("CrossAttnDownBlock2D",) * levels, up_block_types=("CrossAttnUpBlock2D",) * levels,
-        block_out_channels=recipe.unet_widths, layers_per_block=recipe.unet_layers,
-        attention_head_dim=recipe.heads, cross_attention_dim=recipe.text_width, norm_num_groups=16,
-    )  # fmt: skip
+        sample_size=recipe.latent_size,
+        in_channels=recipe.latent_channels,
+        out_channels=recipe.latent_channels,
+        down_block_types=("CrossAttnDownBlock2D",) * levels,
+        up_block_types=("CrossAttnUpBlock2D",) * levels,
+        block_out_channels=recipe.unet_widths,
+        layers_per_block=recipe.unet_layers,
+        attention_head_dim=recipe.heads,
+        cross_attention_dim=recipe.text_width,
+        norm_num_groups=16,
+    )
 
 
 def train_scheduler() -> DDIMScheduler:
-    return DDIMScheduler(**SCHEDULE, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    return DDIMScheduler(
+        **SCHEDULE, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+    )
 
 
 def pipeline(vae, text_encoder, words, unet) -> StableDiffusionPipeline:
     """The ordinary pipeline that `save_pretrained` writes."""
-    scheduler = DPMSolverMultistepScheduler(**SCHEDULE, prediction_type="v_prediction", timestep_spacing="trailing", steps_offset=1)
+    scheduler = DPMSolverMultistepScheduler(
+        **SCHEDULE, prediction_type="v_prediction", timestep_spacing="trailing", steps_offset=1
+    )
     return StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=words, unet=unet, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=words,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 def parameters(module: torch.nn.Module) -> int:

@@ -1,4 +1,5 @@
 """The latent space: principal components of square pixel patches, a patch a latent position."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace

@@ -1,4 +1,5 @@
 """The two recipes: `full` for a GPU and about 25 minutes, `cpu` for two cores and a few hours."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -39,21 +40,53 @@ class Recipe:
 
 
 CPU = Recipe(
-    name="cpu", nouns=VOC_NOUNS, counts=(0.2, 0.45, 0.35), size=128,
-    vae_widths=(16, 32, 64, 96), latent_channels=8,
-    unet_widths=(96, 160, 160), unet_layers=1, heads=4, text_width=256, max_tokens=20,
-    scenes=60_000, vae_scenes=6_000, vae_minutes=7, vae_batch=16, vae_rate=2e-3,
-    unet_minutes=150, unet_batch=32, unet_rate=8e-4,
-    annotator_scenes=36_000, annotator_minutes=85, compiled=True,
-)  # fmt: skip
+    name="cpu",
+    nouns=VOC_NOUNS,
+    counts=(0.2, 0.45, 0.35),
+    size=128,
+    vae_widths=(16, 32, 64, 96),
+    latent_channels=8,
+    unet_widths=(96, 160, 160),
+    unet_layers=1,
+    heads=4,
+    text_width=256,
+    max_tokens=20,
+    scenes=60_000,
+    vae_scenes=6_000,
+    vae_minutes=7,
+    vae_batch=16,
+    vae_rate=2e-3,
+    unet_minutes=150,
+    unet_batch=32,
+    unet_rate=8e-4,
+    annotator_scenes=36_000,
+    annotator_minutes=85,
+    compiled=True,
+)
 
 FULL = Recipe(
-    name="full", nouns=NOUNS, counts=(0.2, 0.4, 0.3, 0.1), size=256,
-    vae_widths=(48, 96, 128, 128), latent_channels=16,
-    unet_widths=(128, 192, 256), unet_layers=1, heads=8, text_width=384, max_tokens=28,
-    scenes=150_000, vae_scenes=30_000, vae_minutes=5, vae_batch=64, vae_rate=1e-3,
-    unet_minutes=14, unet_batch=512, unet_rate=6e-4,
-    annotator_scenes=30_000, annotator_minutes=3, compiled=False,
-)  # fmt: skip
+    name="full",
+    nouns=NOUNS,
+    counts=(0.2, 0.4, 0.3, 0.1),
+    size=256,
+    vae_widths=(48, 96, 128, 128),
+    latent_channels=16,
+    unet_widths=(128, 192, 256),
+    unet_layers=1,
+    heads=8,
+    text_width=384,
+    max_tokens=28,
+    scenes=150_000,
+    vae_scenes=30_000,
+    vae_minutes=5,
+    vae_batch=64,
+    vae_rate=1e-3,
+    unet_minutes=14,
+    unet_batch=512,
+    unet_rate=6e-4,
+    annotator_scenes=30_000,
+    annotator_minutes=3,
+    compiled=False,
+)
 
 RECIPES = {recipe.name: recipe for recipe in (CPU, FULL)}

@@ -3,6 +3,7 @@
 Run again only when `nouns.py` gains pictures: `python -m training.sprites`. It needs Debian's
 `fonts-noto-color-emoji` (SIL OFL 1.1, see LICENSE-sprites.txt); nothing else does.
 """
+
 from __future__ import annotations
 
 import json

@@ -7,6 +7,7 @@ it, and a decoder that sees noisy latents forgives the UNet small errors. `--min
 `--annotator-minutes` add to a budget on a later run; `--stop-after` ends a call cleanly before a time limit. No mask is ever seen by
 the diffusion model: only the annotator reads label maps.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -174,7 +175,9 @@ def min_snr_weights(scheduler, limit: float = 5.0) -> torch.Tensor:
     return (weights / weights.mean()).float()
 
 
-def velocity_loss(unet, noisy: torch.Tensor, context: torch.Tensor, times: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def velocity_loss(
+    unet, noisy: torch.Tensor, context: torch.Tensor, times: torch.Tensor, target: torch.Tensor
+) -> torch.Tensor:
     """Squared error of the predicted velocity, mean over each sample: [N]."""
     with autocast():
         made = unet(noisy, times, context).sample
@@ -222,10 +225,17 @@ def train_unet(recipe: Recipe, work: Path, minutes: float, clock: Clock) -> bool
         done, over = now >= minutes * 60, clock.over()  # asked once: what ends the call is saved
         if done or over or time.monotonic() - saved > 120:
             saved = time.monotonic()
-            save(path, {
-                "unet": unet.state_dict(), "encoder": encoder.state_dict(), "optimizer": optimizer.state_dict(),
-                "average": average.state_dict(), "spent": now, "samples": samples,
-            })  # fmt: skip
+            save(
+                path,
+                {
+                    "unet": unet.state_dict(),
+                    "encoder": encoder.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "average": average.state_dict(),
+                    "spent": now,
+                    "samples": samples,
+                },
+            )
         if done or over:
             return done
         for group in optimizer.param_groups:
@@ -245,7 +255,10 @@ def train_unet(recipe: Recipe, work: Path, minutes: float, clock: Clock) -> bool
         samples += len(batch)
         losses.append(loss.item() if step % 10 == 0 else losses[-1])
         if step % 200 == 199:
-            print(f"unet {now / 60:5.1f} min {samples} samples {samples / max(now, 1):.1f}/s  loss {np.mean(losses[-200:]):.4f}", flush=True)
+            print(
+                f"unet {now / 60:5.1f} min {samples} samples {samples / max(now, 1):.1f}/s  loss {np.mean(losses[-200:]):.4f}",
+                flush=True,
+            )
     raise AssertionError("batches() has no end")
 
 
@@ -348,7 +361,15 @@ def train_annotator(recipe: Recipe, work: Path, minutes: float, pool: ProcessPoo
         done, over = now >= minutes * 60, clock.over()  # asked once: what ends the call is saved
         if done or over or time.monotonic() - saved > 120:
             saved = time.monotonic()
-            save(path, {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "spent": now, "samples": samples})
+            save(
+                path,
+                {
+                    "network": network.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "spent": now,
+                    "samples": samples,
+                },
+            )
         if done:
             break
         if over:
@@ -381,7 +402,9 @@ def measure_annotator(network, vae, space: PatchSpace, recipe: Recipe, pool: Pro
     figures = {}
     for name, shown in (("rendered", images), ("reconstructed", generator_look(vae, space, images, 0.0))):
         parts = np.array_split(shown, 20)
-        made = np.concatenate([annotator.annotate(network, [Image.fromarray(image) for image in part]) for part in parts])
+        made = np.concatenate(
+            [annotator.annotate(network, [Image.fromarray(image) for image in part]) for part in parts]
+        )
         for kind, truth in ((name, voc_only(labels)), (f"{name}_inside", annotator.without_borders(voc_only(labels)))):
             figures[kind] = float(np.nanmean(annotator.intersection_over_union(made, truth)))
     return figures
@@ -401,23 +424,38 @@ def adopt(folder: Path, recipe: Recipe, work: Path) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
     words = model.tokenizer(world.all_words(recipe.nouns), recipe.max_tokens)
     unet, encoder, vae = pipe.unet.float(), model.text_encoder(words, recipe.text_width), pipe.vae.float()
-    trained = {name: weight[: len(words)] if "token_embedding" in name else weight for name, weight in pipe.text_encoder.state_dict().items()}
+    trained = {
+        name: weight[: len(words)] if "token_embedding" in name else weight
+        for name, weight in pipe.text_encoder.state_dict().items()
+    }
     encoder.load_state_dict(trained)
     weights = [*unet.parameters(), *encoder.parameters()]
     if not (work / "unet.pt").exists():
-        save(work / "unet.pt", {
-            "unet": unet.state_dict(), "encoder": encoder.state_dict(), "optimizer": unet_optimizer(weights, recipe).state_dict(),
-            "average": unet_average(weights).state_dict(), "spent": facts["unet_minutes"] * 60, "samples": facts["unet_samples"],
-        })  # fmt: skip
+        save(
+            work / "unet.pt",
+            {
+                "unet": unet.state_dict(),
+                "encoder": encoder.state_dict(),
+                "optimizer": unet_optimizer(weights, recipe).state_dict(),
+                "average": unet_average(weights).state_dict(),
+                "spent": facts["unet_minutes"] * 60,
+                "samples": facts["unet_samples"],
+            },
+        )
     if not (work / "vae.pt").exists():
         state = {"vae": vae.state_dict(), "spent": facts["vae_minutes"] * 60, "samples": facts["vae_images"]}
         save(work / "vae.pt", state)
     if annotator.FOLDER.exists() and not (work / "annotator.pt").exists():
         network, marks = annotator.load().float(), json.loads((annotator.FOLDER / "figures.json").read_text())
-        save(work / "annotator.pt", {
-            "network": network.state_dict(), "optimizer": annotator_optimizer(network).state_dict(),
-            "spent": marks["minutes"] * 60, "samples": marks["images"],
-        })  # fmt: skip
+        save(
+            work / "annotator.pt",
+            {
+                "network": network.state_dict(),
+                "optimizer": annotator_optimizer(network).state_dict(),
+                "spent": marks["minutes"] * 60,
+                "samples": marks["images"],
+            },
+        )
         shutil.copytree(annotator.FOLDER, work / "annotator", dirs_exist_ok=True)
 
 
@@ -438,13 +476,20 @@ def write_pipeline(recipe: Recipe, work: Path, out: Path) -> None:
     pipe = model.pipeline(vae.half(), *reversed(model.with_common_words(words, encoder, further)), unet.half())
     pipe.save_pretrained(out, max_shard_size="9MB")
     facts = {
-        "recipe": recipe.name, "unet_samples": state["samples"], "unet_minutes": round(state["spent"] / 60, 1),
+        "recipe": recipe.name,
+        "unet_samples": state["samples"],
+        "unet_minutes": round(state["spent"] / 60, 1),
         "vae_images": torch.load(work / "vae.pt", weights_only=True, map_location="cpu")["samples"],
-        "vae_minutes": recipe.vae_minutes, "scenes": recipe.scenes, "size": recipe.size,
+        "vae_minutes": recipe.vae_minutes,
+        "scenes": recipe.scenes,
+        "size": recipe.size,
         "attention_grids": [recipe.latent_size // 2**level for level in range(len(recipe.unet_widths))],
-        "latent_size": recipe.latent_size, "latent_channels": recipe.latent_channels, "device": device().type,
-        "unet_parameters": model.parameters(unet), "vae_parameters": model.parameters(vae),
-    }  # fmt: skip
+        "latent_size": recipe.latent_size,
+        "latent_channels": recipe.latent_channels,
+        "device": device().type,
+        "unet_parameters": model.parameters(unet),
+        "vae_parameters": model.parameters(vae),
+    }
     (out / WORDS_FILE).write_text(json.dumps(world.all_words(recipe.nouns)) + "\n")
     (out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
     if (work / "annotator").exists():
@@ -463,9 +508,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", choices=RECIPES)
     parser.add_argument("--minutes", type=minutes_of, help="minutes of UNet training in all, instead of the recipe's")
-    parser.add_argument("--annotator-minutes", type=minutes_of, help="minutes of the annotator's in all, instead of the recipe's")
-    parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds after which this call saves and ends")
-    parser.add_argument("--adopt", type=Path, metavar="FOLDER", help="where there are no checkpoints, go on from this pipeline's weights")
+    parser.add_argument(
+        "--annotator-minutes", type=minutes_of, help="minutes of the annotator's in all, instead of the recipe's"
+    )
+    parser.add_argument(
+        "--stop-after", type=float, default=math.inf, help="seconds after which this call saves and ends"
+    )
+    parser.add_argument(
+        "--adopt",
+        type=Path,
+        metavar="FOLDER",
+        help="where there are no checkpoints, go on from this pipeline's weights",
+    )
     parser.add_argument("--work", type=Path, help="folder of checkpoints (default training/work/<recipe>)")
     parser.add_argument("--out", type=Path, default=HERE.parent / "models" / "emoji-voc")
     options = parser.parse_args()

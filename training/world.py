@@ -2,6 +2,7 @@
 
 `scene(seed, size, nouns)` is a pure function of its arguments, so a data set is a range of seeds.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -19,7 +20,19 @@ SIDES = ((0.6, 0.88), (0.44, 0.6), (0.38, 0.5), (0.3, 0.42))  # of the image, wi
 TURN = 4  # degrees, a deviation
 HELD_OUT = 10_000_000  # first seed of the scenes that no training ever sees
 BACKGROUND_SYNONYMS = {"sea": "water", "road": "street", "forest": "wood", "field": "meadow", "snow": "the winter"}
-UNCOUNTED = {"furniture", "food", "people", "clothes", "luggage", "grapes", "glasses", "scissors", "corn", "bread", "cheese"}
+UNCOUNTED = {
+    "furniture",
+    "food",
+    "people",
+    "clothes",
+    "luggage",
+    "grapes",
+    "glasses",
+    "scissors",
+    "corn",
+    "bread",
+    "cheese",
+}
 
 
 @dataclass(frozen=True)
@@ -107,7 +120,9 @@ def _caption(words: list[str], background: str, rng: np.random.Generator) -> str
     return f"{listed}"
 
 
-def scene(seed: int, size: int = 128, nouns: tuple[Noun, ...] = NOUNS, counts: tuple[float, ...] = (0.2, 0.45, 0.35)) -> Scene:
+def scene(
+    seed: int, size: int = 128, nouns: tuple[Noun, ...] = NOUNS, counts: tuple[float, ...] = (0.2, 0.45, 0.35)
+) -> Scene:
     """One scene. `counts[k]` is the share of scenes with k + 1 objects; nouns are drawn evenly, without repeats."""
     rng = np.random.default_rng(seed)
     count = int(rng.choice(len(counts), p=counts)) + 1
