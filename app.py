@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ovam_core.errors import HubUnreachable, InputError
+
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported
 
 import gradio as gr
 
-from ovam_core.pipeline import DEFAULT_HUB_MODEL, EMBEDDED, load_pipeline, quiet
+from ovam_core.models.load import load_pipeline, quiet
+from ovam_core.models.presets import DEFAULT_HUB_MODEL, EMBEDDED
 from tabs.desk import Desk
 from tabs.export import ExportTab
 from tabs.generate import GenerateTab
@@ -43,13 +46,13 @@ THEME = gr.themes.Default(
 def open_model() -> tuple[Any, str]:
     """The pipeline, and a notice to show (or ""): the embedded model stands in for a hub that cannot be reached.
 
-    A model that OVAM_MODEL asks for and that does not exist is an error, not a reason to show another: ValueError.
+    A model that OVAM_MODEL asks for and that does not exist is an error, not a reason to show another: InputError.
     """
     wanted = os.environ.get("OVAM_MODEL")
     try:
         return load_pipeline(), ""
-    except ValueError as error:
-        if wanted and "hub cannot be reached" not in str(error):
+    except InputError as error:
+        if wanted and not isinstance(error, HubUnreachable):
             raise
         notice = f"{wanted or DEFAULT_HUB_MODEL} could not be loaded, so this page runs on {EMBEDDED}. {error}"
         return load_pipeline(EMBEDDED), notice
@@ -99,7 +102,7 @@ def main() -> int:
     quiet()
     try:
         pipe, notice = open_model()
-    except ValueError as error:
+    except InputError as error:
         sys.stderr.write(f"Error: {error}\n")
         return 2
     launch(build(pipe, notice))

@@ -34,10 +34,11 @@ def arguments() -> argparse.Namespace:
 
 def one(options: argparse.Namespace) -> None:
     """A share of the export; its times go to a file."""
-    from ovam_core.export import ExportSettings, export, launched
-    from ovam_core.pipeline import load_pipeline
-    from ovam_core.plot import VOC_CLASSES
-    from ovam_core.prompts import template_prompts, work_list
+    from ovam_core.data.export import ExportSettings, export
+    from ovam_core.data.prompts import template_prompts, work_list
+    from ovam_core.data.runs import launched
+    from ovam_core.data.voc import VOC_CLASSES
+    from ovam_core.models.load import load_pipeline
 
     process, device = launched(None)
     pipe = load_pipeline(options.model, device)

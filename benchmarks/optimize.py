@@ -21,12 +21,12 @@ sys.path.insert(
 import numpy as np
 import torch
 
-from ovam_core.evaluate import best_threshold, sweep, table
-from ovam_core.heatmap import heatmaps, resize
-from ovam_core.optimize import RECIPES, OptimizeSettings, initial_embedding, optimize
-from ovam_core.pipeline import EMBEDDED, load_pipeline
-from ovam_core.recorder import own_choice
-from ovam_core.text import words_in_sentence
+from ovam_core.attention.heatmap import heatmaps, resize
+from ovam_core.data.metrics import best_threshold, sweep, table
+from ovam_core.models.load import load_pipeline
+from ovam_core.models.presets import EMBEDDED, own_choice
+from ovam_core.optimization import RECIPES, OptimizeSettings, initial_embedding, optimize
+from ovam_core.query import words_in_sentence
 from training import annotator
 from training.annotated import SEEDS, generations
 from training.figures import largest_class, prompt_for

@@ -39,22 +39,13 @@ from PIL import Image
 
 from benchmarks import rendered
 from ovam_core import tokens
-from ovam_core.evaluate import (
-    best_threshold,
-    by_class,
-    confusion,
-    gain,
-    interval,
-    miou,
-    sweep,
-    table,
-)
-from ovam_core.heatmap import attribute, resize
-from ovam_core.mask import binary_masks, densecrf, self_attention_map
+from ovam_core.attention.heatmap import attribute, resize
+from ovam_core.attention.mask import binary_masks, densecrf, self_attention_map
+from ovam_core.data.metrics import best_threshold, by_class, confusion, gain, interval, miou, sweep, table
 from ovam_core.methods import ATTN2MASK, DAAM, OVAM
-from ovam_core.pipeline import EMBEDDED, defaults_for, embedded_folder, load_pipeline
-from ovam_core.recorder import own_grids, own_steps
-from ovam_core.text import words_in_sentence
+from ovam_core.models.load import embedded_folder, load_pipeline
+from ovam_core.models.presets import EMBEDDED, defaults_for, own_grids, own_steps
+from ovam_core.query import words_in_sentence
 from training import annotator, world
 from training.annotated import SEEDS as TOKEN_SEEDS
 from training.annotated import generations

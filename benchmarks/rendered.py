@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from ovam_core import tokens
-from ovam_core.evaluate import by_class, confusion, gain, interval, miou, table
-from ovam_core.goca import Parts
+from ovam_core.attention.goca import Parts
+from ovam_core.attention.heatmap import Attribution
+from ovam_core.data.metrics import by_class, confusion, gain, interval, miou, table
 from ovam_core.methods import (
     DAAM,
     GOCA,
@@ -28,10 +29,10 @@ from ovam_core.methods import (
     Seen,
     maps_and_masks,
 )
-from ovam_core.photo import PhotoSettings, caption_of, photograph
-from ovam_core.pipeline import defaults_for
-from ovam_core.recorder import own_choice
-from ovam_core.text import Attribution, words_in_sentence
+from ovam_core.models.presets import defaults_for, own_choice
+from ovam_core.ovam import photograph
+from ovam_core.query import caption_of, words_in_sentence
+from ovam_core.settings import PhotoSettings
 from training import backgrounds, world
 from training.figures import prompt_for
 from training.nouns import VOC_NOUNS

@@ -55,11 +55,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ovam_core.family import column_sums
-from ovam_core.heatmap import heatmaps
-from ovam_core.optimize import EDGE, RECIPES, Epoch, Optimized, OptimizeSettings, optimize
-from ovam_core.pipeline import EMBEDDED, load_pipeline
-from ovam_core.recorder import LayerQueries, Recording, record
+from ovam_core.attention.heatmap import heatmaps
+from ovam_core.attention.recording import LayerQueries, Recording
+from ovam_core.attention.self_attention import column_sums
+from ovam_core.hooks.recorder import record
+from ovam_core.models.load import load_pipeline
+from ovam_core.models.presets import EMBEDDED
+from ovam_core.optimization import EDGE, RECIPES, Epoch, Optimized, OptimizeSettings, optimize
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "A photograph of a cat and a car on grass"

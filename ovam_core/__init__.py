@@ -1,15 +1,19 @@
 """Open-vocabulary attention maps: record a diffusion pipeline once, ask for the heatmap of any word afterwards."""
 
-from .goca import Parts, goca, record_goca
-from .heatmap import attribute, heatmaps, resize
-from .mask import binary_masks, densecrf, label_map, make_masks, self_attention_map
-from .methods import ALL_METHODS, Seen, maps_and_masks
-from .optimize import RECIPES, Epoch, Optimized, OptimizeSettings, initial_embedding, read_mask
-from .photo import read_photo, record_image
-from .pipeline import EMBEDDED, KNOWN_MODELS, ModelDefaults, defaults_for, load_pipeline, not_learned
-from .recorder import LayerColumnSums, LayerQueries, Recorder, Recording, own_choice, record
-from .text import (
-    Attribution,
+from ovam_core.attention.goca import Parts, goca
+from ovam_core.attention.heatmap import Attribution, attribute, heatmaps, resize
+from ovam_core.attention.mask import binary_masks, densecrf, label_map, make_masks, self_attention_map
+from ovam_core.attention.recording import LayerColumnSums, LayerQueries, Recording
+from ovam_core.hooks.goca_recorder import record_goca
+from ovam_core.hooks.photograph import record_image
+from ovam_core.hooks.recorder import Recorder, record
+from ovam_core.io.masks import read_mask
+from ovam_core.io.pictures import read_photo
+from ovam_core.methods import ALL_METHODS, Seen, maps_and_masks
+from ovam_core.models.load import load_pipeline, not_learned
+from ovam_core.models.presets import EMBEDDED, KNOWN_MODELS, ModelDefaults, defaults_for, own_choice
+from ovam_core.optimization import RECIPES, Epoch, Optimized, OptimizeSettings, initial_embedding
+from ovam_core.query import (
     attribute_sentence,
     attribute_words,
     encode_padded,
@@ -17,7 +21,7 @@ from .text import (
     token_strings,
     words_in_sentence,
 )
-from .tokens import Token
+from ovam_core.tokens import Token
 
 __all__ = [
     "ALL_METHODS",

@@ -18,44 +18,29 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .annotated import METADATA, Example, by_class, learn, learn_apart, photo_settings, read_folder
-from .dataset import FORMATS, SHEET
-from .export import LIBRARY, ExportSettings, Progress, export, launched, measure, plan
-from .families import family_of
-from .filters import ClipScorer, Filters
-from .generate import (
-    GenerateSettings,
-    Generation,
-    Made,
-    MapSettings,
-    ask,
-    attributions,
-    branch_for,
-    check_served,
-    generate,
-    load_settings,
-    make_folder,
-    parse_numbers,
-    save,
-)
-from .memory import short_memory_says
-from .methods import ALL_METHODS, OVAM, method_named
-from .optimize import RECIPES, Epoch, Optimized, OptimizeSettings
-from .photo import PhotoSettings, default_caption, photograph, read_photo
-from .pipeline import EMBEDDED, load_pipeline, quiet
-from .prompts import class_list, read_prompts, template_prompts, work_list
-from .tokens import (
-    BRANCHES,
-    Token,
-    export_npy,
-    fetch_voc_sd15,
-    file_name,
-    folder_for,
-    import_file,
-)
-from .tokens import load as load_token
-from .tokens import save as save_token
-from .voc import GROUND_TRUTH, RESULTS, EvaluateSettings, evaluate, read_voc
+from ovam_core.data.annotated import METADATA, Example, by_class, learn, learn_apart, photo_settings, read_folder
+from ovam_core.data.evaluate import RESULTS, EvaluateSettings, evaluate
+from ovam_core.data.export import LIBRARY, ExportSettings, Progress, export, measure, plan
+from ovam_core.data.filters import ClipScorer, Filters
+from ovam_core.data.formats import FORMATS
+from ovam_core.data.layout import SHEET
+from ovam_core.data.prompts import class_list, read_prompts, template_prompts, work_list
+from ovam_core.data.runs import launched
+from ovam_core.data.voc_folder import GROUND_TRUTH, read_voc
+from ovam_core.errors import InputError, out_of_memory_as
+from ovam_core.io.files import make_folder
+from ovam_core.io.pictures import read_photo
+from ovam_core.methods import ALL_METHODS, OVAM, method_named
+from ovam_core.models.families import family_of
+from ovam_core.models.load import load_pipeline, quiet
+from ovam_core.models.presets import EMBEDDED
+from ovam_core.optimization import RECIPES, Epoch, Optimized, OptimizeSettings
+from ovam_core.ovam import ask, attributions, branch_for, check_served, default_caption, generate, photograph
+from ovam_core.picture import Generation, Made, load_settings, save
+from ovam_core.settings import GenerateSettings, MapSettings, PhotoSettings, parse_numbers
+from ovam_core.tokens import BRANCHES, Token, export_npy, fetch_voc_sd15, file_name, folder_for, import_file
+from ovam_core.tokens import load as load_token
+from ovam_core.tokens import save as save_token
 
 MAX_GRID = 4096  # no attention grid is wider
 METHOD_HELP = f"{'; '.join(ALL_METHODS).lower()} ({OVAM.name.lower()})"
@@ -141,12 +126,12 @@ def add_asked(one: argparse.ArgumentParser) -> None:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """ "128x96" to (128, 96). Raises ValueError for anything else."""
+    """ "128x96" to (128, 96). Raises InputError for anything else."""
     sides = text.lower().replace("×", "x").split("x")
     if len(sides) != 2 or not all(side.strip().isascii() and side.strip().isdigit() for side in sides):
-        raise ValueError(f"The size '{text[:40]}' is not of the form WIDTHxHEIGHT; write for example 128x128.")
+        raise InputError(f"The size '{text[:40]}' is not of the form WIDTHxHEIGHT; write for example 128x128.")
     if any(len(side.strip()) > 6 for side in sides):
-        raise ValueError("The size is far too large; write for example 128x128.")
+        raise InputError("The size is far too large; write for example 128x128.")
     return int(sides[0]), int(sides[1])
 
 
@@ -182,7 +167,7 @@ def run_generate(options: argparse.Namespace) -> None:
     if options.timesteps is not None:
         about_maps["steps"] = parse_numbers(options.timesteps, "timesteps")
     if options.settings is None and options.prompt is None:
-        raise ValueError("The prompt is missing; describe the picture in a few words.")
+        raise InputError("The prompt is missing; describe the picture in a few words.")
     before, asked, model, device = read_asked(options, about_maps, GenerateSettings)
     pipe = load_pipeline(model, device)
     wanted = GenerateSettings.for_model(pipe, **about_image) if before is None else replace(before, **about_image)
@@ -358,7 +343,7 @@ def run_export(options: argparse.Namespace) -> None:
     if options.negative_prompt is not None:
         prompts = [replace(one, negative=one.negative or options.negative_prompt) for one in prompts]
     if options.workers is not None and not 0 <= options.workers <= 64:
-        raise ValueError(f"The number of workers is {options.workers}; choose a whole number from 0 to 64.")
+        raise InputError(f"The number of workers is {options.workers}; choose a whole number from 0 to 64.")
     filters = Filters(
         **given(min_coverage=options.min_coverage, max_coverage=options.max_coverage, clip_drop=options.clip_drop)
     )
@@ -473,7 +458,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
 def run_evaluate(options: argparse.Namespace) -> None:
     """Reads and refuses, then evaluates; the first of several processes speaks."""
     if options.workers is not None and not 0 <= options.workers <= 64:
-        raise ValueError(f"The number of workers is {options.workers}; choose a whole number from 0 to 64.")
+        raise InputError(f"The number of workers is {options.workers}; choose a whole number from 0 to 64.")
     noise = given_noise(options)
     data = read_voc(options.voc, options.split, options.classes_from, options.limit)
     process, device = launched(options.device)
@@ -600,15 +585,15 @@ def run_optimize(options: argparse.Namespace) -> None:
 
 
 def check_optimize(options: argparse.Namespace) -> dict[str, Any]:
-    """What the options say of the image. Raises ValueError for options that do not go together."""
+    """What the options say of the image. Raises InputError for options that do not go together."""
     ways = given(mask=options.mask, image_set=options.image_set, annotated=options.annotated)
     if len(ways) != 1:
-        raise ValueError("Give one of --mask (with --prompt), --image-set and --annotated.")
+        raise InputError("Give one of --mask (with --prompt), --image-set and --annotated.")
     if options.apart is not None and options.annotated is None:
-        raise ValueError("--apart keeps the classes of a folder apart; add --annotated, or leave it out.")
+        raise InputError("--apart keeps the classes of a folder apart; add --annotated, or leave it out.")
     for name, value in given(tau=options.tau, alpha=options.alpha).items():
         if not 0 <= value <= 1:
-            raise ValueError(f"{name} is {value}; choose a number from 0 to 1.")
+            raise InputError(f"{name} is {value}; choose a number from 0 to 1.")
     about_image = given(
         seed=options.seed,
         negative_prompt=options.negative_prompt,
@@ -617,14 +602,14 @@ def check_optimize(options: argparse.Namespace) -> dict[str, Any]:
     )
     about_image |= given_noise(options) | given(caption=options.caption)
     if options.mask is None and (options.prompt is not None or options.photo is not None or about_image):
-        raise ValueError(f"What makes the images stands in the folder's {METADATA}; leave those options out.")
+        raise InputError(f"What makes the images stands in the folder's {METADATA}; leave those options out.")
     if options.photo is not None:
         check_photo(options)
     elif options.mask is not None:
         if options.prompt is None or options.classes is None:
-            raise ValueError("With --mask the prompt and the class are needed; add --prompt and --class.")
+            raise InputError("With --mask the prompt and the class are needed; add --prompt and --class.")
         if options.timesteps is not None or options.caption is not None:
-            raise ValueError("--timesteps and --caption belong to a photograph; add --photo, or leave them out.")
+            raise InputError("--timesteps and --caption belong to a photograph; add --photo, or leave them out.")
     return about_image
 
 
@@ -703,13 +688,13 @@ def interruptible() -> Iterator[Interrupt]:
 
 
 def check_photo(options: argparse.Namespace) -> None:
-    """Raises ValueError for options that do not go with --photo."""
+    """Raises InputError for options that do not go with --photo."""
     if options.mask is None or options.classes is None:
-        raise ValueError("With --photo the mask and the class are needed; add --mask and --class.")
+        raise InputError("With --photo the mask and the class are needed; add --mask and --class.")
     if any(x is not None for x in (options.prompt, options.negative_prompt, options.steps, options.guidance)):
-        raise ValueError("A photograph has no prompt, steps or guidance; leave those options out, and see --caption.")
+        raise InputError("A photograph has no prompt, steps or guidance; leave those options out, and see --caption.")
     if options.branch == "unconditional" and options.caption:
-        raise ValueError("The unconditional half sees no text; leave --caption or --branch out.")
+        raise InputError("The unconditional half sees no text; leave --caption or --branch out.")
 
 
 def run_tokens_list(options: argparse.Namespace) -> None:
@@ -720,7 +705,7 @@ def run_tokens_list(options: argparse.Namespace) -> None:
     for path in files:
         try:
             token = load_token(path)
-        except ValueError as error:
+        except InputError as error:
             print(f"{path.name}: {error}")
             continue
         loss = "" if token.loss is None else f", loss {token.loss:.4f}"
@@ -735,7 +720,7 @@ def run_tokens_import(options: argparse.Namespace) -> None:
     paths = [folder / file_name(token.names) for token in made]
     for path in paths:
         if path.exists():
-            raise ValueError(f"There is a token '{path}' already; give another folder by --out, or remove it.")
+            raise InputError(f"There is a token '{path}' already; give another folder by --out, or remove it.")
     for path, token in zip(paths, made, strict=True):
         print(f"{', '.join(token.names)}: {save_token(path, token)}")
 
@@ -767,11 +752,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     quiet()
     try:
-        with short_memory_says(
-            "The device has too little memory for this: choose a smaller size, or another --device."
-        ):
+        with out_of_memory_as("The device has too little memory for this: choose a smaller size, or another --device."):
             options.run(options)
-    except ValueError as error:
+    except InputError as error:
         sys.stderr.write(f"Error: {' '.join(str(error).split())}\n")
         return 2
     except KeyboardInterrupt:

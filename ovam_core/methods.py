@@ -22,20 +22,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .goca import (
-    GocaRecording,
-    Parts,
-    attribute_weighted,
-    background_words,
-    caption_words,
-    goca,
-    label_pixels,
-    listed_words,
-)
-from .heatmap import attribute, resize
-from .mask import make_masks
-from .recorder import Recording
-from .text import Attribution, attribute_words
+from ovam_core.attention.goca import GocaRecording, Parts, attribute_weighted, goca, label_pixels
+from ovam_core.attention.heatmap import Attribution, attribute, resize
+from ovam_core.attention.mask import make_masks
+from ovam_core.attention.recording import Recording
+from ovam_core.errors import InputError
+from ovam_core.query import attribute_words, background_words, caption_words, listed_words
 
 Asks = Literal["words", "token"]
 
@@ -164,7 +156,7 @@ class GocaMethod:
     ) -> Found:
         """As `maps_and_masks`."""
         if tokens:
-            raise ValueError(f"{self.name} compares words; for a token choose {GOCA_TOKEN.name} or {OVAM_TOKEN.name}.")
+            raise InputError(f"{self.name} compares words; for a token choose {GOCA_TOKEN.name} or {OVAM_TOKEN.name}.")
         maps = goca(seen.goca, self.asking(pipe, seen.caption, [*words, *background]), self.parts)
         size = (seen.image.height, seen.image.width)
         full = resize(maps, size)
@@ -187,15 +179,15 @@ def maps_and_masks(
     words: as `attribute_words` takes them. tokens: of `tokens.attribution`. background: nouns of what is none
     of the words, for the methods that compare (GoCA); None for the caption's other content words
     (`background_words`), among which a synonym of a word that is asked for would take its pixels: then name
-    them. Raises ValueError for nothing asked, for words of a method that asks for tokens and the other way
+    them. Raises InputError for nothing asked, for words of a method that asks for tokens and the other way
     round, without the recording that the method needs, and as the steps of the method do.
     """
     if method.asks == "token" and (words or not tokens):
-        raise ValueError(f"{method.name} takes tokens, not words: choose a token and no words, or another method.")
+        raise InputError(f"{method.name} takes tokens, not words: choose a token and no words, or another method.")
     if not words and not tokens:
-        raise ValueError("There is no word to look for: give at least one.")
+        raise InputError("There is no word to look for: give at least one.")
     if method.needs_goca and seen.goca is None:
-        raise ValueError(f"{method.name} needs the pass of record_goca beside the recording: record the image anew.")
+        raise InputError(f"{method.name} needs the pass of record_goca beside the recording: record the image anew.")
     words = list(words)
     background = background_words(seen.caption, words) if background is None else background
     return method.run(pipe, seen, words, tokens, background)
@@ -212,6 +204,7 @@ DAAM = Method(
     0.8,
     1.0,
 )
+
 ATTN2MASK = Method(
     "Attn2Mask",
     "The maps of step 50 of a run of 100 steps alone, cut, then refined by a dense CRF.",
@@ -223,6 +216,7 @@ ATTN2MASK = Method(
     0.8,
     1.0,
 )
+
 OVAM = Method(
     "OVAM",
     "The mean of all maps, times the self-attention a pixel receives, cut, then refined by a dense CRF.",
@@ -234,6 +228,7 @@ OVAM = Method(
     0.8,
     0.95,
 )
+
 OVAM_TOKEN = Method(
     "OVAM + token",
     "OVAM with an embedding that was learned from a mask in place of the word.",
@@ -246,16 +241,19 @@ OVAM_TOKEN = Method(
     0.95,
     asks="token",
 )
+
 GOCA = GocaMethod(
     "GoCA",
     "Words of the prompt, compared at each pixel: weighted heads and layers, spread along the self-attention.",
     caption_words,
 )
+
 GOCA_ANY = GocaMethod(
     "GoCA, any word",
     "GoCA for any word: what is compared is read as a list of its own. An extension of the paper.",
     listed_words,
 )
+
 OVAM_WEIGHTED = WeightedMethod(
     "OVAM, GoCA's weights",
     "OVAM on one pass, with GoCA's weights of heads and layers for the plain mean. Extends both papers.",
@@ -267,6 +265,7 @@ OVAM_WEIGHTED = WeightedMethod(
     0.8,
     0.95,
 )
+
 GOCA_TOKEN = WeightedMethod(
     "GoCA + token",
     "A learned embedding in place of the word, under GoCA's weights, on one pass. Extends both papers.",
@@ -279,15 +278,17 @@ GOCA_TOKEN = WeightedMethod(
     0.95,
     asks="token",
 )
+
 METHODS = {method.name: method for method in (DAAM, ATTN2MASK, OVAM)}  # those that any recording serves
+
 ALL_METHODS: dict[str, Method | GocaMethod] = METHODS | {
     method.name: method for method in (OVAM_TOKEN, GOCA, GOCA_ANY, OVAM_WEIGHTED, GOCA_TOKEN)
 }
 
 
 def method_named(name: str) -> Method | GocaMethod:
-    """The method of this name, whatever its case. Raises ValueError that lists them all."""
+    """The method of this name, whatever its case. Raises InputError that lists them all."""
     found = {one.lower(): method for one, method in ALL_METHODS.items()}
     if str(name).lower() not in found:
-        raise ValueError(f"There is no method '{str(name)[:40]}'; choose among {'; '.join(ALL_METHODS)}.")
+        raise InputError(f"There is no method '{str(name)[:40]}'; choose among {'; '.join(ALL_METHODS)}.")
     return found[str(name).lower()]

@@ -9,29 +9,7 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image, ImageColor
 
-# Pascal VOC: the 20 names in the order of their ids 1 to 20; 0 is background, 255 is "ignore".
-VOC_CLASSES = (
-    "aeroplane",
-    "bicycle",
-    "bird",
-    "boat",
-    "bottle",
-    "bus",
-    "car",
-    "cat",
-    "chair",
-    "cow",
-    "dining table",
-    "dog",
-    "horse",
-    "motorbike",
-    "person",
-    "potted plant",
-    "sheep",
-    "sofa",
-    "train",
-    "tv",
-)
+from ovam_core.errors import InputError
 
 # Okabe and Ito's set without its black, then three of Paul Tol's: told apart with any kind of colour vision.
 COLORS = (
@@ -79,7 +57,7 @@ def colorize(heatmap: np.ndarray, vmax: float | None = None, cmap: str = "turbo"
     """
     heatmap = np.asarray(heatmap, dtype=np.float32)
     if heatmap.ndim != 2:
-        raise ValueError(f"A heatmap has two dimensions, this array has {heatmap.ndim}; pass one map at a time.")
+        raise InputError(f"A heatmap has two dimensions, this array has {heatmap.ndim}; pass one map at a time.")
     top = float(np.nanmax(heatmap)) if vmax is None else float(vmax)
     scaled = np.nan_to_num(heatmap / top, nan=0.0) if top > 0 else np.zeros_like(heatmap)
     return colormaps[cmap](np.clip(scaled, 0.0, 1.0), bytes=True)[..., :3]
@@ -99,7 +77,7 @@ def overlay(
     Returns an RGB image of the picture's size.
     """
     if not 0.0 <= opacity <= 1.0:
-        raise ValueError(f"opacity is {opacity}; choose a number from 0 to 1.")
+        raise InputError(f"opacity is {opacity}; choose a number from 0 to 1.")
     heatmap = np.asarray(heatmap, dtype=np.float32)
     top = float(np.nanmax(heatmap)) if vmax is None else vmax  # before the resize, which lowers peaks
     heatmap = resize_map(heatmap, image.size)
@@ -130,7 +108,7 @@ def mask_overlay(image: Image.Image, mask: np.ndarray, color: str = COLORS[0], o
     """
     mask = np.asarray(mask, dtype=bool)
     if mask.shape != (image.height, image.width):
-        raise ValueError(
+        raise InputError(
             f"The mask is {mask.shape[1]}x{mask.shape[0]} and the image {image.width}x{image.height}; resize one of them."
         )
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
@@ -149,7 +127,7 @@ def label_image(label_map: np.ndarray) -> Image.Image:
     """A label map, uint8 [H, W] of ids, to a picture of mode P whose pixels are the ids, in VOC's palette."""
     label_map = np.asarray(label_map)
     if label_map.ndim != 2 or label_map.dtype != np.uint8:
-        raise ValueError(f"A label map is uint8 [H, W]; this is {label_map.dtype} {list(label_map.shape)}.")
+        raise InputError(f"A label map is uint8 [H, W]; this is {label_map.dtype} {list(label_map.shape)}.")
     picture = Image.fromarray(label_map)
     picture.putpalette(VOC_PALETTE)  # turns mode L into P, the pixels stay
     return picture

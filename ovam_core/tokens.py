@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import math
-import pickle
 import re
 import tempfile
 import urllib.request
@@ -26,21 +25,30 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from .families import family_of
-from .files import write
-from .pipeline import DEFAULT_HUB_MODEL
-from .text import Attribution, background_embedding
+from ovam_core.attention.heatmap import Attribution
+from ovam_core.errors import InputError
+from ovam_core.io.files import write
+from ovam_core.io.npy import MAX_ROWS, _read_npy
+from ovam_core.models.families import family_of
+from ovam_core.models.presets import DEFAULT_HUB_MODEL
+from ovam_core.query import background_embedding
 
 FORMAT = "ovam-token/1"
+
 SUFFIX = ".safetensors"
+
 FOLDER = Path(__file__).resolve().parent.parent / "tokens"
+
 BACKGROUND = "background"
+
 BRANCHES = ("conditional", "unconditional")
+
 MAX_BYTES = 4 << 20  # a hundred times the largest token one would make
+
 MAX_NAME = 200  # characters of a class name
-MAX_ROWS = 256
 
 VOC_SD15_URL = "https://raw.githubusercontent.com/vpulab/ovam/main/docs/assets/tokens_VOC.npy"
+
 VOC_SD15_SHA256 = "532f05423bedaf3c2c227bfdbedab0746bccf5e52e6f7f007cda097a322a51cc"
 
 
@@ -74,33 +82,33 @@ class Token:
         return self.classes[1:] if len(self.classes) > 1 else self.classes
 
     def validate(self) -> None:
-        """Raises ValueError, one sentence, for what is no token."""
+        """Raises InputError, one sentence, for what is no token."""
         x = self.embedding
         if x.ndim != 2 or not 1 <= x.shape[0] <= MAX_ROWS or x.shape[1] == 0 or not x.is_floating_point():
-            raise ValueError(f"The token's embedding is {x.dtype} {list(x.shape)}; it must be float [rows, width].")
+            raise InputError(f"The token's embedding is {x.dtype} {list(x.shape)}; it must be float [rows, width].")
         if not torch.isfinite(x).all():
-            raise ValueError("The token's embedding holds numbers that are not finite; make the token again.")
+            raise InputError("The token's embedding holds numbers that are not finite; make the token again.")
         if len(self.classes) != len(x):
-            raise ValueError(f"The token has {len(x)} rows but {len(self.classes)} class names; give one name a row.")
+            raise InputError(f"The token has {len(x)} rows but {len(self.classes)} class names; give one name a row.")
         if len(x) > 1 and self.classes[0] != BACKGROUND:
-            raise ValueError(f"The first row of a token of several rows is called '{BACKGROUND}'; name it so.")
+            raise InputError(f"The first row of a token of several rows is called '{BACKGROUND}'; name it so.")
         for name in self.classes:
             if not isinstance(name, str) or not name.strip() or len(name) > MAX_NAME or not name.isprintable():
-                raise ValueError(f"A class name of the token is not a name of 1 to {MAX_NAME} letters; rename it.")
+                raise InputError(f"A class name of the token is not a name of 1 to {MAX_NAME} letters; rename it.")
         if len(set(self.classes)) != len(self.classes):
-            raise ValueError("The token names a class twice; give every row a name of its own.")
+            raise InputError("The token names a class twice; give every row a name of its own.")
         if self.branch not in BRANCHES:
-            raise ValueError(f"The token's branch is '{self.branch[:40]}'; it must be conditional or unconditional.")
+            raise InputError(f"The token's branch is '{self.branch[:40]}'; it must be conditional or unconditional.")
         for name, value in (("tau", self.tau), ("alpha", self.alpha)):
             if not math.isfinite(value) or not 0 <= value <= 1:
-                raise ValueError(f"The token's {name} is {value}; it must lie between 0 and 1.")
+                raise InputError(f"The token's {name} is {value}; it must lie between 0 and 1.")
 
 
 # ------------------------------------------------------------------------------------------------ files
 
 
 def save(path: str | Path, token: Token) -> Path:
-    """Writes a token as safetensors, beside its place and renamed. Raises ValueError where it cannot be written."""
+    """Writes a token as safetensors, beside its place and renamed. Raises InputError where it cannot be written."""
     token.validate()
     metadata = {
         "format": FORMAT,
@@ -121,7 +129,7 @@ def save(path: str | Path, token: Token) -> Path:
 
 
 def load(path: str | Path) -> Token:
-    """Reads a token file. Raises ValueError, one sentence, for a file that is too large, broken or no token."""
+    """Reads a token file. Raises InputError, one sentence, for a file that is too large, broken or no token."""
     path = Path(path)
     _check_file(path)
     try:
@@ -129,9 +137,9 @@ def load(path: str | Path) -> Token:
             metadata = file.metadata() or {}
             embedding = file.get_tensor("embedding") if "embedding" in file.keys() else None  # noqa: SIM118
     except (SafetensorError, OSError, ValueError):
-        raise ValueError(f"'{path.name}' is not a whole safetensors file; download or make it again.") from None
+        raise InputError(f"'{path.name}' is not a whole safetensors file; download or make it again.") from None
     if metadata.get("format") != FORMAT or embedding is None:
-        raise ValueError(f"'{path.name}' is not a token of this program (format {FORMAT}).")
+        raise InputError(f"'{path.name}' is not a token of this program (format {FORMAT}).")
     try:
         classes = json.loads(metadata["classes"])
         token = Token(
@@ -150,9 +158,9 @@ def load(path: str | Path) -> Token:
         )
         token.validate()
     except (KeyError, TypeError, RecursionError):
-        raise ValueError(f"The token '{path.name}' lacks a setting or holds one of the wrong kind.") from None
+        raise InputError(f"The token '{path.name}' lacks a setting or holds one of the wrong kind.") from None
     except ValueError as error:
-        raise ValueError(f"The token '{path.name}' cannot be used: {error}") from None
+        raise InputError(f"The token '{path.name}' cannot be used: {error}") from None
     return token
 
 
@@ -166,9 +174,9 @@ def _check_file(path: Path) -> None:
     except (OSError, ValueError):
         regular, size = False, 0
     if not regular:
-        raise ValueError(f"There is no token file '{path}' that can be read.")
+        raise InputError(f"There is no token file '{path}' that can be read.")
     if size > MAX_BYTES:
-        raise ValueError(f"'{path.name}' has {size:,} bytes; a token has at most {MAX_BYTES:,}.")
+        raise InputError(f"'{path.name}' has {size:,} bytes; a token has at most {MAX_BYTES:,}.")
 
 
 def _write(path: Path, data: bytes) -> Path:
@@ -176,7 +184,7 @@ def _write(path: Path, data: bytes) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, data)
     except OSError as error:
-        raise ValueError(f"Cannot write the file '{path}': {(error.strerror or 'not possible').lower()}.") from None
+        raise InputError(f"Cannot write the file '{path}': {(error.strerror or 'not possible').lower()}.") from None
     return path
 
 
@@ -203,7 +211,7 @@ def library(model: str, folder: str | Path | None = None) -> dict[str, Path]:
     for path in sorted(Path(folder or folder_for(model)).glob(f"*{SUFFIX}")):
         try:
             found[", ".join(load(path).names)] = path
-        except ValueError as error:
+        except InputError as error:
             warnings.warn(str(error), stacklevel=2)
     return dict(sorted(found.items()))
 
@@ -220,12 +228,12 @@ def attribution(pipe: Any, token: Token) -> Attribution:
     """The token as an attribution prompt: one label a class, the background without one.
 
     A token of one row gets this text encoder's `<SoT>` (T5: `</s>`) as its background row, as a softmax over one token is constant.
-    Raises ValueError for a token of another width; warns for one of another model.
+    Raises InputError for a token of another width; warns for one of another model.
     """
     token.validate()
     width = family_of(pipe).embed_dim
     if token.embedding.shape[1] != width:
-        raise ValueError(
+        raise InputError(
             f"The token '{', '.join(token.names)}' is {token.embedding.shape[1]} wide and this model takes {width}; "
             f"it was made with {token.model or 'another model'}."
         )
@@ -254,7 +262,7 @@ def import_file(
 
     model: the model they were found with. classes: names for a plain array's rows, its background left out (default:
     the file's name); the keys of a dict are names themselves, "potted-plant" becomes "potted plant".
-    about: further fields of Token. Raises ValueError for anything but arrays of finite numbers: a pickle that
+    about: further fields of Token. Raises InputError for anything but arrays of finite numbers: a pickle that
     asks for any other object is refused before it is made.
     """
     path = Path(path)
@@ -271,8 +279,8 @@ def import_file(
         token = Token(rows, all_names, model, branch, **{"init": f"imported from {path.name}", **about})
         try:
             token.validate()
-        except ValueError as error:
-            raise ValueError(f"'{path.name}' cannot be imported: {error}") from None
+        except InputError as error:
+            raise InputError(f"'{path.name}' cannot be imported: {error}") from None
         made.append(token)
     return made
 
@@ -281,7 +289,7 @@ def fetch_voc_sd15(folder: str | Path | None = None, url: str = VOC_SD15_URL) ->
     """Downloads the paper's 20 published tokens for Stable Diffusion 1.5 (MIT licence) and saves them as safetensors.
 
     They were found on the other half of the guided batch than the paper says, hence branch "unconditional".
-    folder: default `folder_for` Stable Diffusion 1.5. Returns the files. Raises ValueError without a network, and
+    folder: default `folder_for` Stable Diffusion 1.5. Returns the files. Raises InputError without a network, and
     for a download whose SHA-256 is not the known one.
     """
     try:
@@ -289,9 +297,9 @@ def fetch_voc_sd15(folder: str | Path | None = None, url: str = VOC_SD15_URL) ->
             data = answer.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
-        raise ValueError(f"The published tokens cannot be fetched from {url} ({reason}); is there a network?") from None
+        raise InputError(f"The published tokens cannot be fetched from {url} ({reason}); is there a network?") from None
     if hashlib.sha256(data).hexdigest() != VOC_SD15_SHA256:
-        raise ValueError(f"What came from {url} is not the file that was published; nothing was imported.")
+        raise InputError(f"What came from {url} is not the file that was published; nothing was imported.")
     with tempfile.TemporaryDirectory() as work:
         file = Path(work) / "tokens_VOC.npy"
         file.write_bytes(data)
@@ -303,99 +311,14 @@ def fetch_voc_sd15(folder: str | Path | None = None, url: str = VOC_SD15_URL) ->
 def export_npy(token: Token, path: str | Path, name: str | None = None) -> Path:
     """Writes one class's row as a plain float32 `[1, E]` `.npy`, as Grounded Diffusion's and DatasetDM's scripts take.
 
-    name: the class, needed only where the token has several. Raises ValueError for a class that it does not have.
+    name: the class, needed only where the token has several. Raises InputError for a class that it does not have.
     """
     if name is None and len(token.names) > 1:
-        raise ValueError(f"The token has the classes {', '.join(token.names)}; say which one to export.")
+        raise InputError(f"The token has the classes {', '.join(token.names)}; say which one to export.")
     name = name or token.names[0]
     if name not in token.names:
-        raise ValueError(f"The token has no class '{name}'; choose among {', '.join(token.names)}.")
+        raise InputError(f"The token has no class '{name}'; choose among {', '.join(token.names)}.")
     row = token.embedding[token.classes.index(name)]
     buffer = io.BytesIO()
     np.save(buffer, row[None].detach().to("cpu", torch.float32).numpy(), allow_pickle=False)
     return _write(Path(path), buffer.getvalue())
-
-
-def _read_npy(data: bytes, name: str) -> np.ndarray | dict[str, np.ndarray]:
-    file = io.BytesIO(data)
-    try:
-        version = np.lib.format.read_magic(file)
-        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, fortran, dtype = readers[version](file)
-    except Exception:  # a literal_eval of a stranger's header has many ways to fail
-        raise ValueError(f"'{name}' is not a whole NumPy file (.npy).") from None
-    if not dtype.hasobject:
-        return _array(shape, fortran, dtype, data[file.tell() :], name)
-    try:
-        content = _NumbersOnly(file).load()
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"'{name}' is refused: {' '.join(str(error).split()).rstrip('.')}.") from None
-    except Exception:
-        raise ValueError(f"'{name}' is not a whole NumPy file of a dictionary of arrays.") from None
-    content = getattr(content, "value", content)
-    if not isinstance(content, dict) or not content:
-        raise ValueError(f"'{name}' holds neither an array nor a dictionary of arrays of numbers.")
-    if len(content) > MAX_ROWS or not all(isinstance(x, str) for x in content):
-        raise ValueError(f"'{name}' must hold at most {MAX_ROWS} arrays, each under the name of its class.")
-    values = {key: getattr(stub, "value", None) for key, stub in content.items()}
-    if not all(isinstance(value, np.ndarray) for value in values.values()):
-        raise ValueError(f"'{name}' holds something other than arrays of numbers.")
-    return values
-
-
-def _array(shape: Any, fortran: bool, dtype: np.dtype, raw: bytes, name: str) -> np.ndarray:
-    """Checked before anything is allocated: the header's shape is a stranger's."""
-    if dtype.kind not in "fiu" or not isinstance(raw, bytes) or len(shape) > 2 or min(shape, default=1) < 1:
-        raise ValueError(f"'{name}' must hold arrays of numbers of one or two dimensions.")
-    if math.prod(shape) * dtype.itemsize != len(raw):
-        raise ValueError(f"'{name}' is not whole: its numbers do not fill the shape {list(shape)}.")
-    return np.frombuffer(raw, dtype).reshape(shape, order="F" if fortran else "C")
-
-
-class _Dtype:
-    """Stands for numpy.dtype while unpickling: remembers its code and byte order."""
-
-    def __init__(self, code: str, *_: Any):
-        if not isinstance(code, str) or not re.fullmatch(r"[fiu][1248]|O8?", code):
-            raise pickle.UnpicklingError("it holds something other than numbers")
-        self.code, self.order = code, "="
-
-    def __setstate__(self, state: tuple) -> None:
-        self.order = {"<": "<", ">": ">"}.get(state[1], "=")
-
-
-class _Array:
-    """Stands for numpy.ndarray and its maker while unpickling. `value`: the array, or an object array's one content.
-
-    NumPy's own `__setstate__` is C code that trusts what it is given; this one does not.
-    """
-
-    def __init__(self, *_: Any):
-        self.value: Any = None
-
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, dtype, fortran, raw = state
-        if dtype.code.startswith("O"):  # np.save wraps a dictionary in an array of one object
-            self.value = raw[0] if shape == () and len(raw) == 1 else None
-        else:
-            self.value = _array(shape, bool(fortran), np.dtype(dtype.order + dtype.code), raw, "the pickle")
-
-
-# The names that a pickled array of numbers needs, of NumPy 1 and 2.
-KNOWN = {
-    ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): _Dtype,
-    ("numpy.core.multiarray", "_reconstruct"): _Array,
-    ("numpy._core.multiarray", "_reconstruct"): _Array,
-}
-
-
-class _NumbersOnly(pickle.Unpickler):
-    """Gives harmless stand-ins for the names of KNOWN, and refuses every other."""
-
-    def find_class(self, module: str, name: str) -> type:
-        try:
-            return KNOWN[module, name]
-        except KeyError:
-            asked = f"{module}.{name}"[:80]
-            raise pickle.UnpicklingError(f"it asks for {asked!a}, and only arrays of numbers are read") from None

@@ -16,10 +16,11 @@ from typing import Any
 import gradio as gr
 import torch
 
-from ovam_core.generate import GenerateSettings, Generation, Maps, MapSettings, Stopped, ask, generate
-from ovam_core.goca import record_goca
-from ovam_core.memory import is_out_of_memory, short_memory_says
-from ovam_core.photo import PhotoSettings, photograph
+from ovam_core.errors import InputError, Stopped, is_out_of_memory, out_of_memory_as
+from ovam_core.hooks.goca_recorder import record_goca
+from ovam_core.ovam import ask, generate, photograph
+from ovam_core.picture import Generation, Maps
+from ovam_core.settings import GenerateSettings, MapSettings, PhotoSettings
 
 from .jobs import LOCAL, Jobs, limits
 from .shelf import Shelf
@@ -35,7 +36,7 @@ NO_MEMORY = "The device has too little memory for this: choose a smaller size, o
 
 
 def problem(error: Exception) -> gr.Error:
-    """A ValueError of ours as a message of the page; gradio renders HTML, and the sentence may quote the visitor."""
+    """An InputError as a message of the page; gradio renders HTML, and the sentence may quote the visitor."""
     return gr.Error(html.escape(str(error), quote=False), print_exception=False)
 
 
@@ -79,7 +80,7 @@ def serves_goca(pipe: Any) -> bool:
     """Whether GoCA's pass can be recorded with this model."""
     try:
         record_goca(pipe)
-    except ValueError:
+    except InputError:
         return False
     return True
 
@@ -106,7 +107,7 @@ class Desk:
         progress: gr.Progress,
         branch: str = "conditional",
     ) -> Generation:
-        """Generates as a part of `work`, whose stop flag ends it. Raises Stopped, ValueError."""
+        """Generates as a part of `work`, whose stop flag ends it. Raises Stopped, InputError."""
         stop = self.flag(request, work)
         try:
             return self._drive(
@@ -123,7 +124,7 @@ class Desk:
             self.end(request, work, stop)
 
     def look(self, file: str, settings: PhotoSettings, work: str, request: gr.Request) -> Generation:
-        """Records a photograph. Raises Stopped, ValueError."""
+        """Records a photograph. Raises Stopped, InputError."""
         stop = self.flag(request, work)
         try:
             if stop.is_set():  # while it waited; the passes themselves are short
@@ -142,13 +143,13 @@ class Desk:
                     raise  # else the frames that hold its tensors are gone with it
             self.store.clear()
             torch.cuda.empty_cache()
-            with short_memory_says(NO_MEMORY):
+            with out_of_memory_as(NO_MEMORY):
                 return work()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """The model to oneself. Raises ValueError where memory is short."""
-        with self.driving, short_memory_says(NO_MEMORY):
+        """The model to oneself. Raises InputError where memory is short."""
+        with self.driving, out_of_memory_as(NO_MEMORY):
             yield
 
     def keep(self, made: Generation, request: gr.Request) -> str:
@@ -158,12 +159,12 @@ class Desk:
     def find(self, key: str | None) -> Generation:
         made = self.store.get(key)
         if made is None:
-            raise ValueError(NO_IMAGE)
+            raise InputError(NO_IMAGE)
         return made
 
     def answer(self, made: Generation, asked: MapSettings) -> Maps:
-        """Maps and masks. Raises ValueError."""
-        with short_memory_says("The device has too little memory for this: ask for fewer words, or fewer steps."):
+        """Maps and masks. Raises InputError."""
+        with out_of_memory_as("The device has too little memory for this: ask for fewer words, or fewer steps."):
             return ask(self.pipe, made, asked)
 
     def stop(self, request: gr.Request, *works: str) -> None:

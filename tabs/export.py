@@ -16,13 +16,24 @@ import gradio as gr
 from PIL import Image
 
 from ovam_core import plot
-from ovam_core.dataset import read_labels
-from ovam_core.export import ExportSettings, Progress, Summary, duration, export, plan
-from ovam_core.filters import Filters
-from ovam_core.generate import MAX_SEED, MAX_STEPS
-from ovam_core.pipeline import defaults_for
-from ovam_core.plot import VOC_CLASSES
-from ovam_core.prompts import KINDS, Prompt, Work, class_list, parse_prompts, read_prompts, template_prompts, work_list
+from ovam_core.checks import MAX_SEED
+from ovam_core.data.export import ExportSettings, Progress, Summary, duration, export, plan
+from ovam_core.data.filters import Filters
+from ovam_core.data.formats import read_labels
+from ovam_core.data.prompts import (
+    KINDS,
+    Prompt,
+    Work,
+    class_list,
+    parse_prompts,
+    read_prompts,
+    template_prompts,
+    work_list,
+)
+from ovam_core.data.voc import VOC_CLASSES
+from ovam_core.errors import InputError
+from ovam_core.models.presets import defaults_for
+from ovam_core.settings import MAX_STEPS
 
 from .beside import beside
 from .desk import QUIET, Desk, only_lists, only_numbers, problem, visitor
@@ -44,7 +55,7 @@ EXAMPLE = "A cat and a dog on grass\nA bus next to a bicycle on a road\nA sofa a
 def prompts_of(
     way: str, template: str, names: list[str], text: str, file: str | None
 ) -> tuple[list[Prompt], tuple | None]:
-    """The prompts and the class list (None: those that the prompts name). Raises ValueError, one sentence."""
+    """The prompts and the class list (None: those that the prompts name). Raises InputError, one sentence."""
     classes = class_list(", ".join(names)) if names else None
     if way == TEMPLATE:
         classes = classes or tuple(VOC_CLASSES)
@@ -52,20 +63,20 @@ def prompts_of(
     if file:
         return read_prompts(file), classes
     if not (text or "").strip():
-        raise ValueError("There are no prompts; paste some, one a line, or upload a file.")
+        raise InputError("There are no prompts; paste some, one a line, or upload a file.")
     if len(text) > MAX_TEXT:
-        raise ValueError(
+        raise InputError(
             f"The prompts have {len(text):,} characters; at most {MAX_TEXT:,} can be pasted, upload a file."
         )
     return parse_prompts(text), classes
 
 
 def within(limits: Limits, prompts: list[Prompt], images_per_prompt: Any) -> None:
-    """Raises ValueError where one visitor asks for too much."""
+    """Raises InputError where one visitor asks for too much."""
     if len(prompts) > limits.prompts:
-        raise ValueError(f"{len(prompts):,} prompts are too many here; at most {limits.prompts:,}.")
+        raise InputError(f"{len(prompts):,} prompts are too many here; at most {limits.prompts:,}.")
     if isinstance(images_per_prompt, int) and len(prompts) * images_per_prompt > limits.images:
-        raise ValueError(f"{len(prompts) * images_per_prompt:,} images are too many here; at most {limits.images:,}.")
+        raise InputError(f"{len(prompts) * images_per_prompt:,} images are too many here; at most {limits.images:,}.")
 
 
 def described(work: Work, settings: ExportSettings, token_bytes: list[bytes]) -> str:
@@ -302,7 +313,7 @@ class ExportTab:
     ):
         """Work and settings; everything that can be wrong is said here."""
         if not all(isinstance(name, str) for name in names or ()):
-            raise ValueError("The classes are no list of names; write each as text.")
+            raise InputError("The classes are no list of names; write each as text.")
         prompts, wanted = prompts_of(chosen, pattern, names or [], pasted, uploaded)
         within(self.limits, prompts, whole(images))
         settings = ExportSettings.for_model(
@@ -315,7 +326,7 @@ class ExportTab:
         settings.validate(self.pipe)
         work = work_list(prompts, wanted, whole(images), whole(first), check=settings.check(self.pipe))
         if len(work.items) > self.limits.images:
-            raise ValueError(f"{len(work.items):,} images are too many here; at most {self.limits.images:,}.")
+            raise InputError(f"{len(work.items):,} images are too many here; at most {self.limits.images:,}.")
         if ask_by == TOKENS and self.desk.shelf.names(owner):  # copies, which `forget` takes away
             copies = self.desk.shelf.folder(owner, Path(tempfile.mkdtemp(prefix="ovam-shelf-")))
             settings = replace(settings, tokens=str(copies))
@@ -325,7 +336,7 @@ class ExportTab:
         try:
             work, settings = self.asked(visitor(request), *values)
             forget(settings)
-        except ValueError as error:
+        except InputError as error:
             raise problem(error) from None
         self.desk.begin(request, WORK)
         return gr.Button(interactive=False), gr.Button(interactive=True), "", bar(0, len(work.items), 0, 0.0)
@@ -340,7 +351,7 @@ class ExportTab:
             folder = self.desk.jobs.folder(owner, described(work, settings, bodies))
             planned = plan(self.pipe, work, settings, folder)
             if planned.largest_bytes > self.limits.megabytes * 1e6:
-                raise ValueError(
+                raise InputError(
                     f"This would be up to {planned.largest_bytes / 1e6:,.0f} MB; at most {self.limits.megabytes:,} here."
                 )
             should_stop = lambda: stop.is_set() or out_of_time()  # noqa: E731
@@ -363,7 +374,7 @@ class ExportTab:
                 ended(summary, time.monotonic() - begun, over),
                 gr.DownloadButton(value=packed and str(packed), interactive=packed is not None),
             )
-        except ValueError as error:
+        except InputError as error:
             raise problem(error) from None
         finally:
             stop.set()  # a visitor who left ends the export too

@@ -15,28 +15,25 @@ import numpy as np
 from PIL import Image
 
 from ovam_core import plot
-from ovam_core.families import family_of
-from ovam_core.generate import (
+from ovam_core.checks import MAX_SEED
+from ovam_core.errors import InputError, Stopped
+from ovam_core.methods import ALL_METHODS, OVAM, GocaMethod, method_named
+from ovam_core.models.families import family_of
+from ovam_core.models.load import not_learned
+from ovam_core.models.presets import ModelDefaults, defaults_for
+from ovam_core.ovam import attributions, branch_for, check_served
+from ovam_core.picture import Generation, Maps, save_zip
+from ovam_core.query import parse_words
+from ovam_core.settings import (
     MAX_GUIDANCE,
-    MAX_SEED,
     MAX_STEPS,
     MAX_TOKENS,
     MIN_SIDE,
     GenerateSettings,
-    Generation,
-    Maps,
     MapSettings,
-    Stopped,
-    attributions,
-    branch_for,
-    check_served,
+    PhotoSettings,
     parse_numbers,
-    save_zip,
 )
-from ovam_core.methods import ALL_METHODS, OVAM, GocaMethod, method_named
-from ovam_core.photo import PhotoSettings
-from ovam_core.pipeline import ModelDefaults, defaults_for, not_learned
-from ovam_core.text import parse_words
 from ovam_core.tokens import SUFFIX, attribution, last_part, load
 
 from .desk import NO_IMAGE, PRIVATE, QUIET, Desk, only_lists, only_numbers, problem, visitor
@@ -449,7 +446,7 @@ class GenerateTab:
     def asked_for(self, made: Generation | None, request: gr.Request, *values) -> MapSettings:
         *others, names, chosen = values
         if not isinstance(names, (list, tuple, type(None))):
-            raise ValueError("The tokens are no list of names; choose them from the list.")
+            raise InputError("The tokens are no list of names; choose them from the list.")
         files = [self.desk.shelf.path(visitor(request), name) for name in names or ()]
         return for_tokens(map_settings(made, *others, files, chosen), self.defaults)
 
@@ -518,7 +515,7 @@ class GenerateTab:
             check_served(self.pipe, asked, settings)
             attributions(self.pipe, asked)
             branch_for(asked)
-        except ValueError as error:
+        except InputError as error:
             raise problem(error) from None
         self.desk.begin(request, WORK)
         return gr.Button(interactive=False), gr.Button(interactive=True), ""
@@ -532,7 +529,7 @@ class GenerateTab:
                 made = self.desk.draw(settings, WORK, request, progress, branch_for(asked))
         except Stopped as stopped:
             return gr.skip(), gr.skip(), html.escape(str(stopped)), gr.skip()
-        except ValueError as error:
+        except InputError as error:
             raise problem(error) from None
         return self.desk.keep(made, request), shrunk(made.image), image_facts(made), gr.Button(interactive=True)
 
@@ -600,7 +597,7 @@ class GenerateTab:
                 *others,
                 strangers(self.pipe, made.settings.caption, *asked.words),
             )
-        except ValueError as error:
+        except InputError as error:
             return *[gr.skip()] * 4, html.escape(str(error))
 
     def rules(self, chosen):
@@ -630,7 +627,7 @@ class GenerateTab:
             token = load(file)
             attribution(self.pipe, token)
             name = self.desk.shelf.add(visitor(request), token)
-        except ValueError as error:
+        except InputError as error:
             raise problem(error) from None
         if (made_with := last_part(token.model)) != last_part(self.pipe.ovam_name):
             gr.Warning(
@@ -645,7 +642,7 @@ class GenerateTab:
             made = self.desk.find(made_key)
             asked = self.asked_for(made, request, *values)
             maps = self.desk.answer(made, asked)
-        except ValueError as error:
+        except InputError as error:
             raise problem(error) from None
         return str(save_zip(self.desk.zip_folder(request) / zip_name(made), made, maps, asked))
 
@@ -684,7 +681,7 @@ class GenerateTab:
         try:
             settings = image_settings(prompt, negative_prompt, seed, steps, guidance, width, height)
             made = self.desk.draw(settings, WORK, request, progress)
-        except (ValueError, Stopped) as error:
+        except (InputError, Stopped) as error:
             raise problem(error) from None
         return self.desk.keep(made, request), made.image, image_facts(made)
 
@@ -694,11 +691,11 @@ class GenerateTab:
         try:
             asked = MapSettings(words=tuple(parse_words(words)) if words else ())
             if not (caption or asked.words):
-                raise ValueError("There is neither a caption nor a word to make one of; give one of them.")
+                raise InputError("There is neither a caption nor a word to make one of; give one of them.")
             settings = photo_settings(self.pipe, caption, timesteps, seed, asked)
             check_photo(self.pipe, photo, settings)
             made = self.desk.look(photo, settings, WORK, request)
-        except (ValueError, Stopped) as error:
+        except (InputError, Stopped) as error:
             raise problem(error) from None
         return self.desk.keep(made, request), shrunk(made.image), image_facts(made)
 
@@ -714,5 +711,5 @@ class GenerateTab:
             made = self.desk.find(made_key)
             asked = self.asked_for(made, request, words, sentence, tau, alpha, crf, steps, grids, tokens, method)
             return self.answers_of(made, asked)
-        except ValueError as error:
+        except InputError as error:
             raise problem(error) from None

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ovam_core.dataset import zip_folder
+from ovam_core.data.formats import zip_folder
 
 
 @dataclass(frozen=True)

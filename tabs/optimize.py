@@ -14,31 +14,17 @@ import torch
 from PIL import Image
 
 from ovam_core import plot
-from ovam_core.annotated import check_begun, photo_target, token_of
-from ovam_core.evaluate import confusion, iou
-from ovam_core.generate import (
-    MAX_PROMPT,
-    MAX_SEED,
-    GenerateSettings,
-    Generation,
-    Maps,
-    MapSettings,
-    Stopped,
-    branch_for,
-)
-from ovam_core.heatmap import heatmaps
-from ovam_core.optimize import (
-    IGNORE,
-    RECIPES,
-    Epoch,
-    Optimized,
-    OptimizeSettings,
-    initial_embedding,
-    optimize,
-    read_mask,
-)
-from ovam_core.photo import PhotoSettings
-from ovam_core.recorder import own_choice
+from ovam_core.attention.heatmap import heatmaps
+from ovam_core.checks import MAX_PROMPT, MAX_SEED
+from ovam_core.data.annotated import check_begun, photo_target, token_of
+from ovam_core.data.metrics import confusion, iou
+from ovam_core.errors import InputError, Stopped
+from ovam_core.io.masks import IGNORE, read_mask
+from ovam_core.models.presets import own_choice
+from ovam_core.optimization import RECIPES, Epoch, Optimized, OptimizeSettings, initial_embedding, optimize
+from ovam_core.ovam import branch_for
+from ovam_core.picture import Generation, Maps
+from ovam_core.settings import GenerateSettings, MapSettings, PhotoSettings
 
 from .beside import beside
 from .desk import PRIVATE, QUIET, Desk, only_numbers, problem, visitor
@@ -68,10 +54,10 @@ HINTS = {
 def painted_mask(layers: list[Image.Image], way: str, size: tuple[int, int]) -> np.ndarray:
     """What was painted over the picture, as labels uint8 [H, W] at its true `size` (H, W): 0, 1, and 255 for bare strokes.
 
-    layers: RGBA, any scale of the same shape. Raises ValueError where nothing, or everything, is painted.
+    layers: RGBA, any scale of the same shape. Raises InputError where nothing, or everything, is painted.
     """
     if not layers:
-        raise ValueError("Nothing is painted yet; paint over the object in the picture.")
+        raise InputError("Nothing is painted yet; paint over the object in the picture.")
     drawn = Image.new("RGBA", layers[0].size)
     for layer in layers:
         drawn.alpha_composite(layer.convert("RGBA"))
@@ -86,7 +72,7 @@ def painted_mask(layers: list[Image.Image], way: str, size: tuple[int, int]) -> 
     marks.putpalette([value for color in ("#000000", OBJECT) for value in _rgb(color)])
     if not (labels == 1).any() or not (labels == 0).any():
         missing = "object (orange)" if not (labels == 1).any() else "background (blue)"
-        raise ValueError(f"No stroke marks the {missing}; draw at least one of each colour.")
+        raise InputError(f"No stroke marks the {missing}; draw at least one of each colour.")
     return read_mask(marks, size)
 
 
@@ -98,30 +84,30 @@ def read_any(way: str, canvas: dict | None, file: str | None, size: tuple[int, i
     """The mask by whichever way it was given."""
     if way == UPLOAD:
         if not file:
-            raise ValueError("There is no mask file yet; upload one, or paint the object instead.")
+            raise InputError("There is no mask file yet; upload one, or paint the object instead.")
         return read_mask(file, size)
     return painted_mask([layer for layer in (canvas or {}).get("layers", []) if layer is not None], way, size)
 
 
 def class_name(text: str) -> str:
-    """One clean class name. Raises ValueError for none, and for one that no text encoder could read."""
+    """One clean class name. Raises InputError for none, and for one that no text encoder could read."""
     name = " ".join((text or "").split())
     if not name:
-        raise ValueError("The class has no name; write one, for example: cat.")
+        raise InputError("The class has no name; write one, for example: cat.")
     if len(name) > 60 or "," in name:
-        raise ValueError("The class name is not a name: give one word or a short phrase, without commas.")
+        raise InputError("The class name is not a name: give one word or a short phrase, without commas.")
     return name
 
 
 def search_settings(recipe: str, epochs: Any, rate: Any) -> OptimizeSettings:
-    """Recipe with its epochs and rate changed; ValueError where the server does not go along."""
+    """Recipe with its epochs and rate changed; InputError where the server does not go along."""
     if recipe not in RECIPES:
-        raise ValueError(f"There is no recipe '{str(recipe)[:40]}'; choose {' or '.join(RECIPES)}.")
+        raise InputError(f"There is no recipe '{str(recipe)[:40]}'; choose {' or '.join(RECIPES)}.")
     epochs = whole(epochs)
     if not isinstance(epochs, int) or not 1 <= epochs <= MAX_EPOCHS:
-        raise ValueError(f"The number of epochs is {epochs}; choose a whole number from 1 to {MAX_EPOCHS}.")
+        raise InputError(f"The number of epochs is {epochs}; choose a whole number from 1 to {MAX_EPOCHS}.")
     if not isinstance(rate, (int, float)):
-        raise ValueError("The learning rate is not a number.")
+        raise InputError("The learning rate is not a number.")
     settings = replace(RECIPES[recipe], epochs=epochs, rate=float(rate))
     settings.validate()
     return settings
@@ -453,7 +439,7 @@ class OptimizeTab:
     def take_picture(self, first_key):
         try:
             return self.show(first_key, self.desk.find(first_key))
-        except ValueError as error:
+        except InputError as error:
             raise problem(error) from None
 
     def take_if_none(self, own_key, first_key):
@@ -465,7 +451,7 @@ class OptimizeTab:
             settings = GenerateSettings.for_model(self.desk.pipe, text or "", seed=whole(number))
             made = self.desk.draw(settings, PICTURE, request, progress)
             return self.show(self.desk.keep(made, request), made)
-        except (ValueError, Stopped) as error:
+        except (InputError, Stopped) as error:
             raise problem(error) from None
 
     def read_photograph(self, file, *about_and_class):
@@ -477,7 +463,7 @@ class OptimizeTab:
     def check_photograph(self, request: gr.Request, *values):
         try:
             self.read_photograph(*values)
-        except ValueError as error:
+        except InputError as error:
             raise problem(error) from None
         self.desk.begin(request, PICTURE)
 
@@ -485,7 +471,7 @@ class OptimizeTab:
         try:
             made = self.desk.look(values[0], self.read_photograph(*values), PICTURE, request)
             return self.show(self.desk.keep(made, request), made)
-        except (ValueError, Stopped) as error:
+        except (InputError, Stopped) as error:
             raise problem(error) from None
 
     # ---- the mask and the search
@@ -550,7 +536,7 @@ class OptimizeTab:
         try:
             made, labels, called, _ = self.understood(*values)
             initial_embedding(self.desk.pipe, [called])
-        except ValueError as error:
+        except InputError as error:
             raise problem(error) from None
         self.desk.begin(request, WORK)
         return gr.Button(interactive=False), gr.Button(interactive=True), "", given_mask(made.image, labels)
@@ -583,7 +569,7 @@ class OptimizeTab:
                 gr.Dropdown(choices=self.desk.shelf.names(owner)),
                 gr.Button(interactive=True),
             )
-        except ValueError as error:
+        except InputError as error:
             raise problem(error) from None
 
     def stop_work(self, request: gr.Request):
@@ -612,7 +598,7 @@ class OptimizeTab:
                 settings, PICTURE, request, progress, branch_for(asked)
             )  # looked at once, so not kept
             maps = self.desk.answer(made, asked)
-        except (ValueError, Stopped) as error:
+        except (InputError, Stopped) as error:
             raise problem(error) from None
         pair, cut = versus(made.image, maps)
         return [
@@ -658,5 +644,5 @@ class OptimizeTab:
             label = self.desk.shelf.add(visitor(request), token_of([made], [called], found, settings))
             line = f"loss {found.losses[0]:.4f} to {found.loss:.4f} in {found.epochs} epochs, {found.seconds:.1f} s"
             return str(self.desk.shelf.path(visitor(request), label)), line
-        except ValueError as error:
+        except InputError as error:
             raise problem(error) from None

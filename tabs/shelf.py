@@ -8,7 +8,8 @@ import threading
 from pathlib import Path
 
 from ovam_core import tokens
-from ovam_core.generate import slugs
+from ovam_core.errors import InputError
+from ovam_core.io.names import slugs
 
 PER_VISITOR = 40
 
@@ -30,13 +31,13 @@ class Shelf:
     def add(self, owner: str, token: tokens.Token) -> str:
         """Keeps a token for a visitor; returns its name. One of the same class takes the place of the earlier one.
 
-        Raises ValueError where the visitor has PER_VISITOR already.
+        Raises InputError where the visitor has PER_VISITOR already.
         """
         name = f"{', '.join(token.names)[:60]} · yours"
         with self._lock:
             own = self._own.setdefault(owner, {})
             if name not in own and len(own) >= PER_VISITOR:
-                raise ValueError(
+                raise InputError(
                     f"There are {PER_VISITOR} tokens of yours here already; reload the page to begin anew."
                 )
             if owner not in self._folders:
@@ -59,11 +60,11 @@ class Shelf:
         return target
 
     def path(self, owner: str, name: str) -> Path:
-        """Raises ValueError for a name that is not on this visitor's shelf: a client can send any."""
+        """Raises InputError for a name that is not on this visitor's shelf: a client can send any."""
         with self._lock:
             found = {**self.shipped, **self._own.get(owner, {})}.get(str(name))
         if found is None:
-            raise ValueError(f"There is no token '{str(name)[:60]}' here (any more); choose one of the list.")
+            raise InputError(f"There is no token '{str(name)[:60]}' here (any more); choose one of the list.")
         return found
 
     def drop_owner(self, owner: str) -> None:

@@ -7,8 +7,12 @@ from typing import Any
 
 import gradio as gr
 
-from ovam_core.generate import MAX_PROMPT, MAX_SEED, MapSettings, parse_numbers
-from ovam_core.photo import TIMESTEPS, PhotoSettings, check_kind, default_caption, fitted_size, read_photo
+from ovam_core.checks import MAX_PROMPT, MAX_SEED
+from ovam_core.errors import InputError
+from ovam_core.hooks.photograph import TIMESTEPS, check_kind, fitted_size
+from ovam_core.io.pictures import read_photo
+from ovam_core.ovam import default_caption
+from ovam_core.settings import MapSettings, PhotoSettings, parse_numbers
 
 MAX_UPLOAD_MB = 20  # of any file
 
@@ -17,7 +21,7 @@ def takes_photographs(pipe: Any) -> bool:
     """Whether the upload is offered with this model."""
     try:
         check_kind(pipe)
-    except ValueError:
+    except InputError:
         return False
     return True
 
@@ -80,10 +84,10 @@ def photo_settings(pipe: Any, caption: str, timesteps: str, seed: Any, asked: Ma
 
 
 def check_photo(pipe: Any, file: str | None, settings: PhotoSettings) -> None:
-    """Raises ValueError, one sentence, for whatever would keep the photograph from being recorded."""
+    """Raises InputError, one sentence, for whatever would keep the photograph from being recorded."""
     if not file:
-        raise ValueError("There is no photograph yet; upload one.")
+        raise InputError("There is no photograph yet; upload one.")
     if not Path(file).is_file():
-        raise ValueError("The photograph is not on the server any more; upload it again.")
+        raise InputError("The photograph is not on the server any more; upload it again.")
     settings.validate(pipe)
     fitted_size(pipe, read_photo(file))

@@ -11,10 +11,10 @@ import torch
 from conftest import make_pipe
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
-from ovam_core import export as export_module
-from ovam_core.export import ExportSettings, Process, export
-from ovam_core.filters import Filters
-from ovam_core.prompts import Prompt, work_list
+from ovam_core.data.export import ExportSettings, export
+from ovam_core.data.filters import Filters
+from ovam_core.data.prompts import Prompt, work_list
+from ovam_core.data.runs import Process
 
 
 def small_pipe() -> StableDiffusionPipeline:
@@ -69,7 +69,7 @@ def run(out: Path, workers: int = 0, largest_file: int | None = None, begun=None
     if largest_file is not None:  # what a full disk looks like: writes fail midway
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     # A fork server of the child's own would import everything again; a child has no threads to lose in a fork.
-    export_module._context = lambda: multiprocessing.get_context("fork")
+    _context = lambda: multiprocessing.get_context("fork")
     if begun is not None:
         begun.set()
     try:

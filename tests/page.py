@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import app
-from ovam_core.pipeline import load_pipeline
+from ovam_core.models.load import load_pipeline
 
 ARTIFACTS = Path(__file__).parent / "artifacts"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

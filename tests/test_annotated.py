@@ -14,24 +14,14 @@ from PIL import Image
 import ovam_core.__main__ as command_line
 from ovam_core import tokens
 from ovam_core.__main__ import main
-from ovam_core.annotated import Example, by_class, check_same, learn, learn_apart, read_folder
-from ovam_core.generate import (
-    GenerateSettings,
-    MapSettings,
-    ask,
-    branch_for,
-    generate,
-    load_settings,
-)
-from ovam_core.optimize import (
-    RECIPES,
-    OptimizeSettings,
-    initial_embedding,
-    optimize,
-    read_mask,
-)
-from ovam_core.pipeline import load_pipeline
-from ovam_core.recorder import own_choice
+from ovam_core.data.annotated import Example, by_class, check_same, learn, learn_apart, read_folder
+from ovam_core.io.masks import read_mask
+from ovam_core.models.load import load_pipeline
+from ovam_core.models.presets import own_choice
+from ovam_core.optimization import RECIPES, OptimizeSettings, initial_embedding, optimize
+from ovam_core.ovam import ask, branch_for, generate
+from ovam_core.picture import load_settings
+from ovam_core.settings import GenerateSettings, MapSettings
 from ovam_core.tokens import Token
 
 QUICK = ["--model", "emoji-voc", "--device", "cpu"]

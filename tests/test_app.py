@@ -16,7 +16,7 @@ from page import set_steps, shoot, sources
 from PIL import Image
 
 import app
-from ovam_core.generate import MapSettings
+from ovam_core.settings import MapSettings
 from tabs.desk import NO_IMAGE
 from tabs.generate import EXAMPLES, grid_name, grid_names, map_settings
 from tabs.store import Store
@@ -232,7 +232,8 @@ def test_a_model_that_does_not_exist_is_no_reason_for_another(monkeypatch, capsy
 
 
 def test_examples_work(pipe):
-    from ovam_core.generate import GenerateSettings, attributions
+    from ovam_core.ovam import attributions
+    from ovam_core.settings import GenerateSettings
 
     assert len(EXAMPLES) == 3
     for prompt, words in EXAMPLES:

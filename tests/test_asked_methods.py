@@ -12,9 +12,11 @@ from PIL import Image
 
 from ovam_core import ALL_METHODS, Seen, maps_and_masks, read_photo, record_goca, resize, tokens
 from ovam_core.__main__ import main
-from ovam_core.generate import GenerateSettings, MapSettings, ask, check_served, generate, load_settings, save
+from ovam_core.hooks.photograph import denoise, prepare
 from ovam_core.methods import ATTN2MASK, DAAM, OVAM, WeightedMethod
-from ovam_core.photo import PhotoSettings, denoise, photograph, prepare
+from ovam_core.ovam import ask, check_served, generate, photograph
+from ovam_core.picture import load_settings, save
+from ovam_core.settings import GenerateSettings, MapSettings, PhotoSettings
 
 PROMPT = "a photograph of the cat and a red bus"
 SIDES = {"width": 64, "height": 64}

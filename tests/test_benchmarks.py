@@ -12,14 +12,14 @@ from PIL import Image
 from benchmarks import optimize as optimize_table
 from benchmarks import quality, rendered
 from ovam_core import tokens
-from ovam_core.evaluate import confusion
-from ovam_core.heatmap import attribute, resize
-from ovam_core.mask import make_masks
-from ovam_core.optimize import initial_embedding
-from ovam_core.photo import record_image
-from ovam_core.pipeline import load_pipeline
-from ovam_core.recorder import own_choice
-from ovam_core.text import words_in_sentence
+from ovam_core.attention.heatmap import attribute, resize
+from ovam_core.attention.mask import make_masks
+from ovam_core.data.metrics import confusion
+from ovam_core.hooks.photograph import record_image
+from ovam_core.models.load import load_pipeline
+from ovam_core.models.presets import own_choice
+from ovam_core.optimization import initial_embedding
+from ovam_core.query import words_in_sentence
 from ovam_core.tokens import Token
 from training import annotated, backgrounds, world
 from training.nouns import VOC_CLASSES

@@ -16,21 +16,13 @@ import torch
 from PIL import Image
 
 from ovam_core.__main__ import main, parse_size
-from ovam_core.generate import (
-    GenerateSettings,
-    Generation,
-    MapSettings,
-    Stopped,
-    ask,
-    check_served,
-    generate,
-    load_settings,
-    parse_numbers,
-    save,
-    save_zip,
-    slugs,
-)
-from ovam_core.pipeline import defaults_for, load_pipeline
+from ovam_core.errors import Stopped
+from ovam_core.io.names import slugs
+from ovam_core.models.load import load_pipeline
+from ovam_core.models.presets import defaults_for
+from ovam_core.ovam import ask, check_served, generate
+from ovam_core.picture import Generation, load_settings, save, save_zip
+from ovam_core.settings import GenerateSettings, MapSettings, parse_numbers
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--model", "emoji-voc", "--device", "cpu", "--steps", "2"]

@@ -12,9 +12,10 @@ import torch
 
 import tabs.desk
 import tabs.optimize
-from ovam_core.generate import GenerateSettings, MapSettings
-from ovam_core.optimize import RECIPES
-from ovam_core.pipeline import defaults_for, load_pipeline
+from ovam_core.models.load import load_pipeline
+from ovam_core.models.presets import defaults_for
+from ovam_core.optimization import RECIPES
+from ovam_core.settings import GenerateSettings, MapSettings
 from tabs.desk import Desk
 from tabs.generate import for_tokens
 from tabs.store import Store

@@ -14,7 +14,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from ovam_core import attribute, own_choice, resize, tokens, words_in_sentence
-from ovam_core.pipeline import embedded_folder, load_pipeline, not_learned
+from ovam_core.models.load import embedded_folder, load_pipeline, not_learned
 from training import annotator, figures, world
 from training.annotated import generations
 from training.nouns import VOC_CLASSES

@@ -9,7 +9,7 @@ from PIL import Image
 from reference import generate
 
 from ovam_core import attribute, attribute_words, binary_masks, make_masks, record
-from ovam_core.evaluate import best_threshold, by_class, confusion, gain, interval, iou, miou, sweep, table
+from ovam_core.data.metrics import best_threshold, by_class, confusion, gain, interval, iou, miou, sweep, table
 from ovam_core.methods import ATTN2MASK, DAAM, METHODS, OVAM
 
 

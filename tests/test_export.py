@@ -23,15 +23,18 @@ import torch
 from export_child import CLASSES, PIPE, PROMPTS, SETTINGS, WORK, run
 from PIL import Image
 
-from ovam_core import dataset, tokens
-from ovam_core import export as export_module
+from ovam_core import tokens
 from ovam_core.__main__ import main
-from ovam_core.dataset import preview, read_labels, stem, zip_folder
-from ovam_core.export import ExportSettings, Process, batches_of, export, measure, plan
-from ovam_core.filters import Filters
+from ovam_core.data import export as export_module
+from ovam_core.data import runs as dataset
+from ovam_core.data.dataset import prepare, stem
+from ovam_core.data.export import ExportSettings, batches_of, export, measure, plan
+from ovam_core.data.filters import Filters
+from ovam_core.data.formats import preview, read_labels, write_parquet, zip_folder
+from ovam_core.data.prompts import Item, Prompt, work_list
+from ovam_core.data.runs import Process, cores
 from ovam_core.plot import VOC_PALETTE
-from ovam_core.prompts import Item, Prompt, work_list
-from ovam_core.text import attribute_words
+from ovam_core.query import attribute_words
 
 ROOT = Path(__file__).parent.parent
 TESTS = Path(__file__).parent
@@ -147,12 +150,12 @@ def test_parquet_shards(result, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "SHARD_ROWS", 3)
     for name in ("JPEGImages", "SegmentationClass"):
         (tmp_path / name).symlink_to(result / name)
-    dataset.write_parquet(tmp_path, rows)
+    write_parquet(tmp_path, rows)
     assert [path.name[:20] for path in sorted((tmp_path / "parquet").iterdir())] == [
         f"train-0000{n}-of-00003"[:20] for n in range(3)
     ]
     assert sum(pq.read_table(path).num_rows for path in (tmp_path / "parquet").iterdir()) == len(rows)
-    dataset.write_parquet(tmp_path, rows[:2])  # fewer rows: the old shards go
+    write_parquet(tmp_path, rows[:2])  # fewer rows: the old shards go
     assert len(list((tmp_path / "parquet").iterdir())) == 1
 
 
@@ -325,9 +328,7 @@ def test_a_worker_that_dies(result, tmp_path):
 def test_shares_of_several_processes(result, tmp_path):
     for ranks in (2, 3):
         out = tmp_path / str(ranks)
-        dataset.prepare(
-            out, export_module.fingerprint(PIPE, WORK, SETTINGS, export_module.questions(PIPE, WORK, SETTINGS))
-        )
+        prepare(out, export_module.fingerprint(PIPE, WORK, SETTINGS, export_module.questions(PIPE, WORK, SETTINGS)))
         seen = []
         for rank in reversed(range(ranks)):
             process = Process(rank, ranks)
@@ -778,4 +779,4 @@ def test_bad_input_is_one_sentence_and_status_2(case, model, tmp_path, capsys, m
 def test_defaults_of_the_model():
     settings = ExportSettings.for_model(PIPE, steps=None, crf=False)
     assert (settings.steps, settings.width, settings.batch_size, settings.crf) == (30, 128, 1, False)
-    assert settings.threads == export_module.cores()
+    assert settings.threads == cores()

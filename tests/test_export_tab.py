@@ -12,7 +12,7 @@ from page import set_number, shoot
 from PIL import Image
 
 import tabs.export as tab
-from ovam_core.prompts import Prompt
+from ovam_core.data.prompts import Prompt
 from tabs.beside import beside
 from tabs.export import OWN, TEMPLATE, bar, prompts_of, within
 from tabs.jobs import HOSTED, LOCAL, Jobs, Limits, limits

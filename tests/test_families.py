@@ -52,7 +52,6 @@ from ovam_core import (
     attribute_words,
     defaults_for,
     encode_padded,
-    families,
     heatmaps,
     initial_embedding,
     load_pipeline,
@@ -60,11 +59,13 @@ from ovam_core import (
     self_attention_map,
     token_strings,
 )
-from ovam_core import generate as images
-from ovam_core.families import family_of
-from ovam_core.generate import GenerateSettings, MapSettings, Stopped
-from ovam_core.optimize import OptimizeSettings, optimize
-from ovam_core.text import background_embedding
+from ovam_core import ovam as images
+from ovam_core.errors import Stopped
+from ovam_core.models import families
+from ovam_core.models.families import family_of
+from ovam_core.optimization import OptimizeSettings, optimize
+from ovam_core.query import background_embedding
+from ovam_core.settings import GenerateSettings, MapSettings
 
 PROMPT = "a photograph of the cat"
 WORDS = ("the", "cat", "car", "red", "bus", "of", "photograph", "a")

@@ -16,8 +16,10 @@ import pytest
 import torch
 from torch import nn
 
-from ovam_core import family, fused, heatmap
-from ovam_core.recorder import LayerQueries
+from ovam_core.attention import heatmap
+from ovam_core.attention.kernels import fused
+from ovam_core.attention.recording import LayerQueries
+from ovam_core.attention.self_attention import column_sums
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs CUDA")
@@ -206,7 +208,7 @@ def test_column_sums(monkeypatch, exact, heads, n, d, dtype, programs):
     found = []
     for by_kernels in (True, False):
         monkeypatch.setattr(fused, "serves_columns", lambda *given, by_kernels=by_kernels: by_kernels)
-        found.append(family.column_sums(query, key, d**-0.5))
+        found.append(column_sums(query, key, d**-0.5))
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
     assert found[0].max() > 2 * heads  # some pixels receive far more than others
 

@@ -12,24 +12,14 @@ from einops import rearrange
 from reference import Spy, generate, probabilities
 from test_families import MAKERS
 
-from ovam_core import (
-    attribute_sentence,
-    attribute_words,
-    encode_padded,
-    heatmaps,
-    record,
-    words_in_sentence,
-)
-from ovam_core.goca import (
+from ovam_core import attribute_sentence, attribute_words, encode_padded, heatmaps, record, words_in_sentence
+from ovam_core.attention.goca import (
     BLOCK_VALUES,
-    NOISE,
     Parts,
     SelfLayer,
     aggregate,
     attribute_weighted,
-    background_words,
     blur_size,
-    caption_words,
     cross_attention,
     gaussian_blur,
     goca,
@@ -37,17 +27,16 @@ from ovam_core.goca import (
     label_pixels,
     layer_map,
     layer_weights,
-    listed_words,
     min_max,
     propagate,
-    record_goca,
     reference_affinity,
-    reference_layer,
     rescale,
     resized_self_attention,
     token_scores,
 )
-from ovam_core.text import Attribution
+from ovam_core.attention.heatmap import Attribution
+from ovam_core.hooks.goca_recorder import NOISE, record_goca, reference_layer
+from ovam_core.query import background_words, caption_words, listed_words
 
 PROMPT = "a photograph of the cat"
 SIZE = (16, 24)

@@ -7,16 +7,8 @@ import torch
 import torch.nn.functional as F
 from reference import generate
 
-from ovam_core import (
-    Attribution,
-    attribute,
-    attribute_sentence,
-    attribute_words,
-    heatmap,
-    heatmaps,
-    record,
-    resize,
-)
+from ovam_core import Attribution, attribute, attribute_sentence, attribute_words, heatmaps, record, resize
+from ovam_core.attention import heatmap
 
 
 @pytest.fixture(scope="module")

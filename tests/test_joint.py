@@ -52,12 +52,12 @@ from ovam_core import (
     token_strings,
     tokens,
 )
-from ovam_core import generate as images
+from ovam_core import ovam as images
 from ovam_core.__main__ import main
-from ovam_core.families import family_of
-from ovam_core.generate import GenerateSettings, MapSettings
-from ovam_core.goca import record_goca
-from ovam_core.optimize import OptimizeSettings, optimize
+from ovam_core.hooks.goca_recorder import record_goca
+from ovam_core.models.families import family_of
+from ovam_core.optimization import OptimizeSettings, optimize
+from ovam_core.settings import GenerateSettings, MapSettings
 
 PROMPT = "a photograph of the cat"
 IMAGE, GRID = (32, 48), (8, 12)
@@ -671,8 +671,8 @@ def test_gradient_of_few_values_at_a_time(name, monkeypatch):
         return x.grad
 
     whole = gradient()
-    monkeypatch.setattr("ovam_core.heatmap.BLOCK_VALUES", {"cpu": 2 * 8 * 64, "other": 1})  # a step at a time
-    monkeypatch.setattr("ovam_core.heatmap.KEPT_VALUES", 0)
+    monkeypatch.setattr("ovam_core.attention.heatmap.BLOCK_VALUES", {"cpu": 2 * 8 * 64, "other": 1})  # a step at a time
+    monkeypatch.setattr("ovam_core.attention.heatmap.KEPT_VALUES", 0)
     torch.testing.assert_close(gradient(), whole, atol=1e-6, rtol=1e-4)
 
 

@@ -9,15 +9,9 @@ from PIL import Image
 from reference import generate
 
 from ovam_core import Attribution, attribute, attribute_words, make_masks, record
-from ovam_core.goca import (
-    attribute_weighted,
-    caption_words,
-    goca,
-    label_pixels,
-    listed_words,
-    record_goca,
-)
-from ovam_core.heatmap import resize
+from ovam_core.attention.goca import attribute_weighted, goca, label_pixels
+from ovam_core.attention.heatmap import resize
+from ovam_core.hooks.goca_recorder import record_goca
 from ovam_core.methods import (
     ALL_METHODS,
     ATTN2MASK,
@@ -33,6 +27,7 @@ from ovam_core.methods import (
     Seen,
     maps_and_masks,
 )
+from ovam_core.query import caption_words, listed_words
 
 PROMPT = "a photograph of the cat and a red bus"
 SIZE = (16, 24)

@@ -13,14 +13,9 @@ from reference import generate
 from test_heatmap import plain
 
 from ovam_core import heatmaps, plot, record, resize
-from ovam_core.optimize import (
-    RECIPES,
-    OptimizeSettings,
-    initial_embedding,
-    optimize,
-    read_mask,
-)
-from ovam_core.text import attribute_sentence
+from ovam_core.io.masks import read_mask
+from ovam_core.optimization import RECIPES, OptimizeSettings, initial_embedding, optimize
+from ovam_core.query import attribute_sentence
 
 
 @pytest.fixture(scope="module")

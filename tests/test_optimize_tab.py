@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw
 
 import tabs.optimize as tab
 from ovam_core import tokens
-from ovam_core.optimize import IGNORE, optimize
+from ovam_core.io.masks import IGNORE
+from ovam_core.optimization import optimize
 from tabs.optimize import (
     BACKGROUND,
     OBJECT,

@@ -15,32 +15,17 @@ from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from PIL import Image
 from reference import Spy, triple_loop
 
-from ovam_core import (
-    attribute,
-    attribute_words,
-    initial_embedding,
-    make_masks,
-    read_mask,
-    record,
-    tokens,
-)
-from ovam_core import generate as generate_module
+from ovam_core import attribute, attribute_words, initial_embedding, make_masks, read_mask, record, tokens
+from ovam_core import ovam as generate_module
 from ovam_core.__main__ import main
-from ovam_core.annotated import Example, learn, photo_settings, read_folder
-from ovam_core.generate import MapSettings, ask, load_settings
-from ovam_core.optimize import OptimizeSettings, optimize
-from ovam_core.photo import (
-    PhotoSettings,
-    caption_of,
-    denoise,
-    fitted_size,
-    noised,
-    photograph,
-    prepare,
-    read_photo,
-    record_image,
-    record_images,
-)
+from ovam_core.data.annotated import Example, learn, photo_settings, read_folder
+from ovam_core.hooks.photograph import denoise, fitted_size, noised, prepare, record_image, record_images
+from ovam_core.io.pictures import read_photo
+from ovam_core.optimization import OptimizeSettings, optimize
+from ovam_core.ovam import ask, photograph
+from ovam_core.picture import load_settings
+from ovam_core.query import caption_of
+from ovam_core.settings import MapSettings, PhotoSettings
 
 CAPTION = "a photograph of the cat"
 FEW = OptimizeSettings(epochs=3)

@@ -26,22 +26,13 @@ from test_joint import MAKERS as JOINT_MAKERS
 from test_joint import pipe_of as joint_pipe_of
 
 from ovam_core import encode_padded, heatmaps
-from ovam_core.annotated import Example, learn, photo_settings
-from ovam_core.families import FAMILIES, family_of
-from ovam_core.generate import MapSettings, ask
-from ovam_core.goca import record_goca
-from ovam_core.optimize import OptimizeSettings
-from ovam_core.photo import (
-    Noisy,
-    PhotoSettings,
-    check_kind,
-    denoise,
-    fitted_size,
-    noised,
-    photograph,
-    record_image,
-    record_images,
-)
+from ovam_core.data.annotated import Example, learn, photo_settings
+from ovam_core.hooks.goca_recorder import record_goca
+from ovam_core.hooks.photograph import Noisy, check_kind, denoise, fitted_size, noised, record_image, record_images
+from ovam_core.models.families import FAMILIES, family_of
+from ovam_core.optimization import OptimizeSettings
+from ovam_core.ovam import ask, photograph
+from ovam_core.settings import MapSettings, PhotoSettings
 
 # A photograph of 90 x 45 pixels at the area of the model's own images, in multiples of a latent or a patch (Sana: of 32).
 SEEN = {

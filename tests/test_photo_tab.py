@@ -14,10 +14,11 @@ from page import shoot, sources, upload, upload_mask
 from PIL import Image, ImageDraw
 
 from ovam_core import tokens
-from ovam_core.annotated import photo_target
-from ovam_core.generate import GenerateSettings, MapSettings, ask, generate
-from ovam_core.optimize import OptimizeSettings, initial_embedding, optimize, read_mask
-from ovam_core.photo import PhotoSettings, photograph
+from ovam_core.data.annotated import photo_target
+from ovam_core.io.masks import read_mask
+from ovam_core.optimization import OptimizeSettings, initial_embedding, optimize
+from ovam_core.ovam import ask, generate, photograph
+from ovam_core.settings import GenerateSettings, MapSettings, PhotoSettings
 from tabs.generate import MAX_SHOWN, image_facts, on_screen, shrunk, zip_name
 from tabs.optimize import UPLOAD, agreement, canvas_value, given_mask, preview, read_any, search, target_of
 from tabs.upload import photo_settings, takes_photographs

@@ -9,7 +9,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from ovam_core import EMBEDDED, KNOWN_MODELS, defaults_for, load_pipeline, pipeline
+from ovam_core import EMBEDDED, KNOWN_MODELS, defaults_for, load_pipeline
+from ovam_core.models import load as pipeline
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from ovam_core import plot
+from ovam_core.data.voc import VOC_CLASSES
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def test_palette_is_vocs():
     triples = np.reshape(plot.VOC_PALETTE, (256, 3)).tolist()
     assert triples[:4] == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]]
     assert triples[20] == [0, 64, 128] and triples[255] == [224, 224, 192]
-    assert len(plot.VOC_CLASSES) == 20 and plot.VOC_CLASSES[14] == "person"
+    assert len(VOC_CLASSES) == 20 and VOC_CLASSES[14] == "person"
 
 
 def test_same_scale_means_same_colour():

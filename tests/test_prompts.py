@@ -8,9 +8,8 @@ import pytest
 from conftest import EMBED, make_tokenizer
 from PIL import Image
 
-from ovam_core.filters import ClipScorer, Filters, judge, reason_kinds
-from ovam_core.plot import VOC_CLASSES
-from ovam_core.prompts import (
+from ovam_core.data.filters import ClipScorer, Filters, judge, reason_kinds
+from ovam_core.data.prompts import (
     Prompt,
     class_list,
     find_classes,
@@ -20,6 +19,7 @@ from ovam_core.prompts import (
     template_prompts,
     work_list,
 )
+from ovam_core.data.voc import VOC_CLASSES
 
 
 def test_lines():

@@ -9,14 +9,9 @@ from diffusers import HeunDiscreteScheduler
 from reference import Spy, generate, probabilities, triple_loop
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ovam_core import (
-    attribute,
-    attribute_words,
-    encode_padded,
-    family,
-    heatmaps,
-    record,
-)
+from ovam_core import attribute, attribute_words, encode_padded, heatmaps, record
+from ovam_core.attention.self_attention import COLUMN_BLOCK_BYTES, column_sums
+from ovam_core.models import family
 
 PROMPT = "a photograph of the cat"
 # Latents of 16 x 24 for images of 32 x 48: grids of the two levels with attention.
@@ -448,12 +443,12 @@ def test_column_sums_stay_in_blocks():
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(heads, n, 4, generator=generator).half() for _ in range(2))
     with Largest() as largest:
-        sums = family.column_sums(q, k, 0.5)
-    assert n * 4 < largest.nbytes <= family.COLUMN_BLOCK_BYTES["cpu"] < heads * n * n * 4 / 100
+        sums = column_sums(q, k, 0.5)
+    assert n * 4 < largest.nbytes <= COLUMN_BLOCK_BYTES["cpu"] < heads * n * n * 4 / 100
     assert sums.dtype == torch.float32
     torch.testing.assert_close(sums.sum().item(), float(heads * n), atol=1, rtol=0)
     expected = torch.softmax(q[0].float() @ k[0].float().T * 0.5, dim=-1).sum(dim=0)
-    torch.testing.assert_close(family.column_sums(q[:1], k[:1], 0.5), expected, atol=1e-2, rtol=1e-4)
+    torch.testing.assert_close(column_sums(q[:1], k[:1], 0.5), expected, atol=1e-2, rtol=1e-4)
 
 
 # Refusals

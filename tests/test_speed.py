@@ -12,11 +12,11 @@ from diffusers import UNet2DConditionModel
 from reference import generate
 
 from benchmarks import speed
-from ovam_core import heatmap
-from ovam_core.family import column_sums
-from ovam_core.heatmap import heatmaps
-from ovam_core.optimize import RECIPES, optimize
-from ovam_core.recorder import record
+from ovam_core.attention import heatmap
+from ovam_core.attention.heatmap import heatmaps
+from ovam_core.attention.self_attention import column_sums
+from ovam_core.hooks.recorder import record
+from ovam_core.optimization import RECIPES, optimize
 
 BENCH = speed.Bench(torch.device("cpu"), speed.SMOKE)
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

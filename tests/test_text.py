@@ -9,16 +9,9 @@ import pytest
 import torch
 from conftest import make_pipe, make_tokenizer
 
-from ovam_core import (
-    attribute_sentence,
-    attribute_words,
-    encode_padded,
-    parse_words,
-    token_strings,
-    words_in_sentence,
-)
-from ovam_core.family import read_tokens
-from ovam_core.text import MAX_WORD_CHARS, MAX_WORDS
+from ovam_core import attribute_sentence, attribute_words, encode_padded, parse_words, token_strings, words_in_sentence
+from ovam_core.models.family import read_tokens
+from ovam_core.query import MAX_WORD_CHARS, MAX_WORDS
 
 
 def test_parse_words():

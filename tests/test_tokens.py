@@ -16,7 +16,7 @@ from reference import generate
 from safetensors.torch import save_file
 
 from ovam_core import attribute, heatmaps, record, tokens
-from ovam_core.text import attribute_sentence
+from ovam_core.query import attribute_sentence
 from ovam_core.tokens import Token
 
 CAT = Token(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from ovam_core.pipeline import load_pipeline
+from ovam_core.models.load import load_pipeline
 from training import annotator, figures, model, train, world
 from training.patches import DEVIATION, PatchSpace
 from training.recipes import CPU, FULL

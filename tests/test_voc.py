@@ -16,42 +16,21 @@ import torch
 from conftest import make_pipe
 from PIL import Image
 
-from ovam_core import (
-    attribute,
-    attribute_words,
-    dataset,
-    label_map,
-    make_masks,
-    record,
-    tokens,
-    voc,
-)
+from ovam_core import attribute, attribute_words, label_map, make_masks, record, tokens
 from ovam_core.__main__ import main
-from ovam_core.evaluate import confusion_matrix, iou, matrix_counts
-from ovam_core.export import Process
-from ovam_core.goca import record_goca
-from ovam_core.methods import (
-    ATTN2MASK,
-    DAAM,
-    GOCA,
-    OVAM,
-    OVAM_WEIGHTED,
-    Seen,
-    maps_and_masks,
-)
-from ovam_core.photo import caption_of, denoise, prepare, record_image
-from ovam_core.plot import VOC_CLASSES, label_image
+from ovam_core.data import evaluate as voc
+from ovam_core.data import runs as dataset
+from ovam_core.data.evaluate import EvaluateSettings, evaluate, found_labels, make_job, method_questions, timesteps_of
+from ovam_core.data.metrics import confusion_matrix, iou, matrix_counts
+from ovam_core.data.runs import Process
+from ovam_core.data.voc import VOC_CLASSES
+from ovam_core.data.voc_folder import read_truth, read_voc
+from ovam_core.hooks.goca_recorder import record_goca
+from ovam_core.hooks.photograph import denoise, prepare, record_image
+from ovam_core.methods import ATTN2MASK, DAAM, GOCA, OVAM, OVAM_WEIGHTED, Seen, maps_and_masks
+from ovam_core.plot import label_image
+from ovam_core.query import caption_of
 from ovam_core.tokens import Token
-from ovam_core.voc import (
-    EvaluateSettings,
-    evaluate,
-    found_labels,
-    make_job,
-    method_questions,
-    read_truth,
-    read_voc,
-    timesteps_of,
-)
 from training import world
 from training.nouns import VOC_NOUNS
 

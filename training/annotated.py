@@ -19,11 +19,13 @@ import torch
 from PIL import Image
 
 from ovam_core.__main__ import main as command
-from ovam_core.annotated import METADATA
-from ovam_core.generate import GenerateSettings
-from ovam_core.optimize import RECIPES
-from ovam_core.pipeline import EMBEDDED, load_pipeline
-from ovam_core.recorder import Recording, record
+from ovam_core.attention.recording import Recording
+from ovam_core.data.annotated import METADATA
+from ovam_core.hooks.recorder import record
+from ovam_core.models.load import load_pipeline
+from ovam_core.models.presets import EMBEDDED
+from ovam_core.optimization import RECIPES
+from ovam_core.settings import GenerateSettings
 from ovam_core.tokens import file_name, folder_for
 from training import annotator
 from training.figures import largest_class, prompt_for

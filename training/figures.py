@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ovam_core import photo
-from ovam_core.heatmap import attribute, resize
-from ovam_core.mask import self_attention_map
-from ovam_core.pipeline import EMBEDDED, defaults_for, load_pipeline
-from ovam_core.recorder import Recording, own_choice, record
-from ovam_core.text import encode_padded, words_in_sentence
+from ovam_core.attention.heatmap import attribute, resize
+from ovam_core.attention.mask import self_attention_map
+from ovam_core.attention.recording import Recording
+from ovam_core.hooks import photograph as photo
+from ovam_core.hooks.recorder import record
+from ovam_core.models.load import load_pipeline
+from ovam_core.models.presets import EMBEDDED, defaults_for, own_choice
+from ovam_core.query import encode_padded, words_in_sentence
 from training import annotator, world
 from training.nouns import VOC_CLASSES, VOC_NOUNS
 from training.recipes import RECIPES

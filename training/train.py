@@ -31,7 +31,7 @@ from diffusers.training_utils import EMAModel
 from einops import rearrange
 from PIL import Image
 
-from ovam_core.pipeline import WORDS_FILE
+from ovam_core.models.load import WORDS_FILE
 from training import annotator, common, model, world
 from training.patches import DEVIATION, PatchSpace
 from training.recipes import RECIPES, Recipe

@@ -1,0 +1,115 @@
+"""Which images of an export are kept: coverage of the masks and CLIP similarity, as in section 4.3 of the paper.
+
+The decisions are pure functions of the rows of all images: made once, at the end, the same however many processes made
+the images. Only `ClipScorer` needs a model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ovam_core.errors import InputError
+
+CLIP_TEMPLATE = "A photograph of a {}"
+
+
+@dataclass(frozen=True)
+class Filters:
+    """min_coverage, max_coverage: shares of the image that the labelled pixels may cover, 0 to 1.
+    clip_drop: share of each class, those of the lowest CLIP similarity, that is dropped; needs scores.
+    """
+
+    min_coverage: float = 0.05
+    max_coverage: float = 0.95
+    clip_drop: float = 0.3
+
+    def validate(self) -> None:
+        """Raises InputError, one sentence, for what is no share."""
+        for name in ("min_coverage", "max_coverage", "clip_drop"):
+            value = getattr(self, name)
+            real = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not real or not math.isfinite(value) or not 0 <= value <= 1:
+                raise InputError(f"The {name.replace('_', ' ')} is {value}; choose a number from 0 to 1.")
+        if self.min_coverage > self.max_coverage:
+            raise InputError("The min coverage is above the max coverage; no image could be kept.")
+
+
+def judge(rows: Sequence[dict[str, Any]], filters: Filters) -> list[dict[str, Any]]:
+    """The rows with `kept` (bool) and `reason` (text, "" for kept) set, in the same order.
+
+    rows: with `classes`, `coverage` (share of labelled pixels of the image, 0 to 1) and `clip_scores` (one a class, or
+    None where there was no CLIP). An image of several classes is judged by the coverage of them all together, and
+    dropped if it is among the lowest `clip_drop` of any of its classes.
+    """
+    lowest = lowest_of_classes(rows, filters.clip_drop)
+    judged = []
+    for number, row in enumerate(rows):
+        reasons = []
+        if row["coverage"] < filters.min_coverage:
+            reasons.append(f"coverage under {filters.min_coverage:.3g}")
+        if row["coverage"] > filters.max_coverage:
+            reasons.append(f"coverage over {filters.max_coverage:.3g}")
+        reasons += [f"CLIP similarity in the lowest {filters.clip_drop:.3g} of {name}" for name in lowest[number]]
+        judged.append({**row, "kept": not reasons, "reason": "; ".join(reasons)})
+    return judged
+
+
+def reason_kinds(reason: str) -> list[str]:
+    """The reasons of a row as short words for tables: "small", "large", "clip"."""
+    starts = {"coverage under": "small", "coverage over": "large", "CLIP": "clip"}
+    return [kind for start, kind in starts.items() if any(part.startswith(start) for part in reason.split("; "))]
+
+
+def lowest_of_classes(rows: Sequence[dict[str, Any]], share: float) -> list[list[str]]:
+    """For each row the classes of which it is among the lowest `share` by CLIP score; of equals the later one goes."""
+    by_class: dict[str, list[tuple[float, int]]] = defaultdict(list)
+    for number, row in enumerate(rows):
+        for name, score in zip(row["classes"], row["clip_scores"] or (), strict=False):
+            by_class[name].append((score, -number))
+    lowest: list[list[str]] = [[] for _ in rows]
+    for name, scores in by_class.items():
+        # 0.3 * 10 is a hair under 3 in binary.
+        for _, number in sorted(scores)[: math.floor(share * len(scores) + 1e-9)]:
+            lowest[-number].append(name)
+    return lowest
+
+
+class ClipScorer:
+    """Cosine similarity of images to "A photograph of a <classname>" under a CLIP model of transformers.
+
+    name: hub id, such as "openai/clip-vit-base-patch32", or a folder. Raises InputError where it cannot be loaded.
+    """
+
+    def __init__(self, name: str, device: str | torch.device = "cpu"):
+        from transformers import CLIPModel, CLIPProcessor
+
+        try:
+            self._model = CLIPModel.from_pretrained(name).to(device).eval()
+            self._processor = CLIPProcessor.from_pretrained(name)
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise InputError(
+                f"The CLIP model '{name[:100]}' cannot be loaded; give a folder, connect to the hub, or leave --clip out "
+                f"to go without that filter: {reason}"
+            ) from None
+        self.name = name
+
+    @torch.no_grad()
+    def scores(self, images: Sequence[Image.Image], classes: Sequence[Sequence[str]]) -> list[list[float]]:
+        """For each image the similarity to each of its own classes, -1 to 1, rounded to six digits."""
+        names = sorted({name for own in classes for name in own})
+        texts = [CLIP_TEMPLATE.format(name) for name in names]
+        limit = self._model.config.text_config.max_position_embeddings
+        inputs = self._processor(
+            text=texts, images=list(images), return_tensors="pt", padding=True, truncation=True, max_length=limit
+        )
+        found = self._model(**inputs.to(self._model.device))
+        cosine = (found.image_embeds.float() @ found.text_embeds.float().T).cpu()
+        return [[round(float(cosine[row, names.index(name)]), 6) for name in own] for row, own in enumerate(classes)]

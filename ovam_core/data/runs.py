@@ -1,0 +1,264 @@
+"""A data set on disk, made file by file: where things lie, how an image's files are written, how the whole is put together.
+
+    JPEGImages/000012_cat.jpg                 the image
+    SegmentationClass/000012_cat.png          its label map, VOC palette: 0 background, classes 1 to 254, 255 uncertain
+    ImageSets/Segmentation/train.txt          the names that were kept
+    classes.txt                               the name of each label, from 0
+    metadata.jsonl                            one row an image, dropped ones too
+    heatmaps/, annotations/, parquet/         on request
+    README.md                                 a card, by which `datasets.load_dataset(folder)` finds the images
+    contact_sheet.png, export.json            to look at
+    .ovam/                                    the state: settings.json, a row an image in items/
+
+An image is done when its row lies in `.ovam/items`, which is written last. All else follows from rows, images and label
+maps by `assemble`, which can be run at any time and as often as one likes. Every file is written beside its place
+and renamed, so at no instant does a name stand for half a file. Names hold numbers and classes, never prompts.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from multiprocessing.connection import wait as wait_for
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from ovam_core.data.layout import ITEMS, LOCK, SETTINGS, STATE
+from ovam_core.data.prompts import Item
+from ovam_core.errors import InputError
+from ovam_core.io.files import write
+
+try:
+    import fcntl
+except ImportError:  # Windows: exports are not kept apart
+    fcntl = None
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def write_done(folder: Path, index: int, files: dict[str, bytes], row: dict[str, Any]) -> None:
+    """Writes the files of image number `index`, by path within the folder, then the row that says it is done. Raises OSError."""
+    for path, data in files.items():
+        write(folder / path, data)
+    state = {"row": row, "bytes": {path: len(data) for path, data in files.items()}}
+    write(folder / ITEMS / f"{index:06d}.json", _json(state))
+
+
+def read_done(folder: Path, item: Item) -> dict[str, Any] | None:
+    """The row of an image that is done, else None. Files that have gone or have another size mean that it is not."""
+    try:
+        state = json.loads((folder / ITEMS / f"{item.index:06d}.json").read_bytes())
+        whole = all((folder / path).stat().st_size == size for path, size in state["bytes"].items())
+        return state["row"] if whole else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _json(value: Any, indent: int | None = None) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, indent=indent) + "\n").encode()
+
+
+# ------------------------------------------------------------------------------------------------ the folder
+
+
+def disk_sentence(error: OSError, folder: Path | str, run: str = "export") -> str:
+    """What to tell a person whose export, or other run, met an error of the file system."""
+    if error.errno in NO_SPACE:
+        return (
+            f"The disk of '{folder}' is full; free some space and start the same {run} again, it goes on where it was."
+        )
+    reason = (error.strerror or str(error) or "not possible").lower()
+    return f"Cannot write to '{folder}': {reason}; when that is mended, start the same {run} again."
+
+
+def check_folder(folder: Path, settings: dict[str, Any], run: str = "export") -> None:
+    """Raises InputError where the folder holds a run of other settings, or other things; changes nothing."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise InputError(f"'{folder}' is a file; choose a folder for the {run}.")
+    try:
+        there = json.loads((folder / SETTINGS).read_bytes())
+    except FileNotFoundError:
+        if any(path.name != STATE for path in folder.iterdir()):
+            raise InputError(f"The folder '{folder}' is not empty and holds no {run}; choose another.") from None
+        return
+    except (OSError, ValueError):
+        raise InputError(f"The settings of the {run} in '{folder}' cannot be read; choose another folder.") from None
+    if not isinstance(there, dict):
+        raise InputError(f"The settings of the {run} in '{folder}' cannot be read; choose another folder.")
+    for name in [*settings, *(there.keys() - settings.keys())]:
+        if there.get(name) != settings.get(name):
+            raise InputError(
+                f"The folder '{folder}' holds an {run} with another setting of '{name.replace('_', ' ')}' "
+                f"({_short(there.get(name))} there, {_short(settings.get(name))} now); use the same or another folder."
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def clear_parts(folder: Path) -> None:
+    """Takes away files that were being written when a process was killed."""
+    for part in folder.rglob(".*.part"):
+        with suppress(OSError):
+            part.unlink()
+
+
+@contextmanager
+def locked(folder: Path, run: str = "export"):
+    """Holds the folder, made if need be, for this process; the lock goes with the process, however it ends.
+
+    Raises InputError where another run is going on in the folder, and where it cannot be made.
+    """
+    try:
+        (folder / STATE).mkdir(parents=True, exist_ok=True)
+        file = open(folder / LOCK, "wb")
+    except OSError as error:
+        raise InputError(disk_sentence(error, folder, run)) from None
+    with file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(
+                    f"Another {run} is running in '{folder}'; wait for its end or choose another folder."
+                ) from None
+        yield
+
+
+QUEUE = 3  # jobs a worker has before it, at most: what is made waits in memory
+
+
+def cores() -> int:
+    """The CPU cores of this machine that this process may use, whatever OMP_NUM_THREADS says."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+
+
+@dataclass(frozen=True)
+class Process:
+    """Which of how many processes this one is. wait: returns when all of them have called it."""
+
+    rank: int = 0
+    ranks: int = 1
+    wait: Callable[[], None] = field(default=lambda: None, repr=False)
+
+
+@contextmanager
+def repeatable(threads: int | None) -> Iterator[None]:
+    """The threads of the settings, and cuDNN without its search for the fastest algorithm, which may end differently."""
+    flags = torch.backends.cudnn
+    before = (flags.deterministic, flags.benchmark, torch.get_num_threads())
+    flags.deterministic, flags.benchmark = True, False
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        flags.deterministic, flags.benchmark = before[:2]
+        torch.set_num_threads(before[2])
+
+
+# ------------------------------------------------------------------------------------------------ workers
+
+
+def worker_count(ranks: int) -> int:
+    """One worker keeps up with a CPU, whose cores make images; a GPU leaves its host's cores free."""
+    return min(4, max(1, (os.cpu_count() or 1) // ranks - 1))
+
+
+@contextmanager
+def process_pool(workers: int) -> Iterator[Executor]:
+    """An executor of processes; of none, for 0. After an error nothing more is begun."""
+    pool = _processes(workers) if workers > 0 else _Here()
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _processes(workers: int) -> ProcessPoolExecutor:
+    pool = ProcessPoolExecutor(workers, mp_context=_context(), initializer=_begin_worker)
+    # Starts them while the first image is being made: a fork server answers only when its imports are done.
+    threading.Thread(target=_start, args=(pool,), daemon=True).start()
+    return pool
+
+
+def _start(pool: ProcessPoolExecutor) -> None:
+    with suppress(RuntimeError):  # shut down before it began
+        pool.submit(os.getpid)
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    """A fork of this process would inherit its CUDA context and the locks of its threads; a fork server is a clean
+    process that imports once for all workers.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def _begin_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    if hasattr(os, "nice"):
+        os.nice(5)  # never in the way of the generation
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    """A killed parent takes its workers along: they would wait for jobs for ever."""
+    wait_for([sentinel])
+    os._exit(1)
+
+
+class _Here(Executor):
+    """Runs jobs at once, in this process."""
+
+    def submit(self, function: Callable, /, *arguments: Any, **named: Any) -> Future:
+        future: Future = Future()
+        try:
+            future.set_result(function(*arguments, **named))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+# ------------------------------------------------------------------------------------------------ many devices
+
+
+def launched(device: str | None) -> tuple[Process, str | None]:
+    """This process's place among those of `accelerate launch`, and its device; (the only one, device) without it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        return Process(), device
+    from accelerate import PartialState
+
+    asked = device or os.environ.get("OVAM_DEVICE")
+    on_cpu = asked == "cpu" or not torch.cuda.is_available()
+    # The first process may wait long for the last: shares are equal in number, not in time.
+    state = PartialState(cpu=on_cpu, timeout=timedelta(days=30))
+    own = Process(state.process_index, state.num_processes, state.wait_for_everyone)
+    return own, "cpu" if on_cpu else str(state.device)
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]

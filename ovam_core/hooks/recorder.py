@@ -1,0 +1,273 @@
+"""Hook a diffusers pipeline and keep the pixel queries of its cross-attentions (section 3.2 of the paper).
+
+    with record(pipe) as recorder:
+        image = pipe("a photograph of a cat").images[0]
+    recording = recorder.recordings[0]
+
+The hooks only read: the image is bit-identical to one made without them, and none is left afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ovam_core.attention.recording import BRANCHES, Branch, LayerColumnSums, LayerQueries, Recording, named
+from ovam_core.errors import InputError
+from ovam_core.models.families import family_of
+from ovam_core.models.family import Call
+
+
+def record(
+    pipe,
+    *,
+    branch: Branch = "conditional",
+    steps: Iterable[int] | None = None,
+    layers: Iterable[str] | None = None,
+    resolutions: Iterable[int] | None = None,
+    self_attention: bool = True,
+    offload: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Recorder:
+    """Record one call of `pipe` inside the `with` block; see the module's docstring.
+
+    branch: which half of the guided batch to keep. The paper's is "conditional"; the authors' published code
+        keeps "unconditional". "all" keeps every item of the batch as an image of its own: for direct calls of
+        the UNet or transformer, where the pipeline's guidance says nothing.
+    steps: numbers of the denoiser's calls to keep, from 0 (default all). Memory is proportional to their count; with joint
+        attention it is up to three times that of the queries, as the image's keys and values are kept beside them, in
+        every block up to the last one of `layers`.
+    layers: names or parts of names, as in `pipe.unet.named_modules()` (`pipe.transformer`). Default: every
+        cross-attention, in a UNet those of the down and up blocks, as in the paper. The mid block is kept only if a
+        part says "mid_block".
+    resolutions: larger grid sides to keep, such as {16, 8} (default all).
+    self_attention: also keep the column sums of the highest-resolution self-attentions (Eq. 8); float32 [T, n] a
+        layer. Made in blocks of rows: about twice COLUMN_BLOCK_BYTES at a time, never [heads, n, n].
+    offload: move the queries, and keys and values beside them, to host memory as they come (pinned, if the model runs on
+        CUDA).
+    dtype: storage dtype of the same (default: the model's).
+
+    Raises InputError for a pipeline of no family in `families`, and at the end of the block when nothing was caught.
+    """
+    return Recorder(pipe, branch, steps, layers, resolutions, self_attention, offload, dtype)
+
+
+class Hooked:
+    """A context manager whose hooks listen to one call of a pipeline; what it caught are its `recordings`.
+
+    A subclass says what to hook (`_attach`), what to forget (`_reset`) and what was caught (`_finish`).
+    """
+
+    def __init__(self, pipe: Any, branch: Branch):
+        if branch not in BRANCHES:
+            raise InputError(f"branch is {branch!r}: choose 'conditional', 'unconditional' or 'all'.")
+        self.recordings: list = []
+        self._pipe = pipe
+        self._branch = branch
+        self._family = family_of(pipe)
+        self._handles: list = []
+
+    def __enter__(self) -> Self:
+        if self._handles:
+            raise InputError("This recorder is already in use: make a new one.")
+        self._reset()
+        self.recordings = []
+        self._listener = self._family.listen()
+        self._handles.append(self._listener)
+        self._attach(self._handles.append)
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        try:
+            if kind is None:
+                self.recordings = self._finish()
+        finally:
+            self._reset()
+
+    def _wanted_images(self, batch: int) -> slice:
+        """The part of the denoiser's batch that the branch means."""
+        if self._branch == "all":
+            return slice(0, batch)
+        if not self._listener.guided:
+            if self._branch == "unconditional":
+                raise InputError("Without guidance there is no unconditional half: record the conditional branch.")
+            return slice(0, batch)
+        half = batch // 2  # diffusers concatenates [negative, positive]
+        return slice(half, batch) if self._branch == "conditional" else slice(0, half)
+
+
+class Recorder(Hooked):
+    """Context manager made by `record`. `recordings` holds one Recording an image, in the order of `pipe(...).images`."""
+
+    def __init__(self, pipe, branch, steps, layers, resolutions, self_attention, offload, dtype):
+        super().__init__(pipe, branch)
+        self._steps = None if steps is None else frozenset(steps)
+        self._resolutions = None if resolutions is None else frozenset(resolutions)
+        self._offload = offload
+        self._copied_from: set[torch.device] = set()
+        self._dtype = dtype
+        self._cross, self._self = self._family.attentions()
+        self._kept_names = set(named(self._cross, layers, str))
+        self._beside = self._family.beside_queries(self._kept_names)
+        if not self_attention:
+            self._self = {}
+        self._reset()
+
+    def _reset(self) -> None:
+        self._schedule = None  # the scheduler's timesteps of this run, to notice a second one
+        self._number = -1  # of the denoiser's call going on
+        self._call: Call | None = None  # what it was given
+        self._keeping = False  # whether that call is one of the wanted steps
+        self._images = slice(0)  # the wanted part of the batch
+        self._largest = (0, 0)  # largest attention grid seen
+        self._timesteps: list[Tensor | float] = []
+        self._step_indices: list[int] = []
+        self._queries: dict[str, list[Tensor]] = {}
+        self._grids: dict[str, tuple[int, int]] = {}
+        self._waiting: dict[str, Tensor] = {}  # self-attention queries until their keys come
+        self._sums: dict[str, list[Tensor]] = {}
+        self._streamed: dict[str, list[Tensor]] = {}  # what the family keeps beside the queries
+
+    def _attach(self, on: Callable[[Any], None]) -> None:
+        on(self._family.denoiser.register_forward_pre_hook(self._on_call, with_kwargs=True))
+        for name, attention in self._cross.items():
+            on(attention.to_q.register_forward_hook(self._hook(self._on_query, name, attention)))
+        for name, attention in self._self.items():
+            on(attention.to_q.register_forward_hook(self._hook(self._on_self_query, name, attention)))
+            on(attention.to_k.register_forward_hook(self._hook(self._on_self_key, name, attention)))
+        for name, (module, form) in self._beside.items():
+            on(module.register_forward_hook(self._hook(self._on_beside, name, form)))
+
+    # What the hooks do. None of them returns a value, so none changes what the model computes.
+
+    def _hook(self, method, name, own):
+        def hook(module, inputs, output):
+            if self._keeping:
+                method(name, own, output.detach())
+
+        return hook
+
+    def _on_call(self, denoiser, args, kwargs) -> None:
+        schedule = getattr(self._pipe.scheduler, "timesteps", None)
+        if self._number >= 0 and schedule is not self._schedule:
+            raise InputError("record() covers one call of the pipeline: use one `with` block for each call.")
+        self._schedule = schedule
+        self._keeping = False
+        if not self._listener.counts(kwargs):
+            return
+        self._number += 1
+        self._call = self._family.call(args, kwargs)
+        self._images = self._wanted_images(self._call.batch)
+        self._keeping = self._steps is None or self._number in self._steps
+        if self._keeping:
+            timestep = self._call.timestep
+            self._timesteps.append(timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep)
+            self._step_indices.append(self._number)
+
+    def _on_query(self, name, attention, query) -> None:
+        grid = self._family.grid(query.shape[1], self._call)
+        self._largest = max(self._largest, grid, key=lambda x: x[0] * x[1])
+        if name not in self._kept_names:
+            return
+        if self._resolutions is not None and max(grid) not in self._resolutions:
+            return
+        self._grids[name] = grid
+        query = self._family.queries(attention, query[self._images], self._call)
+        self._queries.setdefault(name, []).append(self._stored(query))
+
+    def _stored(self, query: Tensor) -> Tensor:
+        """An own copy, else the view would keep the whole batch alive."""
+        dtype = self._dtype or query.dtype
+        pinned = self._offload and query.is_cuda
+        if pinned:
+            self._copied_from.add(query.device)
+        device = "cpu" if self._offload else query.device
+        store = torch.empty(query.shape, dtype=dtype, device=device, pin_memory=pinned)
+        return store.copy_(query, non_blocking=pinned)
+
+    def _on_beside(self, name, form, output) -> None:
+        self._streamed.setdefault(name, []).append(self._stored(form(output[self._images], self._call)))
+
+    def _on_self_query(self, name, attention, query) -> None:
+        self._waiting[name] = query[self._images]
+
+    def _on_self_key(self, name, attention, key) -> None:
+        query = self._waiting.pop(name, None)
+        if query is None or key.shape[1] != query.shape[1]:
+            return
+        largest = max((h * w for h, w in (self._grids[x] for x in self._sums)), default=0)
+        if query.shape[1] < largest:
+            return
+        if query.shape[1] > largest:  # a finer layer: the coarser ones seen before it do not count
+            self._sums = {}
+        self._grids[name] = self._family.grid(query.shape[1], self._call)
+        query = self._family.queries(attention, query, self._call)
+        key = self._family.self_keys(attention, key[self._images], self._call)
+        pairs = zip(query, key, strict=True)
+        sums = torch.stack([self._family.received(q, k, self._family.scale(attention)) for q, k in pairs])
+        self._sums.setdefault(name, []).append(sums.cpu() if self._offload else sums)
+
+    # From what was caught to recordings.
+
+    def _finish(self) -> list[Recording]:
+        if self._number < 0:
+            raise InputError("Nothing was recorded: call the pipeline inside the `with record(pipe)` block.")
+        if not self._queries:
+            raise InputError(
+                f"Nothing was recorded: the run had {self._number + 1} steps and its largest attention grid was "
+                f"{self._largest[0]} x {self._largest[1]}; check steps, layers and resolutions."
+            )
+        for device in self._copied_from:
+            torch.cuda.synchronize(device)  # the copies to pinned memory are asynchronous
+
+        layers: list[list[LayerQueries]] = []
+        for name in [x for x in self._cross if x in self._queries]:
+            attention, (height, width) = self._cross[name], self._grids[name]
+            keys = self._family.keys(attention)
+            # Popped layer by layer: stacking costs the memory of one layer, not of all.
+            for image, queries in enumerate(_by_image(self._queries.pop(name))):
+                if image == len(layers):
+                    layers.append([])
+                layers[image].append(LayerQueries(name, height, width, queries, keys, self._family.scale(attention)))
+        sums = {name: _by_image(self._sums[name]) for name in self._self if name in self._sums}
+        beside = {name: _by_image(self._streamed.pop(name)) for name in self._beside}
+        factor = self._pipe.vae_scale_factor
+        common = {
+            "timesteps": tuple(int(t) for t in self._timesteps),
+            "step_indices": tuple(self._step_indices),
+            "height": self._largest[0],
+            "width": self._largest[1],
+            "image_size": (self._call.height * factor, self._call.width * factor),
+            "embed_dim": self._family.embed_dim,
+            "branch": self._branch,
+        }
+        return [
+            Recording(
+                layers=tuple(own),
+                column_sums=tuple(LayerColumnSums(n, *self._grids[n], sums[n][image]) for n in sums),
+                stream=self._family.stream({name: x[image] for name, x in beside.items()}),
+                **common,
+            )
+            for image, own in enumerate(layers)
+        ]
+
+
+def _by_image(steps: list[Tensor]) -> list[Tensor]:
+    """T tensors `[images, ...]` to one `[T, ...]` an image, each in memory of its own, pinned if they are."""
+    images = []
+    for image in range(steps[0].shape[0]):
+        rows = [step[image] for step in steps]
+        store = torch.empty(
+            (len(rows), *rows[0].shape),
+            dtype=rows[0].dtype,
+            device=rows[0].device,
+            pin_memory=steps[0].is_pinned(),
+        )
+        images.append(torch.stack(rows, out=store))
+    return images

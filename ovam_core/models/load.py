@@ -1,0 +1,167 @@
+"""Load a diffusers text-to-image pipeline by name, folder or hub id, and know its usual settings."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import warnings
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+
+from ovam_core.errors import HubUnreachable, InputError
+from ovam_core.models.families import family_of
+from ovam_core.models.presets import DEFAULT_HUB_MODEL, EMBEDDED, defaults_for
+from ovam_core.query import FUNCTION_WORDS
+
+WORDS_FILE = "words.json"  # the words that a model has learned, where it is known
+
+
+def embedded_folder() -> Path:
+    """Where the embedded model lies: `models/emoji-voc` of the repository, or of OVAM_MODELS_DIR."""
+    models = os.environ.get("OVAM_MODELS_DIR") or Path(__file__).resolve().parents[2] / "models"
+    return Path(models) / EMBEDDED
+
+
+def load_pipeline(model: str | None = None, device: str | None = None, dtype: torch.dtype | None = None):
+    """A diffusers pipeline, ready to generate and to be recorded; its name is kept as `pipe.ovam_name`.
+
+    model: "emoji-voc", a folder, or a hub id "owner/name". None: the environment's OVAM_MODEL, else Stable Diffusion
+        1.5 with CUDA and the embedded model without.
+    device: None: OVAM_DEVICE, else cuda, mps or cpu, the first there is. dtype: None: float16 (Sana,
+        Stable Diffusion 3.5 and Flux: bfloat16) on CUDA, else float32.
+
+    Raises InputError for a model that does not exist, a hub that cannot be reached, a model that is no
+    text-to-image pipeline of a family in `families`, and a device that is not there.
+    """
+    device = _device(device)
+    on_cuda = torch.device(device).type == "cuda"
+    model = model or os.environ.get("OVAM_MODEL") or (DEFAULT_HUB_MODEL if on_cuda else EMBEDDED)
+    if dtype is None:
+        dtype = defaults_for(model).dtype if on_cuda else torch.float32
+    folder = _folder(model)
+    pipe = _from_pretrained(model, folder, dtype)
+    _check_kind(pipe, model)
+    pipe.to(device)
+    pipe.set_progress_bar_config(disable=True)
+    is_embedded = folder is not None and folder.resolve() == embedded_folder().resolve()
+    pipe.ovam_name = EMBEDDED if is_embedded else model
+    pipe.ovam_words = _words_of(folder)
+    return pipe
+
+
+def not_learned(pipe, *texts: str) -> list[str]:
+    """The words of texts that the model never saw, in their order, each once, in lower case.
+
+    Known only of a model whose folder lists its words (words.json), as the embedded one's does; [] for others.
+    """
+    learned = getattr(pipe, "ovam_words", None)
+    if learned is None:
+        return []
+    found = [word for text in texts for word in re.findall(r"[^\W_]+", text.lower())]
+    return [word for word in dict.fromkeys(found) if word not in learned | FUNCTION_WORDS]
+
+
+def _words_of(folder: Path | None) -> frozenset[str] | None:
+    try:
+        return frozenset(json.loads((folder / WORDS_FILE).read_text(encoding="utf-8"))) if folder else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def quiet() -> None:
+    """Keeps the libraries' notices and loading bars off the terminal; downloads keep theirs."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for logging in (transformers.utils.logging, diffusers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
+def _device(device: str | None) -> str:
+    device = device or os.environ.get("OVAM_DEVICE")
+    if not device:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise InputError(f"There is no device {device!r}: choose cuda, mps or cpu.") from None
+    number = torch.device(device).index or 0
+    there = {"cpu": True, "cuda": number < torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
+    if kind not in there:
+        raise InputError(f"There is no device {device!r} here: choose cuda, mps or cpu.")
+    if not there[kind]:
+        raise InputError(f"The device {device!r} is not available on this machine: choose another, such as cpu.")
+    return device
+
+
+def _folder(model: str) -> Path | None:
+    """The model's folder; None for a hub id."""
+    folder = embedded_folder() if model == EMBEDDED else Path(os.path.expanduser(model))
+    # os.path answers False to names that the file system refuses (too long, a null byte).
+    if os.path.isfile(folder / "model_index.json"):
+        return folder
+    if os.path.isdir(folder):
+        raise InputError(f"The folder {model} is not a diffusers pipeline: it has no model_index.json.")
+    if model != EMBEDDED and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
+        return None
+    raise InputError(
+        f"There is no model {model[:200]!r}: give {EMBEDDED!r}, a folder, or a hub id such as {DEFAULT_HUB_MODEL}."
+    )
+
+
+def _from_pretrained(model: str, folder: Path | None, dtype: torch.dtype):
+    from diffusers import DiffusionPipeline
+
+    # diffusers 0.42 prefers `dtype`, older versions know `torch_dtype` alone.
+    settings = {"torch_dtype": dtype, "safety_checker": None, "requires_safety_checker": False}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch_dtype.*")
+            return DiffusionPipeline.from_pretrained(str(folder or model), **settings)
+    except Exception as error:
+        if folder is not None and isinstance(error, KeyError):
+            raise InputError(f"The model_index.json in {folder} lacks {error}: save the pipeline again.") from error
+        if folder is not None:
+            raise InputError(f"The model in {folder} cannot be loaded: {_one_line(error)}") from error
+        raise _hub_error(model, error) from error
+
+
+def _hub_error(model: str, error: BaseException) -> InputError:
+    """What loading from the hub failed of, by the errors behind the error."""
+    from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError, RepositoryNotFoundError
+
+    causes = []
+    while error is not None:
+        causes.append(error)
+        error = error.__cause__ or error.__context__
+    if any(isinstance(x, GatedRepoError) for x in causes):
+        return InputError(f"The model {model} must be unlocked on the hub first: accept its licence there and log in.")
+    if any(isinstance(x, RepositoryNotFoundError) for x in causes):
+        return InputError(f"There is no model {model} on the hub: check the id.")
+    if any(isinstance(x, RemoteEntryNotFoundError) for x in causes):
+        return InputError(f"The model {model} is on the hub but is no diffusers pipeline: it has no model_index.json.")
+    if any(isinstance(x, OSError) and x.errno == errno.ENOSPC for x in causes):
+        return InputError(f"The disk is full: the model {model} cannot be stored; make room and try again.")
+    if any(isinstance(x, OSError) for x in causes) or any("offline" in str(x).lower() for x in causes):
+        return HubUnreachable(
+            f"The model {model} is not on this machine and the hub cannot be reached: "
+            f"connect to the network, or use {EMBEDDED!r}."
+        )
+    return InputError(f"The model {model} cannot be loaded: {_one_line(causes[0])}")
+
+
+def _one_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def _check_kind(pipe, model: str) -> None:
+    try:
+        family = family_of(pipe)
+    except InputError as error:
+        raise InputError(f"{model} cannot be used: {error}") from None
+    if any(part is None for pair in family.encoders for part in pair):
+        raise InputError(f"{model} lies here without its text encoder: get the whole model.")

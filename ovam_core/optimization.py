@@ -1,0 +1,270 @@
+"""Section 3.3 of the paper: the embedding whose heatmaps match given masks (Eqs. 6, 7). Tensors in, tensors out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ovam_core.attention.heatmap import heatmaps, resize
+from ovam_core.attention.recording import Recording
+from ovam_core.errors import InputError
+from ovam_core.io.masks import IGNORE
+from ovam_core.query import background_embedding, words_in_sentence
+
+MAX_CLASSES = 32
+
+MAX_EPOCHS = 10_000
+
+PROMPT = "A photograph of a {}"
+
+EDGE = 1e-6  # heatmaps are kept this far from 0 and 1: past it the logarithm has no useful gradient
+
+
+# ------------------------------------------------------------------------------------------ optimisation
+
+
+@dataclass(frozen=True)
+class OptimizeSettings:
+    """How the embedding is found. `RECIPES` holds the two that are known to be good.
+
+    epochs: evaluations of loss and gradient. method: "descent" (plain gradient descent), "momentum" (0.9), "adam" or
+    "lbfgs" (every evaluation of its line search counts as an epoch). rate: the learning rate, times `decay` every `decay_every`
+    epochs. stay: weight of the mean squared distance from the start, added to what is minimised but not to the losses
+    that are reported; 0 leaves it out.
+
+    The default: the loss is smooth, has no noise and few unknowns, which is what L-BFGS is for. Seven classes, one image
+    each, on the embedded model: the paper's recipe reached 0.240 in 500 epochs, L-BFGS 0.251 in 20 and 0.226 in 50; momentum
+    and Adam took 100 epochs and more. Without `stay` it walks hundreds of times the length of the class name's embedding
+    for the last hundredth, out of float16's range. A low loss on one image is not all: on other images of the class what
+    stays nearer gains more (mIoU 0.790 by default, 0.816 with `stay` 0.1, 0.824 with 1; the paper's recipe 0.803, the class
+    name 0.766): `python -m benchmarks.optimize`, its table in benchmarks/README.md.
+    """
+
+    recipe: str = "fast"
+    epochs: int = 60
+    method: Literal["descent", "momentum", "adam", "lbfgs"] = "lbfgs"
+    rate: float = 1.0
+    decay: float = 1.0
+    decay_every: int = 120
+    stay: float = 0.003
+
+    def validate(self) -> None:
+        """Raises InputError, one sentence, for settings that could find nothing."""
+        if not isinstance(self.epochs, int) or not 1 <= self.epochs <= MAX_EPOCHS:
+            raise InputError(f"The number of epochs is {self.epochs}; choose a whole number from 1 to {MAX_EPOCHS}.")
+        if self.method not in ("descent", "momentum", "adam", "lbfgs"):
+            raise InputError(f"There is no method '{self.method}'; choose descent, momentum, adam or lbfgs.")
+        if not math.isfinite(self.rate) or self.rate <= 0:
+            raise InputError(f"The learning rate is {self.rate}; choose a number above 0.")
+        if not 0 < self.decay <= 1 or self.decay_every < 1:
+            raise InputError("The learning rate must decay by a factor above 0 and up to 1, every epoch or less often.")
+        if not math.isfinite(self.stay) or self.stay < 0:
+            raise InputError(f"The weight on staying near the start is {self.stay}; choose 0 or more.")
+
+
+RECIPES = {
+    "fast": OptimizeSettings(),
+    "paper": OptimizeSettings("paper", 500, "descent", 100.0, 0.7, 120, stay=0.0),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Epoch:
+    """What `on_epoch` is told. number: from 1. embedding: the best so far, float32 `[L, E]`, detached."""
+
+    number: int
+    of: int
+    loss: float
+    best_loss: float
+    embedding: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Optimized:
+    """embedding: the one of the lowest loss, float32 `[L, E]` on the CPU; loss: Eq. 6 there; losses: of every epoch.
+
+    stopped: whether it ended before its last epoch; reason: why, one sentence, else "".
+    """
+
+    embedding: Tensor
+    loss: float
+    losses: list[float]
+    epochs: int
+    seconds: float
+    stopped: bool
+    reason: str
+
+
+def initial_embedding(pipe: Any, classes: Sequence[str]) -> Tensor:
+    """Where the search starts (section 3.3): `[<SoT>, class, ...]` of "A photograph of a <class>", float32 `[1 + classes, E]`.
+
+    A class of several sub-tokens or words starts at their mean. Where the text encoder has no <SoT> (T5) its end token
+    takes the background. Raises InputError for names that `text` refuses.
+    """
+    if not classes:
+        raise InputError("There is no class to make a token for: name one, for example cat.")
+    if len(classes) > MAX_CLASSES or len(set(classes)) != len(classes):
+        raise InputError(f"Name at most {MAX_CLASSES} classes, each of them once.")
+    start = background_embedding(pipe, PROMPT.format(classes[0]))
+    rows = []
+    for name in classes:
+        found = words_in_sentence(pipe, PROMPT.format(name), [name])
+        rows.append(found.means(found.embedding)[0][None])
+    return torch.cat([start, *rows]).float()
+
+
+def optimize(
+    recordings: Sequence[Recording],
+    targets: Sequence[np.ndarray],
+    start: Tensor,
+    settings: OptimizeSettings = RECIPES["fast"],
+    on_epoch: Callable[[Epoch], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    weights: Sequence[float] | None = None,
+) -> Optimized:
+    """The embedding X' that minimises Eq. 6, the sum over images of the sum over tokens of BCE (Eq. 7).
+
+    recordings: one an image, of one model. targets: one an image, uint8 `[H, W]` at image size: the row of `start` that
+    each pixel belongs to, 0 for background, 255 to leave it out; an image may be all background if another is not.
+    start: `[L, E]`, L at least 2. weights: of each image in the sum, above 0, default 1 each as in Eq. 6.
+    on_epoch: called after every epoch. should_stop: asked before every epoch; True ends with the best so far.
+    BCE is the mean over labelled pixels of the map at the target's size: that is what the paper's rate of 100
+    presupposes. A loss that is not finite ends the search and the best so far is returned; `reason` says so.
+    Raises InputError for targets that do not fit.
+    """
+    settings.validate()
+    tasks = _tasks(recordings, targets, start, weights)
+    device = start.device if recordings[0].layers[0].queries.device.type == "cpu" else tasks[0].target.device
+    begun = time.perf_counter()
+
+    origin = start.detach().to(device, torch.float32)
+    x = origin.clone().requires_grad_()
+    optimizer, losses = _optimizer(x, settings), []
+    best, best_loss, reason = origin, math.inf, ""
+
+    def evaluate() -> Tensor:
+        """One epoch: loss and gradient at x. The optimisers call it, L-BFGS more than once a step."""
+        nonlocal best, best_loss
+        if len(losses) == settings.epochs:
+            raise _End("")
+        if should_stop is not None and should_stop():
+            raise _End(f"Stopped after {len(losses)} of {settings.epochs} epochs.")
+        optimizer.zero_grad()
+        total = 0.0
+        for task in tasks:  # one graph at a time: the memory of one image, however many there are
+            loss = task.loss(x)
+            loss.backward()
+            total = total + loss.detach()
+        value = float(total)
+        if not math.isfinite(value) or not torch.isfinite(x.grad).all():
+            if not losses:
+                raise InputError(
+                    "The loss is not finite at the start: the recording or the embedding holds no numbers."
+                )
+            raise _End(f"The loss was not finite in epoch {len(losses) + 1}: a smaller learning rate may help.")
+        losses.append(value)
+        if value < best_loss:
+            best, best_loss = x.detach().clone(), value
+        if on_epoch is not None:
+            on_epoch(Epoch(len(losses), settings.epochs, value, best_loss, best))
+        if settings.stay:
+            pull = settings.stay * (x - origin).square().mean()
+            pull.backward()
+            total = total + pull.detach()
+        return total
+
+    try:
+        while True:
+            for group in optimizer.param_groups:
+                group["lr"] = settings.rate * settings.decay ** (len(losses) // settings.decay_every)
+            optimizer.step(evaluate)
+    except _End as end:
+        reason = end.reason
+    seconds = time.perf_counter() - begun
+    return Optimized(best.cpu(), best_loss, losses, len(losses), seconds, len(losses) < settings.epochs, reason)
+
+
+class _End(Exception):
+    """Leaves an optimiser from within its closure."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+def _optimizer(x: Tensor, settings: OptimizeSettings) -> torch.optim.Optimizer:
+    if settings.method == "descent":
+        return torch.optim.SGD([x], lr=settings.rate)
+    if settings.method == "momentum":
+        return torch.optim.SGD([x], lr=settings.rate, momentum=0.9)
+    if settings.method == "adam":
+        return torch.optim.Adam([x], lr=settings.rate)
+    return torch.optim.LBFGS(
+        [x],
+        lr=settings.rate,
+        max_iter=settings.epochs,
+        max_eval=settings.epochs + 1,
+        history_size=10,
+        tolerance_grad=0,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """One image: its recording, `target` bool `[L, H, W]`, `weight` float `[H, W]` with the image's weight as its sum."""
+
+    recording: Recording
+    target: Tensor
+    weight: Tensor
+
+    def loss(self, embedding: Tensor) -> Tensor:
+        """Eq. 7."""
+        maps = resize(heatmaps(self.recording, embedding), self.weight.shape)
+        right = torch.where(self.target, maps, 1 - maps).clamp(EDGE, 1 - EDGE)
+        return -(right.log() * self.weight).sum()
+
+
+def _tasks(
+    recordings: Sequence[Recording], targets: Sequence[np.ndarray], start: Tensor, weights: Sequence[float] | None
+) -> list[_Task]:
+    """One task an image: a label map whole numbers `[H, W]` (IGNORE left out) for each recording. start: `[L, E]`, row n
+    the token of label n. Raises InputError, one sentence, for what does not fit together.
+    """
+    if not recordings or len(recordings) != len(targets):
+        raise InputError(f"There are {len(recordings)} recordings and {len(targets)} masks: give one mask an image.")
+    weights = [1.0] * len(recordings) if weights is None else weights
+    if len(weights) != len(recordings) or not all(math.isfinite(weight) and weight > 0 for weight in weights):
+        raise InputError("The weights of the images must be numbers above 0, one for each.")
+    if start.ndim != 2 or len(start) < 2:
+        raise InputError("The embedding to start from needs a background row and at least one row for a class.")
+    tasks, seen = [], set()
+    for recording, labels, weight in zip(recordings, targets, weights, strict=True):
+        labels = np.asarray(labels)
+        if labels.ndim != 2 or labels.dtype.kind not in "iub":
+            raise InputError(f"A mask must be whole numbers [height, width], not {labels.dtype} {list(labels.shape)}.")
+        kept = labels != IGNORE
+        seen |= set(np.unique(labels[kept]).tolist())
+        if not kept.any():
+            raise InputError("A mask has no labelled pixel: mark some of the object and some of the background.")
+        stored = recording.layers[0].queries.device
+        device = start.device if stored.type == "cpu" else stored
+        rows = torch.arange(len(start), device=device)[:, None, None]
+        target = torch.from_numpy(labels.astype(np.int64)).to(device)[None] == rows
+        tasks.append(_Task(recording, target, torch.from_numpy(kept * (weight / kept.sum())).float().to(device)))
+    strange, missing = seen - set(range(len(start))), set(range(1, len(start))) - seen
+    if strange:
+        raise InputError(f"A mask holds the label {max(strange)}, but the embedding has {len(start)} rows.")
+    if missing:
+        raise InputError(f"The class of label {min(missing)} is in no mask: mark it, or leave the class out.")
+    if 0 not in seen:
+        raise InputError("No pixel is background: leave some of the image out of the mask.")
+    return tasks
