@@ -8,20 +8,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ovam_core.errors import HubUnreachable, InputError
-
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported
 
 import gradio as gr
 
-from ovam_core.models.load import load_pipeline, quiet
+from ovam_core import OVAM
+from ovam_core.errors import HubUnreachable, InputError
+from ovam_core.models.load import quiet
 from ovam_core.models.presets import DEFAULT_HUB_MODEL, EMBEDDED
-from tabs.desk import Desk
 from tabs.export import ExportTab
+from tabs.fields import MAX_UPLOAD_MB
 from tabs.generate import GenerateTab
+from tabs.model import Model
 from tabs.optimize import OptimizeTab
-from tabs.store import Store
-from tabs.upload import MAX_UPLOAD_MB
+from tabs.session import Sessions
 
 PAPER = "https://openaccess.thecvf.com/content/CVPR2024/html/Marcos-Manchon_Open-Vocabulary_Attention_Maps_with_Token_Optimization_for_Semantic_Segmentation_in_CVPR_2024_paper.html"
 CODE = "https://github.com/vpulab/ovam"
@@ -43,24 +43,24 @@ THEME = gr.themes.Default(
 )
 
 
-def open_model() -> tuple[Any, str]:
-    """The pipeline, and a notice to show (or ""): the embedded model stands in for a hub that cannot be reached.
+def open_model() -> tuple[OVAM, str]:
+    """The model, and a notice to show (or ""): the embedded one stands in for a hub that cannot be reached.
 
     A model that OVAM_MODEL asks for and that does not exist is an error, not a reason to show another: InputError.
     """
     wanted = os.environ.get("OVAM_MODEL")
     try:
-        return load_pipeline(), ""
+        return OVAM.from_pretrained(), ""
     except InputError as error:
         if wanted and not isinstance(error, HubUnreachable):
             raise
         notice = f"{wanted or DEFAULT_HUB_MODEL} could not be loaded, so this page runs on {EMBEDDED}. {error}"
-        return load_pipeline(EMBEDDED), notice
+        return OVAM.from_pretrained(EMBEDDED), notice
 
 
-def head(pipe: Any, notice: str) -> str:
+def head(ovam: OVAM, notice: str) -> str:
     """Name, one sentence, the model in use, links; the notice below them if there is one."""
-    model, device = html.escape(pipe.ovam_name), html.escape(str(pipe._execution_device))
+    model, device = html.escape(ovam.name), html.escape(str(ovam.device))
     warning = f'<p class="notice" role="status">{html.escape(notice)}</p>' if notice else ""
     return f"""<header class="head">
 <div><h1>Open-Vocabulary Attention Maps</h1><p>Type any word and see where the model put it.</p></div>
@@ -69,19 +69,20 @@ def head(pipe: Any, notice: str) -> str:
 </header>{warning}"""
 
 
-def build(pipe: Any, notice: str = "") -> gr.Blocks:
-    """The whole page around one pipeline."""
-    desk = Desk(pipe, Store())
+def build(ovam: OVAM, notice: str = "", sessions: Sessions | None = None) -> gr.Blocks:
+    """The whole page around one model. sessions: what its visitors have, by default within the usual bounds."""
+    sessions = sessions or Sessions(ovam.name)
+    model = Model(ovam, sessions)
     with gr.Blocks(title="OVAM", analytics_enabled=False, delete_cache=(3600, 7200)) as page:
-        gr.HTML(head(pipe, notice), elem_id="head")
+        gr.HTML(head(ovam, notice), elem_id="head")
         with gr.Tabs():
             with gr.Tab("Generate"):
-                first = GenerateTab(desk)
+                first = GenerateTab(model)
             with gr.Tab("Optimize a token") as second:
-                OptimizeTab(desk, second, first.key, first.pick)
+                OptimizeTab(model, second, first.key, first.pick)
             with gr.Tab("Batch mask export"):
-                ExportTab(desk)
-        page.unload(desk.leave)
+                ExportTab(model)
+        page.unload(sessions.leave)
     return page.queue(default_concurrency_limit=1, max_size=64)
 
 
@@ -101,11 +102,11 @@ def launch(page: gr.Blocks, **options: Any) -> Any:
 def main() -> int:
     quiet()
     try:
-        pipe, notice = open_model()
+        ovam, notice = open_model()
     except InputError as error:
         sys.stderr.write(f"Error: {error}\n")
         return 2
-    launch(build(pipe, notice))
+    launch(build(ovam, notice))
     return 0
 
 

@@ -1,7 +1,8 @@
 """All exceptions of the package, by what a caller does about them.
 
     ValueError
-     └─ InputError           a person can mend it: show the sentence (gr.Error, exit status 2), keep what is already made
+     └─ InputError           a person can mend it: show the sentence (gr.Error, exit status 2), keep what is already
+     made
          ├─ HubUnreachable   the model is not on this machine and the hub does not answer: another model may do
          └─ OutOfMemory      the device has too little memory: something smaller may do
     Exception

@@ -1,294 +1,398 @@
-"""Every method of the papers by name, and their combinations: settings and functions over what was recorded
-of one image.
+"""Every method of the papers by name, and their combinations: from a picture's recording to heatmaps and masks.
 
-    with record(pipe) as recorder, record_goca(pipe) as goca_recorder:
-        image = pipe(prompt).images[0]
-    seen = Seen(image, recorder.recordings[0], prompt, goca_recorder.recordings[0])
-    found = maps_and_masks(ALL_METHODS["GoCA"], pipe, seen, words=["cat"])
-
-DAAM, Attn2Mask and OVAM: section 4.1 and supplement A.3 of the OVAM paper. GoCA: goca.py.
-`ALL_METHODS[name].about` is a line for an interface; `asks` says whether a method takes words (and tokens
-beside them) or tokens alone; `needs_goca` whether the pass of `record_goca` must be there.
+DAAM, Attn2Mask and OVAM: section 4.1 and supplement A.3 of the OVAM paper. GoCA: attention/goca.py. All have one shape,
+`Method`: `heatmaps` looks at the recording, `masks` cuts; METHODS lists them. A new method is a new class, or a new
+set of numbers, and an entry in METHODS.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from ovam_core.attention.goca import GocaRecording, Parts, attribute_weighted, goca, label_pixels
-from ovam_core.attention.heatmap import Attribution, attribute, resize
-from ovam_core.attention.mask import make_masks
+from ovam_core.attention.goca import GocaOptions, attribute_weighted, goca, label_pixels
+from ovam_core.attention.heatmap import AttributionPrompt, attribute, resize
+from ovam_core.attention.mask import binary_masks, densecrf, self_attention_map
 from ovam_core.attention.recording import Recording
+from ovam_core.checks import MAX_PROMPT, check_text
 from ovam_core.errors import InputError
-from ovam_core.query import attribute_words, background_words, caption_words, listed_words
+from ovam_core.models.presets import ModelDefaults
+from ovam_core.picture import Picture
+from ovam_core.query import Query, background_words, caption_words, listed_words, parse_words, word_queries
+from ovam_core.settings import DEFAULT_METHOD, SegmentSettings, check_field
+
+if TYPE_CHECKING:
+    from ovam_core.models.adapter import Pipeline
 
 Asks = Literal["words", "token"]
+Size = tuple[int, int]  # (height, width)
 
 
-@dataclass(frozen=True, eq=False)
-class Seen:
-    """What was recorded of one image. Masks are made at the size of `image`.
+class Method(Protocol):
+    """What OVAM.segment, the data sets and the benchmarks need of a method.
 
-    caption: the prompt of the recorded passes. goca: of `record_goca`, for the methods with `needs_goca`.
+    name, about: for people, `about` one line. asks: words (and tokens beside them), or tokens alone. takes_tokens:
+    whether a token can be asked. run_steps, step: steps of the run that the method is defined on, and the only one of
+    it that it looks at; None for any, and for all. needs_goca: whether the picture must bring the pass of
+    `record_goca`. crf: whether a dense CRF follows. has_alpha: whether the self-attention map is used. tau, alpha,
+    token_tau, token_alpha: as published.
     """
 
-    image: Image.Image
-    recording: Recording
-    caption: str = ""
-    goca: GocaRecording | None = None
+    @property
+    def name(self) -> str: ...
+    @property
+    def about(self) -> str: ...
+    @property
+    def asks(self) -> Asks: ...
+    @property
+    def takes_tokens(self) -> bool: ...
+    @property
+    def run_steps(self) -> int | None: ...
+    @property
+    def step(self) -> int | None: ...
+    @property
+    def needs_goca(self) -> bool: ...
+    @property
+    def crf(self) -> bool: ...
+    @property
+    def has_alpha(self) -> bool: ...
 
+    def check(self, settings: SegmentSettings) -> None:
+        """Raises InputError, one sentence, for settings that do not go with the method."""
 
-@dataclass(frozen=True, eq=False)
-class Found:
-    """maps: float32 `[labels, h, w]` in [0, 1], the recording's size. masks: bool `[labels, H, W]`, the
-    image's size.
-    """
+    def check_words(self, pipe: Pipeline, caption: str, words: Sequence[str]) -> None:
+        """Raises InputError for words that the method cannot ask a picture of this caption for."""
 
-    labels: tuple[str, ...]
-    maps: Tensor
-    masks: np.ndarray
+    def words(self, pipe: Pipeline, settings: SegmentSettings) -> list[Query]:
+        """The words or the sentence of the settings, as this method asks for them."""
+
+    def cut(self, query: Query, given: Cut, preset: ModelDefaults | None) -> Query:
+        """The query with its tau and alpha decided: see `Cut`."""
+
+    def heatmaps(self, pipe: Pipeline, picture: Picture, queries: Sequence[Query]) -> Tensor:
+        """float32 `[labels, h, w]` in [0, 1] for the labels of all queries in their order; further rows may follow,
+        of what the labels are compared with.
+        """
+
+    def masks(self, picture: Picture, maps: Tensor, queries: Sequence[Query], crf: bool = True) -> np.ndarray:
+        """Masks bool `[labels, H, W]` at the size of the picture's image, of `heatmaps`' answer to the same queries."""
 
 
 @dataclass(frozen=True)
-class Method:
+class Cut:
+    """Thresholds that were given: they come before all others. None leaves the choice, in this order: for a token, its
+    own; for a word, the model's preset, which stands for the share of 0.4 that most methods cut at, so that a method of
+    another share keeps that; without a preset, the published one of the method, for tokens too.
+    """
+
+    tau: float | None = None
+    alpha: float | None = None
+    token_tau: float | None = None
+    token_alpha: float | None = None
+
+
+NOTHING_GIVEN = Cut()
+
+
+# ------------------------------------------------------------------------------------ maps and cuts they share
+
+
+def attribute_queries(picture: Picture, queries: Sequence[Query]) -> Tensor:
+    """The mean map of each label (Eq. 5), float32 `[labels, h, w]`; the queries of a branch are read once for all."""
+    found: dict[int, Tensor] = {}
+    places = _places(queries)
+    for branch in dict.fromkeys(query.branch for query in queries):
+        chosen = [n for n, query in enumerate(queries) if query.branch == branch]
+        maps = attribute(picture.of_branch(branch), [queries[n].attribution for n in chosen])
+        found.update(zip([row for n in chosen for row in places[n]], maps, strict=True))
+    return torch.stack([found[row] for row in range(len(found))])
+
+
+def weighted_maps(picture: Picture, maps: Tensor, queries: Sequence[Query], size: Size) -> Tensor:
+    """A_alpha * D (Eq. 8) of maps `[labels, h, w]`, bilinear at `size`: float32 `[labels, H, W]`."""
+    attention: dict[tuple[str, float], Tensor] = {}
+    weighted = []
+    for query, rows in zip(queries, _places(queries), strict=True):
+        key = (query.branch, query.alpha)
+        if key not in attention:
+            attention[key] = self_attention_map(picture.of_branch(query.branch), query.alpha).to(maps.device)
+        weighted.append(resize(maps[rows].detach() * attention[key], size))
+    return torch.cat(weighted)
+
+
+def cut_maps(weighted: Tensor, queries: Sequence[Query]) -> Tensor:
+    """Eq. 9 with each query's own tau: bool `[labels, H, W]`."""
+    return torch.cat(
+        [binary_masks(weighted[rows], query.tau) for query, rows in zip(queries, _places(queries), strict=True)]
+    )
+
+
+def over_peak(weighted: Tensor) -> Tensor:
+    """Maps `[labels, H, W]` over their own maxima: by these, overlapping masks are told apart in one label map."""
+    return weighted / weighted.amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _places(queries: Sequence[Query]) -> list[list[int]]:
+    """The rows of each query's labels."""
+    rows, first = [], 0
+    for query in queries:
+        rows.append(list(range(first, first + len(query.labels))))
+        first += len(query.labels)
+    return rows
+
+
+def _image_size(picture: Picture) -> Size:
+    return picture.image.height, picture.image.width
+
+
+# ------------------------------------------------------------------------------------ methods that cut each map
+
+
+@dataclass(frozen=True)
+class HeatmapMethod:
     """Masks from the heatmaps of a recording, each map cut for itself (Eq. 9).
 
-    steps: denoising steps of the run, None for the model's own number. only: the one step used, None for all.
-    tau, alpha: threshold (Eq. 9) and self-attention floor (Eq. 8; 1 leaves it out) for words; token_tau,
-    token_alpha: for optimised tokens. crf: whether a dense CRF follows. about: one line that says what it
-    does.
+    run_steps: denoising steps of the run, None for the model's own number. step: the one step used, None for all.
+    tau, alpha: threshold (Eq. 9) and self-attention floor (Eq. 8; 1 leaves it out) for words; token_tau, token_alpha:
+    for optimised tokens.
     """
 
     name: str
     about: str
-    steps: int | None
-    only: int | None
-    crf: bool
-    tau: float
-    alpha: float
-    token_tau: float
-    token_alpha: float
+    run_steps: int | None = None
+    step: int | None = None
+    crf: bool = True
+    tau: float = 0.4
+    alpha: float = 0.85
+    token_tau: float = 0.8
+    token_alpha: float = 0.95
     asks: Asks = "words"
 
+    takes_tokens: ClassVar[bool] = True
     needs_goca: ClassVar[bool] = False
+
+    @property
+    def has_alpha(self) -> bool:
+        return self.alpha < 1
+
+    def check(self, settings: SegmentSettings) -> None:
+        if self.asks == "token" and (settings.words or settings.sentence.strip() or not settings.tokens):
+            raise InputError(f"{self.name} takes tokens, not words: choose a token and no words, or another method.")
+        if self.step is not None and settings.step_indices is not None:
+            raise InputError(f"{self.name} looks at a step of its own; name no denoising steps.")
+
+    def check_words(self, pipe: Pipeline, caption: str, words: Sequence[str]) -> None:
+        """Any word can be asked."""
+
+    def words(self, pipe: Pipeline, settings: SegmentSettings) -> list[Query]:
+        return word_queries(pipe, settings.words, settings.sentence, settings.template)
+
+    def cut(self, query: Query, given: Cut, preset: ModelDefaults | None) -> Query:
+        tau, alpha = _decided(self, query, given, preset)
+        return replace(query, tau=tau, alpha=alpha)
+
+    def heatmaps(self, pipe: Pipeline, picture: Picture, queries: Sequence[Query]) -> Tensor:
+        return attribute_queries(self._looked_at(picture), queries)
+
+    def masks(self, picture: Picture, maps: Tensor, queries: Sequence[Query], crf: bool = True) -> np.ndarray:
+        weighted = weighted_maps(self._looked_at(picture), maps, queries, _image_size(picture))
+        masks = cut_maps(weighted, queries).cpu().numpy()
+        if not (crf and self.crf):
+            return masks
+        pixels = np.asarray(picture.image.convert("RGB"))
+        return np.stack([densecrf(mask, pixels) for mask in masks])
+
+    def _looked_at(self, picture: Picture) -> Picture:
+        """The picture with the steps that the method looks at."""
+        return picture if self.step is None else replace(picture, recording=self.select(picture.recording))
 
     def select(self, recording: Recording) -> Recording:
         """The steps of a recording that the method looks at."""
-        return recording if self.only is None else recording.select(steps=[self.only])
+        return recording if self.step is None else recording.select(steps=[self.step])
 
-    def cut(self, token: bool) -> tuple[float, float]:
-        """(tau, alpha) for a token or a word."""
-        return (self.token_tau, self.token_alpha) if token else (self.tau, self.alpha)
 
-    def maps(self, seen: Seen, asked: Sequence[Attribution]) -> Tensor:
-        """Heatmaps float32 `[labels, h, w]` of words or tokens."""
-        return attribute(self.select(seen.recording), asked)
-
-    def masks(self, recording: Recording, maps: Tensor, image: Image.Image, token: bool = False) -> np.ndarray:
-        """Masks bool `[L, H, W]` of maps `[L, h, w]` that were asked of `select(recording)`."""
-        tau, alpha = self.cut(token)
-        return make_masks(recording, maps, image, tau=tau, alpha=alpha, crf=self.crf)
-
-    def run(
-        self,
-        pipe: Any,
-        seen: Seen,
-        words: Sequence[str],
-        tokens: Sequence[Attribution],
-        background: Sequence[str],
-    ) -> Found:
-        """As `maps_and_masks`; these methods know no background words."""
-        asked = [*(attribute_words(pipe, words) if words else []), *tokens]
-        maps, recording = self.maps(seen, asked), self.select(seen.recording)
-        kinds = [(False, maps[: len(words)]), (True, maps[len(words) :])]
-        masks = [self.masks(recording, part, seen.image, token) for token, part in kinds if len(part)]
-        return Found(tuple(label for one in asked for label in one.labels), maps, np.concatenate(masks))
+def _decided(method: HeatmapMethod, query: Query, given: Cut, preset: ModelDefaults | None) -> tuple[float, float]:
+    """(tau, alpha) of a query, in the order that `Cut` says; the one place where it is decided."""
+    if query.kind == "token":
+        own = (method.token_tau, method.token_alpha) if preset is None else (query.tau, query.alpha)
+        tau, alpha, floor = given.token_tau, given.token_alpha, method.token_alpha
+    else:
+        tau_of_model = method.tau if preset is None or method.tau != OVAM.tau else preset.tau
+        own = (tau_of_model, method.alpha if preset is None else preset.alpha)
+        tau, alpha, floor = given.tau, given.alpha, method.alpha
+    return own[0] if tau is None else tau, 1.0 if floor == 1 else (own[1] if alpha is None else alpha)
 
 
 @dataclass(frozen=True)
-class WeightedMethod(Method):
-    """The same with GoCA's weights for heads and layers, from the one pass that they are made of: this
-    project's extension.
+class WeightedMethod(HeatmapMethod):
+    """The same with GoCA's weights for heads and layers, from the one pass that they are made of: this project's
+    extension.
     """
 
     needs_goca: ClassVar[bool] = True
 
-    def maps(self, seen: Seen, asked: Sequence[Attribution]) -> Tensor:
-        return attribute_weighted(seen.goca, asked)
+    def check(self, settings: SegmentSettings) -> None:
+        super().check(settings)
+        _check_one_pass(self.name, settings)
+
+    def heatmaps(self, pipe: Pipeline, picture: Picture, queries: Sequence[Query]) -> Tensor:
+        return attribute_weighted(_pass_of(self.name, picture), [query.attribution for query in queries])
+
+
+# ------------------------------------------------------------------------------------ methods that compare words
 
 
 @dataclass(frozen=True)
 class GocaMethod:
-    """Words compared with each other and with background nouns at each pixel; the largest score has the
-    pixel.
+    """Words compared with each other and with background nouns at each pixel; the largest score has the pixel.
 
-    asking: (pipe, caption, words) to their attribution. parts: the steps of GoCA in use. offset: added to the
+    asking: (pipe, caption, words) to their attribution prompt. options: the steps of GoCA in use. offset: added to the
     background's score, the largest of its nouns'. tau: the background's score where there is no such noun.
+    background: nouns of what is none of the words; None for the caption's other content words (`background_words`),
+    among which a synonym of a word that is asked for would take its pixels: then name them.
     """
 
     name: str
     about: str
-    asking: Callable[[Any, str, Sequence[str]], Attribution]
-    parts: Parts = Parts()
+    asking: Callable[[Pipeline, str, Sequence[str]], AttributionPrompt]
+    options: GocaOptions = field(default_factory=GocaOptions)
     offset: float = 0.0
     tau: float = 0.4
+    background: tuple[str, ...] | None = None
 
-    steps: ClassVar[int | None] = None
-    only: ClassVar[int | None] = None
+    run_steps: ClassVar[int | None] = None
+    step: ClassVar[int | None] = None
     crf: ClassVar[bool] = False
     asks: ClassVar[Asks] = "words"
+    takes_tokens: ClassVar[bool] = False
     needs_goca: ClassVar[bool] = True
+    has_alpha: ClassVar[bool] = False
 
-    def run(
-        self,
-        pipe: Any,
-        seen: Seen,
-        words: Sequence[str],
-        tokens: Sequence[Attribution],
-        background: Sequence[str],
-    ) -> Found:
-        """As `maps_and_masks`."""
-        if tokens:
+    def check(self, settings: SegmentSettings) -> None:
+        if settings.tokens:
             raise InputError(f"{self.name} compares words; for a token choose {GOCA_TOKEN.name} or {OVAM_TOKEN.name}.")
-        maps = goca(seen.goca, self.asking(pipe, seen.caption, [*words, *background]), self.parts)
-        size = (seen.image.height, seen.image.width)
-        full = resize(maps, size)
-        pixels = label_pixels(full[: len(words)], full[len(words) :], self.offset if background else self.tau)
-        masks = torch.stack([pixels == number for number in range(1, len(words) + 1)])
-        return Found(tuple(words), maps[: len(words)], masks.cpu().numpy())
+        if settings.sentence.strip() or settings.template != "{}":
+            raise InputError(f"{self.name} asks for words alone; leave the attribution sentence and the template out.")
+        _check_one_pass(self.name, settings)
+
+    def check_words(self, pipe: Pipeline, caption: str, words: Sequence[str]) -> None:
+        try:
+            self.asking(pipe, caption, words)
+        except InputError as error:
+            raise InputError(f"{self.name} cannot be asked this: {error}") from None
+
+    def words(self, pipe: Pipeline, settings: SegmentSettings) -> list[Query]:
+        return [Query((word,), None) for word in settings.words]
+
+    def cut(self, query: Query, given: Cut, preset: ModelDefaults | None) -> Query:
+        own = self.tau if preset is None or self.tau != OVAM.tau else preset.tau
+        return replace(query, tau=own if given.tau is None else given.tau)
+
+    def heatmaps(self, pipe: Pipeline, picture: Picture, queries: Sequence[Query]) -> Tensor:
+        if any(query.kind == "token" for query in queries):
+            raise InputError(f"{self.name} compares words; for a token choose {GOCA_TOKEN.name} or {OVAM_TOKEN.name}.")
+        words = [label for query in queries for label in query.labels]
+        background = background_words(picture.caption, words) if self.background is None else self.background
+        prompt = self.asking(pipe, picture.caption, [*words, *background])
+        return goca(_pass_of(self.name, picture), prompt, self.options)
+
+    def masks(self, picture: Picture, maps: Tensor, queries: Sequence[Query], crf: bool = True) -> np.ndarray:
+        words = sum(len(query.labels) for query in queries)
+        full = resize(maps, _image_size(picture))
+        offset = self.offset if len(maps) > words else queries[0].tau
+        pixels = label_pixels(full[:words], full[words:], offset)
+        return torch.stack([pixels == number for number in range(1, words + 1)]).cpu().numpy()
 
 
-@torch.no_grad()
-def maps_and_masks(
-    method: Method | GocaMethod,
-    pipe: Any,
-    seen: Seen,
-    words: Sequence[str] = (),
-    tokens: Sequence[Attribution] = (),
-    background: Sequence[str] | None = None,
-) -> Found:
-    """What a method finds of words and tokens, in that order.
-
-    words: as `attribute_words` takes them. tokens: of `tokens.attribution`. background: nouns of what is none
-    of the words, for the methods that compare (GoCA); None for the caption's other content words
-    (`background_words`), among which a synonym of a word that is asked for would take its pixels: then name
-    them. Raises InputError for nothing asked, for words of a method that asks for tokens and the other way
-    round, without the recording that the method needs, and as the steps of the method do.
-    """
-    if method.asks == "token" and (words or not tokens):
-        raise InputError(f"{method.name} takes tokens, not words: choose a token and no words, or another method.")
-    if not words and not tokens:
-        raise InputError("There is no word to look for: give at least one.")
-    if method.needs_goca and seen.goca is None:
-        raise InputError(f"{method.name} needs the pass of record_goca beside the recording: record the image anew.")
-    words = list(words)
-    background = background_words(seen.caption, words) if background is None else background
-    return method.run(pipe, seen, words, tokens, background)
+def _check_one_pass(name: str, settings: SegmentSettings) -> None:
+    if settings.step_indices is not None:
+        raise InputError(f"{name} looks at a step of its own; name no denoising steps.")
+    if settings.resolutions is not None:
+        raise InputError(f"{name} weighs all layers; name no resolutions.")
 
 
-DAAM = Method(
+def _pass_of(name: str, picture: Picture):
+    if picture.goca is None:
+        raise InputError(f"{name} needs a pass that was not recorded with this image; choose another method.")
+    return picture.goca
+
+
+# ------------------------------------------------------------------------------------ the list
+
+
+DAAM = HeatmapMethod(
     "DAAM",
     "The mean of all attention maps of a word, cut at a share of its peak.",
-    None,
-    None,
-    False,
-    0.4,
-    1.0,
-    0.8,
-    1.0,
+    crf=False,
+    alpha=1.0,
+    token_alpha=1.0,
 )
-
-ATTN2MASK = Method(
+ATTN2MASK = HeatmapMethod(
     "Attn2Mask",
     "The maps of step 50 of a run of 100 steps alone, cut, then refined by a dense CRF.",
-    100,
-    50,
-    True,
-    0.5,
-    1.0,
-    0.8,
-    1.0,
+    run_steps=100,
+    step=50,
+    tau=0.5,
+    alpha=1.0,
+    token_alpha=1.0,
 )
-
-OVAM = Method(
-    "OVAM",
-    "The mean of all maps, times the self-attention a pixel receives, cut, then refined by a dense CRF.",
-    None,
-    None,
-    True,
-    0.4,
-    0.85,
-    0.8,
-    0.95,
+OVAM = HeatmapMethod(
+    "OVAM", "The mean of all maps, times the self-attention a pixel receives, cut, then refined by a dense CRF."
 )
-
-OVAM_TOKEN = Method(
-    "OVAM + token",
-    "OVAM with an embedding that was learned from a mask in place of the word.",
-    None,
-    None,
-    True,
-    0.4,
-    0.85,
-    0.8,
-    0.95,
-    asks="token",
+OVAM_TOKEN = HeatmapMethod(
+    "OVAM + token", "OVAM with an embedding that was learned from a mask in place of the word.", asks="token"
 )
-
 GOCA = GocaMethod(
     "GoCA",
     "Words of the prompt, compared at each pixel: weighted heads and layers, spread along the self-attention.",
     caption_words,
 )
-
 GOCA_ANY = GocaMethod(
     "GoCA, any word",
     "GoCA for any word: what is compared is read as a list of its own. An extension of the paper.",
     listed_words,
 )
-
 OVAM_WEIGHTED = WeightedMethod(
     "OVAM, GoCA's weights",
     "OVAM on one pass, with GoCA's weights of heads and layers for the plain mean. Extends both papers.",
-    None,
-    None,
-    True,
-    0.4,
-    0.85,
-    0.8,
-    0.95,
 )
-
 GOCA_TOKEN = WeightedMethod(
     "GoCA + token",
     "A learned embedding in place of the word, under GoCA's weights, on one pass. Extends both papers.",
-    None,
-    None,
-    True,
-    0.4,
-    0.85,
-    0.8,
-    0.95,
     asks="token",
 )
-
-METHODS = {method.name: method for method in (DAAM, ATTN2MASK, OVAM)}  # those that any recording serves
-
-ALL_METHODS: dict[str, Method | GocaMethod] = METHODS | {
-    method.name: method for method in (OVAM_TOKEN, GOCA, GOCA_ANY, OVAM_WEIGHTED, GOCA_TOKEN)
+METHODS: dict[str, Method] = {
+    method.name: method for method in (DAAM, ATTN2MASK, OVAM, OVAM_TOKEN, GOCA, GOCA_ANY, OVAM_WEIGHTED, GOCA_TOKEN)
 }
 
 
-def method_named(name: str) -> Method | GocaMethod:
+def method_named(name: str) -> Method:
     """The method of this name, whatever its case. Raises InputError that lists them all."""
-    found = {one.lower(): method for one, method in ALL_METHODS.items()}
+    found = {known.lower(): method for known, method in METHODS.items()}
     if str(name).lower() not in found:
-        raise InputError(f"There is no method '{str(name)[:40]}'; choose among {'; '.join(ALL_METHODS)}.")
+        raise InputError(f"There is no method '{str(name)[:40]}'; choose among {'; '.join(METHODS)}.")
     return found[str(name).lower()]
+
+
+def settings_of_text(words: str = "", sentence: str = "", **rest: Any) -> SegmentSettings:
+    """What people type, comma separated words, a sentence, or both, as settings; rest: further fields of them.
+
+    Raises InputError for what cannot be read, and without words, sentence, token or a method that takes tokens alone.
+    """
+    check_text("The list of words", words, MAX_PROMPT)
+    check_field(SegmentSettings, "sentence", sentence)
+    sentence = " ".join(sentence.split())
+    by_token = rest.get("tokens") or method_named(rest.get("method", DEFAULT_METHOD)).asks == "token"
+    parsed = () if (sentence or by_token) and not words.strip() else tuple(parse_words(words))
+    return SegmentSettings(words=parsed, sentence=sentence, **rest)
+
+
+def check_settings(settings: SegmentSettings) -> None:
+    """Raises InputError, one sentence, for settings that no recording could answer, or not by their method."""
+    method_named(settings.method).check(settings)
+    settings.validate()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ovam_core.attention.heatmap import heatmaps, resize
@@ -17,8 +18,12 @@ from ovam_core.attention.recording import Recording
 from ovam_core.errors import InputError
 from ovam_core.io.masks import IGNORE
 from ovam_core.query import background_embedding, words_in_sentence
+from ovam_core.settings import Settings
 
-MAX_CLASSES = 32
+if TYPE_CHECKING:
+    from ovam_core.models.adapter import Pipeline
+
+MAX_TOKEN_CLASSES = 32
 
 MAX_EPOCHS = 10_000
 
@@ -31,47 +36,48 @@ EDGE = 1e-6  # heatmaps are kept this far from 0 and 1: past it the logarithm ha
 
 
 @dataclass(frozen=True)
-class OptimizeSettings:
+class OptimizeSettings(Settings):
     """How the embedding is found. `RECIPES` holds the two that are known to be good.
 
     epochs: evaluations of loss and gradient. method: "descent" (plain gradient descent), "momentum" (0.9), "adam" or
-    "lbfgs" (every evaluation of its line search counts as an epoch). rate: the learning rate, times `decay` every `decay_every`
-    epochs. stay: weight of the mean squared distance from the start, added to what is minimised but not to the losses
-    that are reported; 0 leaves it out.
+    "lbfgs" (every evaluation of its line search counts as an epoch). rate: the learning rate, times `decay` every
+    `decay_every` epochs. proximity: weight of the mean squared distance from the start, added to what is minimised but
+    not to the losses that are reported; 0 leaves it out.
 
-    The default: the loss is smooth, has no noise and few unknowns, which is what L-BFGS is for. Seven classes, one image
-    each, on the embedded model: the paper's recipe reached 0.240 in 500 epochs, L-BFGS 0.251 in 20 and 0.226 in 50; momentum
-    and Adam took 100 epochs and more. Without `stay` it walks hundreds of times the length of the class name's embedding
-    for the last hundredth, out of float16's range. A low loss on one image is not all: on other images of the class what
-    stays nearer gains more (mIoU 0.790 by default, 0.816 with `stay` 0.1, 0.824 with 1; the paper's recipe 0.803, the class
-    name 0.766): `python -m benchmarks.optimize`, its table in benchmarks/README.md.
+    The default: the loss is smooth, has no noise and few unknowns, which is what L-BFGS is for. Seven classes, one
+    image each, on the embedded model's first edition: the paper's recipe reached 0.240 in 500 epochs, L-BFGS 0.251 in
+    20 and 0.226 in 50; momentum and Adam took 100 epochs and more. Without `proximity` it walks hundreds of times the
+    length of the class name's embedding for the last hundredth, out of float16's range. A low loss on one image is not
+    all: on other images of the class what stays nearer gains more (mIoU 0.790 by default, 0.816 with 0.1, 0.824 with 1;
+    the paper's recipe 0.803, the class name 0.766): `python -m benchmarks.optimize`, its table in benchmarks/README.md.
     """
 
     recipe: str = "fast"
-    epochs: int = 60
+    epochs: Annotated[
+        int, Field(title="The number of epochs", ge=1, le=MAX_EPOCHS, description="steps of the search")
+    ] = 60
     method: Literal["descent", "momentum", "adam", "lbfgs"] = "lbfgs"
     rate: float = 1.0
     decay: float = 1.0
     decay_every: int = 120
-    stay: float = 0.003
+    proximity: float = field(default=0.003, metadata={"key": "stay"})
 
     def validate(self) -> None:
         """Raises InputError, one sentence, for settings that could find nothing."""
-        if not isinstance(self.epochs, int) or not 1 <= self.epochs <= MAX_EPOCHS:
-            raise InputError(f"The number of epochs is {self.epochs}; choose a whole number from 1 to {MAX_EPOCHS}.")
+        self.check_fields()
         if self.method not in ("descent", "momentum", "adam", "lbfgs"):
             raise InputError(f"There is no method '{self.method}'; choose descent, momentum, adam or lbfgs.")
         if not math.isfinite(self.rate) or self.rate <= 0:
             raise InputError(f"The learning rate is {self.rate}; choose a number above 0.")
         if not 0 < self.decay <= 1 or self.decay_every < 1:
             raise InputError("The learning rate must decay by a factor above 0 and up to 1, every epoch or less often.")
-        if not math.isfinite(self.stay) or self.stay < 0:
-            raise InputError(f"The weight on staying near the start is {self.stay}; choose 0 or more.")
+        if not math.isfinite(self.proximity) or self.proximity < 0:
+            raise InputError(f"The weight on staying near the start is {self.proximity}; choose 0 or more.")
 
 
 RECIPES = {
     "fast": OptimizeSettings(),
-    "paper": OptimizeSettings("paper", 500, "descent", 100.0, 0.7, 120, stay=0.0),
+    "paper": OptimizeSettings("paper", 500, "descent", 100.0, 0.7, 120, proximity=0.0),
 }
 
 
@@ -102,16 +108,17 @@ class Optimized:
     reason: str
 
 
-def initial_embedding(pipe: Any, classes: Sequence[str]) -> Tensor:
-    """Where the search starts (section 3.3): `[<SoT>, class, ...]` of "A photograph of a <class>", float32 `[1 + classes, E]`.
+def initial_embedding(pipe: Pipeline, classes: Sequence[str]) -> Tensor:
+    """Where the search starts (section 3.3): `[<SoT>, class, ...]` of "A photograph of a <class>", float32 `[1 +
+    classes, E]`.
 
     A class of several sub-tokens or words starts at their mean. Where the text encoder has no <SoT> (T5) its end token
     takes the background. Raises InputError for names that `text` refuses.
     """
     if not classes:
         raise InputError("There is no class to make a token for: name one, for example cat.")
-    if len(classes) > MAX_CLASSES or len(set(classes)) != len(classes):
-        raise InputError(f"Name at most {MAX_CLASSES} classes, each of them once.")
+    if len(classes) > MAX_TOKEN_CLASSES or len(set(classes)) != len(classes):
+        raise InputError(f"Name at most {MAX_TOKEN_CLASSES} classes, each of them once.")
     start = background_embedding(pipe, PROMPT.format(classes[0]))
     rows = []
     for name in classes:
@@ -143,52 +150,75 @@ def optimize(
     tasks = _tasks(recordings, targets, start, weights)
     device = start.device if recordings[0].layers[0].queries.device.type == "cpu" else tasks[0].target.device
     begun = time.perf_counter()
+    search = _Search(tasks, start.detach().to(device, torch.float32), settings, on_epoch, should_stop)
+    reason = search.run()
+    epochs, seconds = len(search.losses), time.perf_counter() - begun
+    stopped = epochs < settings.epochs
+    return Optimized(search.best.cpu(), search.best_loss, search.losses, epochs, seconds, stopped, reason)
 
-    origin = start.detach().to(device, torch.float32)
-    x = origin.clone().requires_grad_()
-    optimizer, losses = _optimizer(x, settings), []
-    best, best_loss, reason = origin, math.inf, ""
 
-    def evaluate() -> Tensor:
-        """One epoch: loss and gradient at x. The optimisers call it, L-BFGS more than once a step."""
-        nonlocal best, best_loss
-        if len(losses) == settings.epochs:
+class _Search:
+    """The embedding on its way down the loss."""
+
+    def __init__(
+        self,
+        tasks: Sequence[_Task],
+        origin: Tensor,
+        settings: OptimizeSettings,
+        on_epoch: Callable[[Epoch], None] | None,
+        should_stop: Callable[[], bool] | None,
+    ):
+        self.tasks, self.origin, self.settings = tasks, origin, settings
+        self.on_epoch, self.should_stop = on_epoch, should_stop
+        self.x = origin.clone().requires_grad_()
+        self.optimizer = _optimizer(self.x, settings)
+        self.losses: list[float] = []
+        self.best, self.best_loss = origin, math.inf
+
+    def run(self) -> str:
+        """Epochs until one of them ends it; why it ended early, "" where it did not."""
+        settings = self.settings
+        try:
+            while True:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = settings.rate * settings.decay ** (len(self.losses) // settings.decay_every)
+                self.optimizer.step(self.epoch)  # type: ignore[arg-type]  # torch takes tensors, its stubs floats
+        except _End as end:
+            return end.reason
+
+    def epoch(self) -> Tensor:
+        """Loss and gradient at x. The optimisers call it, L-BFGS more than once a step."""
+        settings = self.settings
+        if len(self.losses) == settings.epochs:
             raise _End("")
-        if should_stop is not None and should_stop():
-            raise _End(f"Stopped after {len(losses)} of {settings.epochs} epochs.")
-        optimizer.zero_grad()
-        total = 0.0
-        for task in tasks:  # one graph at a time: the memory of one image, however many there are
-            loss = task.loss(x)
+        if self.should_stop is not None and self.should_stop():
+            raise _End(f"Stopped after {len(self.losses)} of {settings.epochs} epochs.")
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=self.x.device)
+        for task in self.tasks:  # one graph at a time: the memory of one image, however many there are
+            loss = task.loss(self.x)
             loss.backward()
             total = total + loss.detach()
-        value = float(total)
-        if not math.isfinite(value) or not torch.isfinite(x.grad).all():
-            if not losses:
-                raise InputError(
-                    "The loss is not finite at the start: the recording or the embedding holds no numbers."
-                )
-            raise _End(f"The loss was not finite in epoch {len(losses) + 1}: a smaller learning rate may help.")
-        losses.append(value)
-        if value < best_loss:
-            best, best_loss = x.detach().clone(), value
-        if on_epoch is not None:
-            on_epoch(Epoch(len(losses), settings.epochs, value, best_loss, best))
-        if settings.stay:
-            pull = settings.stay * (x - origin).square().mean()
+        self._note(float(total))
+        if settings.proximity:
+            pull = settings.proximity * (self.x - self.origin).square().mean()
             pull.backward()
             total = total + pull.detach()
         return total
 
-    try:
-        while True:
-            for group in optimizer.param_groups:
-                group["lr"] = settings.rate * settings.decay ** (len(losses) // settings.decay_every)
-            optimizer.step(evaluate)
-    except _End as end:
-        reason = end.reason
-    seconds = time.perf_counter() - begun
-    return Optimized(best.cpu(), best_loss, losses, len(losses), seconds, len(losses) < settings.epochs, reason)
+    def _note(self, loss: float) -> None:
+        """Keeps the best and tells of the epoch. Ends the search at a loss or gradient that is no number."""
+        if not math.isfinite(loss) or self.x.grad is None or not torch.isfinite(self.x.grad).all():
+            if not self.losses:
+                raise InputError(
+                    "The loss is not finite at the start: the recording or the embedding holds no numbers."
+                )
+            raise _End(f"The loss was not finite in epoch {len(self.losses) + 1}: a smaller learning rate may help.")
+        self.losses.append(loss)
+        if loss < self.best_loss:
+            self.best, self.best_loss = self.x.detach().clone(), loss
+        if self.on_epoch is not None:
+            self.on_epoch(Epoch(len(self.losses), self.settings.epochs, loss, self.best_loss, self.best))
 
 
 class _End(Exception):
@@ -220,7 +250,9 @@ def _optimizer(x: Tensor, settings: OptimizeSettings) -> torch.optim.Optimizer:
 
 @dataclass(frozen=True, eq=False)
 class _Task:
-    """One image: its recording, `target` bool `[L, H, W]`, `weight` float `[H, W]` with the image's weight as its sum."""
+    """One image: its recording, `target` bool `[L, H, W]`, `weight` float `[H, W]` with the image's weight as its
+    sum.
+    """
 
     recording: Recording
     target: Tensor
@@ -228,7 +260,7 @@ class _Task:
 
     def loss(self, embedding: Tensor) -> Tensor:
         """Eq. 7."""
-        maps = resize(heatmaps(self.recording, embedding), self.weight.shape)
+        maps = resize(heatmaps(self.recording, embedding), (self.weight.shape[0], self.weight.shape[1]))
         right = torch.where(self.target, maps, 1 - maps).clamp(EDGE, 1 - EDGE)
         return -(right.log() * self.weight).sum()
 
@@ -236,8 +268,8 @@ class _Task:
 def _tasks(
     recordings: Sequence[Recording], targets: Sequence[np.ndarray], start: Tensor, weights: Sequence[float] | None
 ) -> list[_Task]:
-    """One task an image: a label map whole numbers `[H, W]` (IGNORE left out) for each recording. start: `[L, E]`, row n
-    the token of label n. Raises InputError, one sentence, for what does not fit together.
+    """One task an image: a label map whole numbers `[H, W]` (IGNORE left out) for each recording. start: `[L, E]`, row
+    n the token of label n. Raises InputError, one sentence, for what does not fit together.
     """
     if not recordings or len(recordings) != len(targets):
         raise InputError(f"There are {len(recordings)} recordings and {len(targets)} masks: give one mask an image.")

@@ -1,294 +1,536 @@
-"""One image and its maps, from settings to files: what the command line and the app share.
+"""OVAM: a text-to-image pipeline, what is known of its family and its usual settings, in one object with four verbs.
 
-`generate` is the costly half (an image and its recording; photo.py has that of a photograph), `ask` the cheap one
-(maps and masks of any words), `save` and `load_settings` the way to the disk and back. Nothing here knows attention:
-that is recorder.py and heatmap.py; nothing here knows Gradio.
+ovam = OVAM.from_pretrained("emoji-voc")
+picture = ovam.generate("A photograph of a cat and a car on grass", seed=1)   # costly once: image and recording
+found = ovam.segment(picture, ["cat", "car", "animal"])                       # cheap, any words, any number of times
+token = ovam.optimize_token(picture, mask, "cat")
+ovam.segment(ovam.photograph("street.jpg", caption="a cat"), [token])
 """
 
 from __future__ import annotations
 
+import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
-from ovam_core import plot, tokens
-from ovam_core.attention.heatmap import Attribution, resize
-from ovam_core.attention.mask import make_masks
+from ovam_core.attention.heatmap import resize
+from ovam_core.attention.mask import NO_CRF, crf_available
+from ovam_core.attention.recording import Branch, Recording
 from ovam_core.errors import InputError, Stopped
 from ovam_core.hooks.goca_recorder import NOISE, record_goca
-from ovam_core.hooks.photograph import _told, denoise, prepare
+from ovam_core.hooks.photograph import denoise, fitted_size, prepare, with_run_facts
 from ovam_core.hooks.recorder import record
+from ovam_core.io.masks import read_mask
 from ovam_core.io.pictures import read_photo
-from ovam_core.methods import GocaMethod, Method, Seen, maps_and_masks, method_named
-from ovam_core.models.families import family_of
-from ovam_core.models.presets import own_grids, own_steps
-from ovam_core.picture import Generation, Maps, _distinct
-from ovam_core.query import attribute_sentence, attribute_words, caption_of, words_in_sentence
-from ovam_core.settings import GenerateSettings, MapSettings, PhotoSettings
+from ovam_core.methods import Cut, check_settings, method_named
+from ovam_core.models.load import load_pipeline
+from ovam_core.models.presets import (
+    ModelDefaults,
+    defaults_for,
+    recommended_grids,
+    recommended_part,
+    recommended_steps,
+)
+from ovam_core.models.registry import adapter_of
+from ovam_core.optimization import (
+    PROMPT,
+    RECIPES,
+    Epoch,
+    Optimized,
+    OptimizeSettings,
+    initial_embedding,
+    optimize,
+)
+from ovam_core.picture import Picture, Segmentation
+from ovam_core.plot import resize_mask
+from ovam_core.query import Query, branch_of, caption_of, token_query
+from ovam_core.settings import GenerateSettings, PhotoSettings, SegmentSettings
+from ovam_core.tokens import BACKGROUND, Token
 
-
-def photograph(
-    pipe: Any, photo: Image.Image | str | Path, settings: PhotoSettings, with_goca: bool = False
-) -> Generation:
-    """A photograph with its recording, as `generate` gives an image with its own; `ask` and `save` take both.
-
-    `image` is the upright RGB picture at the upload's size, and so are the maps and masks. with_goca: record, beside
-    it, GoCA's pass: the one at the timestep nearest to the paper's 100. Raises InputError for
-    settings that `validate` refuses and for pictures that `read_photo` and `fitted_size` refuse.
-    """
-    settings.validate(pipe)
-    begun = time.perf_counter()
-    image = read_photo(photo)
-    noisy = prepare(pipe, [image], [settings.caption], settings.timesteps, settings.seed, settings.size)
-    goal = NOISE * pipe.scheduler.config.num_train_timesteps
-    nearest = min(range(len(noisy.timesteps)), key=lambda step: abs(noisy.timesteps[step] - goal))
-    beside = record_goca(pipe, branch="all", step=nearest) if with_goca else nullcontext()
-    with record(pipe, branch="all") as recorder, beside as weighted:
-        denoise(pipe, noisy)
-    return Generation(
-        image=image,
-        recording=_told(recorder.recordings[0], noisy),
-        settings=settings,
-        model=getattr(pipe, "ovam_name", str(getattr(pipe, "name_or_path", "unknown"))),
-        device=str(pipe._execution_device),
-        seconds=time.perf_counter() - begun,
-        dtype=str(family_of(pipe).denoiser.dtype).removeprefix("torch."),
-        goca=None if weighted is None else weighted.recordings[0],
-    )
-
-
-def default_caption(asked: MapSettings) -> str:
-    """What to tell the model of a photograph: the sentence, or that it shows the words and the tokens' classes; nothing,
-    for tokens that were found without a text. Raises InputError as `branch_for` does.
-    """
-    if branch_for(asked) == "unconditional":
-        return ""
-    names = [name for path in asked.tokens for name in tokens.load(path).names]
-    return asked.sentence or caption_of(list(dict.fromkeys([*asked.words, *names])))
-
+if TYPE_CHECKING:
+    from ovam_core.models.adapter import Pipeline
 
 MAX_WORK_PIXELS = 1 << 21  # masks of larger photographs are made at this area: a dense CRF takes seconds a megapixel
-
 MAX_ANSWER = 500_000_000  # values of the maps at image size, 2 GB
 
+OnStep = Callable[[int, int], None]
 
-def generate(
-    pipe: Any,
-    settings: GenerateSettings,
-    on_step: Callable[[int, int], None] | None = None,
-    should_stop: Callable[[], bool] | None = None,
-    branch: str = "conditional",
-    with_goca: bool = False,
-) -> Generation:
-    """Makes one image under the recorder.
 
-    on_step: called with (steps done, steps in all) after every denoising step, once with 0 before the first.
-    should_stop: asked at every step; where it says True, `Stopped` is raised and nothing is kept.
-    branch: half of the guided batch to record; `branch_for` knows which one token files need.
-    with_goca: record the pass of GoCA beside it, for the methods that need one.
-    Raises InputError for settings that `validate` refuses, and where `record_goca` does not know the model's family.
+class OVAM:
+    """A pipeline with its adapter and preset.
+
+    pipe: any diffusers text-to-image pipeline of a family in models/registry.py. The attributes `pipe`, `adapter`
+    (how its family reads text and attends) and `preset` (usual settings, recommended grids, steps and thresholds) may
+    be read; the pipeline is never changed. Raises InputError for a pipeline of no known family.
     """
-    settings.validate(pipe)
-    beside = record_goca(pipe, branch=branch) if with_goca else nullcontext()
-    begun = time.perf_counter()
 
-    def after_step(done: int) -> None:
-        done = min(done, settings.steps)  # some schedulers take a step or two more than asked for
-        if should_stop is not None and should_stop():
-            raise Stopped(done, settings.steps)
-        if on_step is not None:
-            on_step(done, settings.steps)
+    def __init__(self, pipe: Pipeline):
+        self.pipe = pipe
+        self.adapter = adapter_of(pipe)
+        self.preset: ModelDefaults = defaults_for(pipe)
 
-    after_step(0)
-    family = family_of(pipe)
-    # A generator on the CPU draws the same noise whatever the device.
-    generator = torch.Generator("cpu").manual_seed(settings.seed)
-    with record(pipe, branch=branch) as recorder, beside as weighted:
-        images = pipe(
-            prompt=settings.prompt,
-            num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance,
-            width=settings.width,
-            height=settings.height,
-            generator=generator,
-            **family.arguments(settings.negative_prompt, after_step),
-        ).images
-    return Generation(
-        image=images[0],
-        recording=recorder.recordings[0],
-        settings=settings,
-        model=getattr(pipe, "ovam_name", str(getattr(pipe, "name_or_path", "unknown"))),
-        device=str(pipe._execution_device),
-        seconds=time.perf_counter() - begun,
-        dtype=str(family.denoiser.dtype).removeprefix("torch."),
-        goca=None if weighted is None else weighted.recordings[0],
-    )
+    @classmethod
+    def from_pretrained(
+        cls, model: str | None = None, device: str | None = None, dtype: torch.dtype | None = None
+    ) -> OVAM:
+        """Opens "emoji-voc", a folder or a hub id; see `load_pipeline` for the defaults and what is raised."""
+        return cls(load_pipeline(model, device, dtype))
 
+    @property
+    def name(self) -> str:
+        """The model's name, as token files and settings.json hold it."""
+        return getattr(self.pipe, "ovam_name", str(getattr(self.pipe, "name_or_path", "unknown")))
 
-def branch_for(settings: MapSettings) -> str:
-    """The half of the guided batch to record for these settings: the one their tokens were found on.
+    @property
+    def device(self) -> torch.device:
+        return self.pipe._execution_device
 
-    Raises InputError for tokens of different halves, which no one recording serves.
-    """
-    branches = {tokens.load(path).branch for path in settings.tokens} or {"conditional"}
-    if len(branches) > 1:
-        raise InputError("These tokens were found on different halves of the guided batch; use them one at a time.")
-    return branches.pop()
+    @property
+    def dtype(self) -> str:
+        """Of the denoiser's weights, such as "float16"."""
+        return str(self.adapter.denoiser.dtype).removeprefix("torch.")
 
-
-def attributions(pipe: Any, settings: MapSettings) -> list[Attribution]:
-    """The words or sentence of the settings, then their tokens, as embeddings.
-
-    Raises InputError where the text encoder cannot take the text, or a token file cannot be used with this model.
-    """
-    settings.validate()
-    return _of_text(pipe, settings) + [tokens.attribution(pipe, tokens.load(path)) for path in settings.tokens]
-
-
-def _of_text(pipe: Any, settings: MapSettings) -> list[Attribution]:
-    if settings.sentence.strip():
-        if settings.words:
-            return [words_in_sentence(pipe, settings.sentence, settings.words)]
-        return [attribute_sentence(pipe, settings.sentence)]
-    return attribute_words(pipe, settings.words, template=settings.template) if settings.words else []
-
-
-def check_served(pipe: Any, settings: MapSettings, made: GenerateSettings | PhotoSettings) -> None:
-    """Raises InputError, one sentence, where an image of the settings `made` can have no recording for the method."""
-    method = method_named(settings.method)
-    if method.steps is not None and getattr(made, "steps", None) != method.steps:
-        raise InputError(
-            f"{method.name} looks at step {method.only} of a run of {method.steps}: generate an image with "
-            f"{method.steps} steps, or choose another method."
-        )
-    if isinstance(made, GenerateSettings):
-        _check_parts(pipe, settings, made)
-    if isinstance(method, GocaMethod):
+    @property
+    def serves_goca(self) -> bool:
+        """Whether the pass that GoCA's methods need can be recorded with this model."""
         try:
-            method.asking(pipe, made.caption, settings.words)
-        except InputError as error:
-            raise InputError(f"{method.name} cannot be asked this: {error}") from None
+            record_goca(self.pipe)
+        except InputError:
+            return False
+        return True
 
+    # ------------------------------------------------------------------------------------ pictures
 
-def _check_parts(pipe: Any, settings: MapSettings, made: GenerateSettings) -> None:
-    """Refuses steps and grids that no recording of this image can have."""
-    # A second-order scheduler calls the model twice a step, PNDM once more than it has steps.
-    calls = made.steps * getattr(pipe.scheduler, "order", 1) + 1
-    if settings.steps is not None and min(settings.steps) >= calls:
-        raise InputError(f"None of these steps is in a run of {made.steps}: choose among 0 to {made.steps - 1}.")
-    side, strides = max(made.width, made.height), family_of(pipe).strides
-    grids = {side // stride for stride in strides} | {-(-side // stride) for stride in strides}
-    if settings.resolutions is not None and not grids & set(settings.resolutions):
-        listed = ", ".join(str(grid) for grid in sorted(grids, reverse=True))
-        raise InputError(f"No attention grid is {settings.resolutions[-1]} wide: choose among {listed}.")
+    def generate(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        seed: int = 0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        tokens: Sequence[Token] = (),
+        callback_on_step_end: OnStep | None = None,
+    ) -> Picture:
+        """An image and its recording. None takes the model's own steps, guidance and size.
 
+        seed: 0 to 2**32 - 1; the noise is drawn on the CPU, so it is the same on every device. tokens: those that will
+        be asked for, where they belong to the unconditional half of the guided batch. callback_on_step_end: called
+        with (steps done, steps in all), once with 0 before the first; it may raise `Stopped` to end the run.
+        Raises InputError, one sentence, for what this model cannot make.
+        """
+        settings = GenerateSettings.for_model(
+            self.pipe,
+            prompt,
+            negative_prompt=negative_prompt,
+            seed=seed,
+            steps=num_inference_steps,
+            guidance=guidance_scale,
+            width=width,
+            height=height,
+        )
+        return self.draw(settings, on_step=callback_on_step_end, branch=branch_of(tokens), with_goca=self.serves_goca)
 
-@torch.no_grad()
-def ask(pipe: Any, generation: Generation, settings: MapSettings) -> Maps:
-    """Heatmaps and masks of words, from the recording alone; the image is not made again.
+    def draw(
+        self,
+        settings: GenerateSettings,
+        *,
+        on_step: OnStep | None = None,
+        should_stop: Callable[[], bool] | None = None,
+        branch: Branch = "conditional",
+        with_goca: bool = False,
+    ) -> Picture:
+        """`generate` from whole settings.
 
-    Raises InputError for settings that the recording cannot answer (a step or resolution it does not hold, a method
-    that needs another one, a token of the other half of the guided batch).
-    """
-    settings.validate()
-    settings = settings.filled(pipe)
-    check_served(pipe, settings, generation.settings)
-    method = method_named(settings.method)
-    if method.needs_goca and generation.goca is None:
-        raise InputError(f"{method.name} needs a pass that was not recorded with this image; choose another method.")
-    recording = generation.recording.select(steps=settings.steps, resolutions=settings.resolutions)
-    if settings.resolutions is None:
-        recording = own_grids(pipe, recording)
-    if settings.steps is None and method.only is None:
-        recording = own_steps(pipe, recording)
-    seen = Seen(_work_image(generation.image), recording, generation.settings.caption, generation.goca)
-    if isinstance(method, GocaMethod):
-        labels, maps, masks = _compare(pipe, generation, settings, replace(method, tau=settings.tau), seen)
-    else:
-        labels, maps, masks = _cut(pipe, generation, settings, method, seen)
-    masks = np.stack([plot.resize_mask(mask, generation.image.size) for mask in masks])
-    full = resize(maps, (generation.image.height, generation.image.width)).float().cpu().numpy()
-    return Maps(labels, full, masks, [float(one.max()) for one in full])
+        on_step: called with (steps done, steps in all) after every denoising step, once with 0 before the first.
+        should_stop: asked at every step; where it says True, `Stopped` is raised and nothing is kept. branch: half of
+        the guided batch to record (`branch_of` knows which one tokens need). with_goca: record the pass of GoCA too.
+        """
+        settings.validate(self.pipe)
+        weighing = record_goca(self.pipe, branch=branch) if with_goca else nullcontext()
+        begun = time.perf_counter()
 
+        def after_step(done: int) -> None:
+            done = min(done, settings.steps)  # some schedulers take a step or two more than asked for
+            if should_stop is not None and should_stop():
+                raise Stopped(done, settings.steps)
+            if on_step is not None:
+                on_step(done, settings.steps)
 
-def _compare(
-    pipe: Any, generation: Generation, settings: MapSettings, method: GocaMethod, seen: Seen
-) -> tuple[list[str], torch.Tensor, np.ndarray]:
-    """Labels, maps and masks at the size of `seen.image`, of a method that gives each pixel to one word."""
-    _check_answer(settings.words, generation.image)
-    found = maps_and_masks(method, pipe, seen, settings.words)
-    return list(found.labels), found.maps, found.masks
+        after_step(0)
+        # A generator on the CPU draws the same noise whatever the device.
+        generator = torch.Generator("cpu").manual_seed(settings.seed)
+        with record(self.pipe, branch=branch) as recorder, weighing as weighted:
+            images = self.run(
+                prompt=settings.prompt,
+                num_inference_steps=settings.steps,
+                guidance_scale=settings.guidance,
+                width=settings.width,
+                height=settings.height,
+                generator=generator,
+                **self.adapter.arguments(settings.negative_prompt, after_step),
+            ).images
+        return self._picture(images[0], recorder.recordings[0], settings, weighted, begun)
 
+    def photograph(
+        self,
+        photo: Image.Image | str | Path,
+        caption: str = "",
+        *,
+        timesteps: Sequence[int] | None = None,
+        seed: int = 0,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> Picture:
+        """A photograph, noised and passed once through the model, as a picture with its recording.
 
-def _cut(
-    pipe: Any, generation: Generation, settings: MapSettings, method: Method, seen: Seen
-) -> tuple[list[str], torch.Tensor, np.ndarray]:
-    """Labels, maps and masks at the size of `seen.image`, of a method that cuts each map for itself."""
-    recording = method.select(seen.recording)
-    loaded = [tokens.load(path) for path in settings.tokens]
-    for token in loaded:
-        if token.branch != recording.branch:
-            names = ", ".join(token.names)
+        photo: a picture or its file. caption: what it shows; empty, the pass is that of the unconditional half.
+        timesteps: noise, 0 to 999, one pass each; None: 100, as GoCA takes. `image` is the upright RGB picture at its
+        own size, and so are heatmaps and masks. Raises InputError for what is no picture or cannot be recorded.
+        """
+        given = {} if timesteps is None else {"timesteps": tuple(timesteps)}
+        settings = PhotoSettings(caption, seed=seed, width=width, height=height, **given)
+        return self.look_at(photo, settings, with_goca=self.serves_goca)
+
+    def look_at(self, photo: Image.Image | str | Path, settings: PhotoSettings, *, with_goca: bool = False) -> Picture:
+        """`photograph` from whole settings. with_goca: record GoCA's pass, the one nearest to the paper's t = 100."""
+        settings.validate(self.pipe)
+        begun = time.perf_counter()
+        image = read_photo(photo)
+        noisy = prepare(self.pipe, [image], [settings.caption], settings.timesteps, settings.seed, settings.size)
+        goal = NOISE * self.pipe.scheduler.config.num_train_timesteps
+        nearest = min(range(len(noisy.timesteps)), key=lambda step: abs(noisy.timesteps[step] - goal))
+        weighing = record_goca(self.pipe, branch="all", step=nearest) if with_goca else nullcontext()
+        with record(self.pipe, branch="all") as recorder, weighing as weighted:
+            denoise(self.pipe, noisy)
+        return self._picture(image, with_run_facts(recorder.recordings[0], noisy), settings, weighted, begun)
+
+    def run(self, **arguments: Any) -> Any:
+        """The pipeline's own call."""
+        return self.pipe(**arguments)  # type: ignore[operator]  # diffusers' base class is not callable, each pipeline is
+
+    def _picture(
+        self,
+        image: Image.Image,
+        recording: Recording,
+        settings: GenerateSettings | PhotoSettings,
+        weighted: Any,
+        begun: float,
+    ) -> Picture:
+        return Picture(
+            image=image,
+            recording=recording,
+            settings=settings,
+            goca=None if weighted is None else weighted.recordings[0],
+            model=self.name,
+            device=str(self.device),
+            dtype=self.dtype,
+            seconds=time.perf_counter() - begun,
+        )
+
+    # ------------------------------------------------------------------------------------ what is in them
+
+    def segment(
+        self,
+        picture: Picture,
+        queries: str | Token | Sequence[str | Token] = (),
+        *,
+        method: str = "OVAM",
+        sentence: str = "",
+        template: str = "{}",
+        tau: float | None = None,
+        alpha: float | None = None,
+        crf: bool = True,
+        step_indices: Sequence[int] | None = None,
+        resolutions: Sequence[int] | None = None,
+    ) -> Segmentation:
+        """Heatmaps and masks of anything in a picture, from its recording alone.
+
+        queries: words, phrases and tokens, in any number; with `sentence`, words to be found in it, and without words
+        every token of the sentence. method: a name in METHODS. tau, alpha: threshold (Eq. 9) and self-attention floor
+        (Eq. 8), 0 to 1; None: the model's own for words, each token's own for tokens. step_indices, resolutions:
+        denoising steps and attention grids to use; None: those that the model recommends.
+        Raises InputError, one sentence, for what the recording cannot answer.
+        """
+        asked = [queries] if isinstance(queries, str | Token) else list(queries)
+        settings = SegmentSettings(
+            words=tuple(one for one in asked if not isinstance(one, Token)),
+            sentence=" ".join(sentence.split()),
+            template=template,
+            tau=tau,
+            alpha=alpha,
+            crf=crf,
+            step_indices=None if step_indices is None else tuple(step_indices),
+            resolutions=None if resolutions is None else tuple(resolutions),
+            tokens=tuple(one for one in asked if isinstance(one, Token)),
+            token_tau=tau,
+            token_alpha=alpha,
+            method=method_named(method).name,
+        )
+        return self.answer(picture, settings)
+
+    @torch.no_grad()
+    def answer(self, picture: Picture, settings: SegmentSettings) -> Segmentation:
+        """`segment` from whole settings.
+
+        Raises InputError for settings that the recording cannot answer: a step or resolution that it does not hold, a
+        method that needs another one, a token of the other half of the guided batch.
+        """
+        check_settings(settings)
+        settings = self.filled(settings)
+        self.check_answerable(settings, picture.settings)
+        method = method_named(settings.method)
+        seen = replace(
+            picture, image=_at_work_size(picture.image), recording=self._used_part(picture.recording, settings)
+        )
+        for token in settings.tokens:
+            _check_branch(token, picture.recording)
+        queries = self.queries(settings)
+        labels = _distinct(queries)
+        if len(labels) * picture.image.width * picture.image.height > MAX_ANSWER:
+            size = f"{picture.image.width}x{picture.image.height}"
             raise InputError(
-                f"The token '{names}' was found on the {token.branch} half of the guided batch and this image was "
-                f"recorded on the {recording.branch} one: make the image again with the token chosen."
+                f"{len(labels)} words on a picture of {size} need too much memory; ask for fewer, or make it smaller."
             )
-    of_text = _of_text(pipe, settings)
-    of_tokens = [tokens.attribution(pipe, token) for token in loaded]
-    words = [label for part in of_text for label in part.labels]
-    # A word and the token of the same name stand side by side: say which is which.
-    named = [f"{label} (token)" if label in words else label for part in of_tokens for label in part.labels]
-    labels = _distinct([*words, *named])
-    _check_answer(labels, generation.image)
+        maps = self._maps(picture, seen, settings, queries)
+        masks = method.masks(seen, maps, queries, settings.crf)
+        full = resize(maps[: len(labels)], (picture.image.height, picture.image.width)).float().cpu().numpy()
+        masks = np.stack([resize_mask(mask, picture.image.size) for mask in masks])
+        return Segmentation(labels, full, masks, picture, settings)
 
-    bodies = tuple(token.embedding.numpy().tobytes() for token in loaded)  # a file may change under its name
-    question = (
-        method.name,
-        settings.words,
-        settings.sentence,
-        settings.template,
-        settings.steps,
-        settings.resolutions,
-        bodies,
-    )
-    last = generation._last  # which another thread may replace at any time
-    if last is None or last[0] != question:
-        last = generation._last = (question, method.maps(seen, [*of_text, *of_tokens]))
-    maps = last[1]
+    def queries(self, settings: SegmentSettings) -> list[Query]:
+        """The words or sentence of the settings, then their tokens, read, with their tau and alpha decided.
 
-    # Words share a threshold; every token may bring its own. A method without self-attention keeps to 1.
-    cuts = [(settings.tau, settings.alpha if method.alpha < 1 else 1.0)] * len(words)
-    for token in loaded:
-        tau = token.tau if settings.token_tau is None else settings.token_tau
-        alpha = token.alpha if settings.token_alpha is None else settings.token_alpha
-        cuts += [(tau, alpha if method.token_alpha < 1 else 1.0)] * len(token.names)
-    masks = np.zeros((len(labels), seen.image.height, seen.image.width), dtype=bool)
-    for tau, alpha in dict.fromkeys(cuts):
-        rows = [row for row, cut in enumerate(cuts) if cut == (tau, alpha)]
-        crf = settings.crf and method.crf
-        masks[rows] = make_masks(recording, maps[rows], seen.image, tau=tau, alpha=alpha, crf=crf)
-    return labels, maps, masks
+        Raises InputError where the text encoder cannot take the text, or a token cannot be used with this model.
+        """
+        method = method_named(settings.method)
+        given = Cut(settings.tau, settings.alpha, settings.token_tau, settings.token_alpha)
+        asked = [*method.words(self.pipe, settings), *(token_query(self.pipe, token) for token in settings.tokens)]
+        return [method.cut(query, given, self.preset) for query in asked]
 
+    def filled(self, settings: SegmentSettings) -> SegmentSettings:
+        """The same with the tau and alpha that words will be cut at, in place of None; and without the dense CRF, with
+        a warning, where SimpleCRF is not installed.
+        """
+        method = method_named(settings.method)
+        given = Cut(settings.tau, settings.alpha)
+        tau = method.cut(Query(("",), None), given, self.preset).tau
+        alpha = self.preset.alpha if settings.alpha is None else settings.alpha
+        refined = settings.crf and method.crf and not crf_available()
+        if refined:
+            warnings.warn(NO_CRF, stacklevel=2)
+        return replace(settings, tau=tau, alpha=alpha, crf=settings.crf and not refined)
 
-def _check_answer(labels: Sequence[str], image: Image.Image) -> None:
-    if len(labels) * image.width * image.height > MAX_ANSWER:
-        raise InputError(
-            f"{len(labels)} words on a picture of {image.width}x{image.height} need too much memory; ask for fewer, or "
-            "make it smaller."
+    def check_answerable(self, settings: SegmentSettings, made_with: GenerateSettings | PhotoSettings | None) -> None:
+        """Raises InputError, one sentence, where a picture of the settings `made_with` has no recording for the
+        method.
+        """
+        method = method_named(settings.method)
+        if made_with is None:
+            return
+        if method.run_steps is not None and getattr(made_with, "steps", None) != method.run_steps:
+            raise InputError(
+                f"{method.name} looks at step {method.step} of a run of {method.run_steps}: generate an image with "
+                f"{method.run_steps} steps, or choose another method."
+            )
+        if isinstance(made_with, GenerateSettings):
+            self._check_parts(settings, made_with)
+        method.check_words(self.pipe, made_with.caption, settings.words)
+
+    def _check_parts(self, settings: SegmentSettings, made_with: GenerateSettings) -> None:
+        """Refuses steps and grids that no recording of this image can have."""
+        # A second-order scheduler calls the model twice a step, PNDM once more than it has steps.
+        calls = made_with.steps * getattr(self.pipe.scheduler, "order", 1) + 1
+        if settings.step_indices is not None and min(settings.step_indices) >= calls:
+            last = made_with.steps - 1
+            raise InputError(f"None of these steps is in a run of {made_with.steps}: choose among 0 to {last}.")
+        side, strides = max(made_with.width, made_with.height), self.adapter.strides
+        grids = {side // stride for stride in strides} | {-(-side // stride) for stride in strides}
+        if settings.resolutions is not None and not grids & set(settings.resolutions):
+            listed = ", ".join(str(grid) for grid in sorted(grids, reverse=True))
+            raise InputError(f"No attention grid is {settings.resolutions[-1]} wide: choose among {listed}.")
+
+    def _used_part(self, recording: Recording, settings: SegmentSettings) -> Recording:
+        """The steps and grids that were named, else those that the model recommends."""
+        method = method_named(settings.method)
+        used = recording.select(steps=settings.step_indices, resolutions=settings.resolutions)
+        if settings.resolutions is None:
+            used = recommended_grids(self.pipe, used)
+        if settings.step_indices is None and method.step is None:
+            used = recommended_steps(self.pipe, used)
+        return used
+
+    def _maps(self, picture: Picture, seen: Picture, settings: SegmentSettings, queries: Sequence[Query]) -> Tensor:
+        """The maps of the queries; the last ones again where only the cut has changed."""
+        numbers = tuple(token.embedding.numpy().tobytes() for token in settings.tokens)
+        parts = (settings.step_indices, settings.resolutions)
+        question = (settings.method, settings.words, settings.sentence, settings.template, parts, numbers)
+        last = picture.last_maps  # which another thread may replace at any time
+        if last is None or last[0] != question:
+            last = picture.last_maps = (
+                question,
+                method_named(settings.method).heatmaps(self.pipe, seen, queries),
+            )
+        return last[1]
+
+    # ------------------------------------------------------------------------------------ tokens
+
+    def optimize_token(
+        self,
+        pictures: Picture | Sequence[Picture],
+        masks: Any,
+        classes: str | Sequence[str],
+        *,
+        recipe: str = "fast",
+        on_epoch: Callable[[Epoch], None] | None = None,
+    ) -> Token:
+        """The token of a class, learned from one picture and its mask, or from several of both (Eqs. 6 and 7).
+
+        masks: one a picture: bool or uint8 `[H, W]`, a picture, or its file; see `read_mask`. classes: the name, or the
+        names of mask values 1, 2, ... recipe: a name in `optimization.RECIPES`, "fast" or "paper".
+        Raises InputError for masks that do not fit, and as `optimize` does.
+        """
+        if recipe not in RECIPES:
+            raise InputError(f"There is no recipe '{recipe[:40]}'; choose among {', '.join(RECIPES)}.")
+        names = (classes,) if isinstance(classes, str) else tuple(classes)
+        several = [pictures] if isinstance(pictures, Picture) else list(pictures)
+        masks = [masks] if isinstance(pictures, Picture) else list(masks)
+        if len(masks) != len(several):
+            raise InputError(f"There are {len(several)} pictures and {len(masks)} masks; give each picture its mask.")
+        targets = [
+            self.target(picture, read_mask(_as_image(mask), (picture.image.height, picture.image.width), len(names)))
+            for picture, mask in zip(several, masks, strict=True)
+        ]
+        return self.learn(several, targets, names, RECIPES[recipe], on_epoch=on_epoch)[0]
+
+    def target(self, picture: Picture, labels: np.ndarray) -> np.ndarray:
+        """Labels uint8 at a picture's size, brought to the size at which the model saw it: what `optimize` takes.
+
+        The maps of a photograph hold no more than that, and the time of an epoch grows with the pixels of its target.
+        """
+        if not isinstance(picture.settings, PhotoSettings):
+            return labels
+        height, width = picture.settings.size or fitted_size(self.pipe, picture.image)
+        return np.asarray(Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST))
+
+    def learn(
+        self,
+        pictures: Sequence[Picture],
+        targets: Sequence[np.ndarray],
+        classes: Sequence[str],
+        settings: OptimizeSettings = RECIPES["fast"],
+        *,
+        start: Tensor | None = None,
+        weights: Sequence[float] | None = None,
+        tau: float | None = None,
+        alpha: float | None = None,
+        on_epoch: Callable[[Epoch], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> tuple[Token, Optimized]:
+        """`optimize_token` from labels as `target` gives them: the token, and how the search went.
+
+        start: `[1 + classes, E]`, default the class names. weights: of each picture. tau, alpha: for the token's masks,
+        default the model's. Raises InputError for a search that was stopped before its first epoch, and as `optimize`.
+        """
+        recordings = [recommended_part(self.pipe, picture.recording) for picture in pictures]
+        start = initial_embedding(self.pipe, classes) if start is None else start
+        found = optimize(recordings, targets, start, settings, on_epoch, should_stop, weights)
+        return self.token_of(pictures, classes, found, settings, tau, alpha), found
+
+    def token_of(
+        self,
+        pictures: Sequence[Picture],
+        classes: Sequence[str],
+        found: Optimized,
+        settings: OptimizeSettings,
+        tau: float | None = None,
+        alpha: float | None = None,
+        more: dict[str, Any] | None = None,
+    ) -> Token:
+        """The result of `optimize` as a token that says how it came to be. more: further facts of the search."""
+        if not found.losses:
+            raise InputError("Stopped before the first epoch: nothing was learned.")
+        first = pictures[0].settings
+        how = settings.to_json() | {"epochs": found.epochs, "images": len(pictures)} | (more or {})
+        about = {} if first is None else asdict(first)
+        kind = "photo" if isinstance(first, PhotoSettings) else "image"
+        outside = ("prompt", "caption", "seed", "steps")  # fields of the token itself
+        kept = {kind: {name: value for name, value in about.items() if name not in outside}, "optimization": how}
+        return Token(
+            embedding=found.embedding,
+            classes=(BACKGROUND, *classes),
+            model=self.name,
+            branch=pictures[0].recording.branch,
+            steps=about.get("steps"),
+            prompt=pictures[0].caption,
+            seed=about.get("seed"),
+            init=" | ".join(PROMPT.format(name) for name in classes),
+            loss=found.loss,
+            settings=json.dumps(kept, sort_keys=True),
+            tau=self.preset.token_tau if tau is None else tau,
+            alpha=self.preset.token_alpha if alpha is None else alpha,
         )
 
 
-def _work_image(image: Image.Image) -> Image.Image:
+def default_caption(settings: SegmentSettings) -> str:
+    """What to tell the model of a photograph: the sentence, or that it shows the words and the tokens' classes;
+    nothing, for tokens that were found without a text. Raises InputError as `branch_of` does.
+    """
+    if branch_of(settings.tokens) == "unconditional":
+        return ""
+    names = [name for token in settings.tokens for name in token.names]
+    return settings.sentence or caption_of(list(dict.fromkeys([*settings.words, *names])))
+
+
+def _check_branch(token: Token, recording: Recording) -> None:
+    if token.branch != recording.branch:
+        raise InputError(
+            f"The token '{', '.join(token.names)}' was found on the {token.branch} half of the guided batch and this "
+            f"image was recorded on the {recording.branch} one: make the image again with the token chosen."
+        )
+
+
+def _distinct(queries: Sequence[Query]) -> list[str]:
+    """Labels that differ, as galleries, legends and files need them: a token beside the word of its name says that it
+    is one, and what a sentence holds twice is numbered.
+    """
+    words = {label for query in queries if query.kind == "word" for label in query.labels}
+    plain = [
+        f"{label} (token)" if query.kind == "token" and label in words else label
+        for query in queries
+        for label in query.labels
+    ]
+    seen: dict[str, int] = {}
+    labels = []
+    for label in plain:
+        seen[label] = seen.get(label, 0) + 1
+        labels.append(label if seen[label] == 1 else f"{label} ({seen[label]})")
+    return labels
+
+
+def _at_work_size(image: Image.Image) -> Image.Image:
     """The picture in which masks are made: itself, or for a large photograph one of MAX_WORK_PIXELS of its shape."""
     scale = math.sqrt(MAX_WORK_PIXELS / (image.width * image.height))
     if scale >= 1:
         return image
     return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+
+
+def _as_image(mask: Any) -> Any:
+    """A mask as `read_mask` takes it: an array becomes a picture."""
+    if not isinstance(mask, np.ndarray):
+        return mask
+    return Image.fromarray(mask.astype(np.uint8) * 255 if mask.dtype == bool else mask)

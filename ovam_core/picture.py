@@ -1,4 +1,7 @@
-"""TODO: what this module is."""
+"""A picture with its recording, and what was found in it: to files, and back.
+
+Nothing here knows a model: OVAM makes pictures and answers, this module keeps and writes them.
+"""
 
 from __future__ import annotations
 
@@ -6,136 +9,173 @@ import io
 import json
 import re
 import zipfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-import diffusers
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
-from ovam_core import plot, tokens
+from ovam_core import plot
 from ovam_core.attention.goca import GocaRecording
 from ovam_core.attention.mask import label_map
 from ovam_core.attention.recording import Recording
 from ovam_core.errors import InputError
-from ovam_core.io.files import make_folder, write
+from ovam_core.io.files import make_folder, write_atomically
 from ovam_core.io.names import slugs
-from ovam_core.settings import GenerateSettings, MapSettings, PhotoSettings
+from ovam_core.settings import GenerateSettings, PhotoSettings, SegmentSettings
+from ovam_core.tokens import SUFFIX, Token
 
-Made = TypeVar("Made")  # GenerateSettings or PhotoSettings
+MadeBy = TypeVar("MadeBy", GenerateSettings, PhotoSettings)
 
 SETTINGS_FILE = "settings.json"
 
 
-# ------------------------------------------------------------------------------------- image, then maps
-
-
 @dataclass
-class Generation:
-    """An image with the recording it was made under, or a photograph with its own. `seconds`: wall time of the whole call."""
+class Picture:
+    """An image with what was recorded of it: made by OVAM.generate, OVAM.photograph, or by hand from a `Recorder`'s.
+
+    recording: of the wanted half of the guided batch. settings: what it was made with, None for pictures made by hand.
+    goca: one pass recorded for the methods that weigh heads and layers, None without. others: recordings of further
+    halves of the batch, by branch. seconds: wall time of the whole call.
+    """
 
     image: Image.Image
     recording: Recording
-    settings: GenerateSettings | PhotoSettings
-    model: str
-    device: str
-    seconds: float
+    settings: GenerateSettings | PhotoSettings | None = None
+    goca: GocaRecording | None = None
+    model: str = ""
+    device: str = ""
     dtype: str = "float32"
-    goca: GocaRecording | None = None  # of one pass, for the methods that need it
+    seconds: float = 0.0
+    others: dict[str, Recording] = field(default_factory=dict, repr=False)
     # The last heatmaps with what they answered: a new threshold needs no new ones.
-    _last: tuple[Any, torch.Tensor] | None = field(default=None, repr=False, compare=False)
+    last_maps: tuple[Any, Tensor] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def caption(self) -> str:
+        """The text of the recorded passes; "" where it is not known."""
+        return "" if self.settings is None else self.settings.caption
 
     @property
     def nbytes(self) -> int:
         """Bytes held: the recordings, the image and the last maps."""
-        last = 0 if self._last is None else self._last[1].nbytes
-        last += 0 if self.goca is None else self.goca.nbytes
-        return self.recording.nbytes + self.image.width * self.image.height * 3 + last
+        last = 0 if self.last_maps is None else self.last_maps[1].nbytes
+        goca = 0 if self.goca is None else self.goca.nbytes
+        recordings = sum(recording.nbytes for recording in (self.recording, *self.others.values()))
+        return recordings + self.image.width * self.image.height * 3 + last + goca
+
+    def of_branch(self, branch: str) -> Recording:
+        """The recording of a half of the guided batch. Raises InputError where it was not recorded."""
+        found = self.recording if self.recording.branch in (branch, "all") else self.others.get(branch)
+        if found is None:
+            raise InputError(
+                f"What is asked for belongs to the {branch} half of the guided batch and this image was recorded on "
+                f"the {self.recording.branch} one: make the image again with it chosen."
+            )
+        return found
 
 
-@dataclass
-class Maps:
-    """Answers of `ask`. heatmaps: float32 [L, H, W] in [0, 1] at image size; masks: bool [L, H, W]; peaks: maxima."""
+@dataclass(eq=False)
+class Segmentation:
+    """What was found of each label in a picture, at the picture's size.
+
+    labels: words, phrases, tokens' classes, as they were asked for. heatmaps: float32 `[L, H, W]` in [0, 1]. masks:
+    bool `[L, H, W]`. picture, settings: what was asked of what.
+    """
 
     labels: list[str]
     heatmaps: np.ndarray
     masks: np.ndarray
-    peaks: list[float]
+    picture: Picture
+    settings: SegmentSettings
+
+    @property
+    def peaks(self) -> list[float]:
+        """The maximum of each heatmap."""
+        return [float(heatmap.max()) for heatmap in self.heatmaps]
+
+    def label_map(self) -> np.ndarray:
+        """uint8 `[H, W]`: the place in `labels`, from 1, of the strongest map among the masks there; 0 for none."""
+        return label_map(self.heatmaps, self.masks)
+
+    def files(self) -> dict[str, bytes]:
+        """Every file of the result by name, its tokens among them. The same result gives the same bytes: nothing in
+        them holds a time or a path of this machine.
+        """
+        names = slugs(self.labels)
+        tokens = token_files(self.settings.tokens)
+        image, peaks = self.picture.image, self.peaks
+        files = {"image.png": plot.png(image), "heatmaps.npz": self._npz()}
+        for slug, heatmap, mask in zip(names, self.heatmaps, self.masks, strict=True):
+            files[f"overlay_{slug}.png"] = plot.png(plot.overlay(image, heatmap, max(peaks)))  # one scale for all words
+            files[f"mask_{slug}.png"] = plot.png(plot.mask_image(mask))
+        files["labels.png"] = plot.png(plot.label_image(self.label_map()))
+        about = self._about(names, [*files, *tokens, SETTINGS_FILE], list(tokens))
+        files[SETTINGS_FILE] = (json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode()
+        return files | tokens
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Writes the result into a folder, made if need be; each file is whole or absent.
+
+        image.png; heatmaps.npz (`maps` float32 [L, H, W] in [0, 1], `words`); overlay_<word>.png and mask_<word>.png
+        for each word; labels.png (ids in the order of the words, VOC palette); token_<class>.safetensors for each token
+        asked for; settings.json, from which `ovam generate --settings` (or `ovam photo --settings`) makes the same
+        bytes on the same machine. Files of an earlier result in the folder that this one does not have are taken away.
+        """
+        folder = make_folder(folder)
+        files = self.files()
+        for name in _earlier(folder) - files.keys():
+            (folder / name).unlink(missing_ok=True)
+        for name, data in files.items():
+            write_atomically(folder / name, data)
+        return [folder / name for name in files]
+
+    def save_zip(self, path: str | Path) -> Path:
+        """The same files as `save`, in one zip."""
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:  # PNG and npz are compressed already
+            for name, data in self.files().items():
+                archive.writestr(zipfile.ZipInfo(name), data)  # ZipInfo's fixed date keeps the bytes the same
+        write_atomically(Path(path), buffer.getvalue())
+        return Path(path)
+
+    def _npz(self) -> bytes:
+        buffer = io.BytesIO()
+        words = np.array(self.labels, dtype=np.str_)
+        np.savez_compressed(buffer, maps=self.heatmaps.astype(np.float32), words=words)
+        return buffer.getvalue()
+
+    def _about(self, names: list[str], files: list[str], tokens: list[str]) -> dict[str, Any]:
+        picture = self.picture
+        colors = plot.word_colors(self.labels)
+        rows = enumerate(zip(self.labels, names, self.peaks, strict=True), start=1)
+        about: dict[str, Any] = {
+            "format": "ovam-recording/1" if picture.settings is None else picture.settings.FORMAT,
+            "model": picture.model,
+            "device": picture.device,
+            "dtype": picture.dtype,
+        }
+        if picture.settings is not None:
+            about[picture.settings.KIND] = picture.settings.to_json()
+        return about | {
+            "maps": self.settings.to_json() | {"tokens": tokens},
+            "words": [
+                {"word": label, "label": number, "file": slug, "color": colors[label], "peak": round(peak, 6)}
+                for number, (label, slug, peak) in rows
+            ],
+            "files": sorted(files),
+            "versions": {"torch": torch.__version__, "diffusers": version("diffusers")},
+        }
 
 
-def _distinct(labels: Sequence[str]) -> list[str]:
-    """A sentence may hold a token twice; galleries, legends and files need names that differ."""
-    seen: dict[str, int] = {}
-    for_all = []
-    for label in labels:
-        seen[label] = seen.get(label, 0) + 1
-        for_all.append(label if seen[label] == 1 else f"{label} ({seen[label]})")
-    return for_all
-
-
-def _npz(maps: Maps) -> bytes:
-    buffer = io.BytesIO()
-    words = np.array(maps.labels, dtype=np.str_)
-    np.savez_compressed(buffer, maps=maps.heatmaps.astype(np.float32), words=words)
-    return buffer.getvalue()
-
-
-def contents(generation: Generation, maps: Maps, settings: MapSettings) -> dict[str, bytes]:
-    """Every file of a result, by name, its tokens among them. The same result gives the same bytes: nothing here holds a
-    time or a path of this machine.
-    """
-    kept = _token_files(settings.tokens)
-    files = {"image.png": plot.png(generation.image), "heatmaps.npz": _npz(maps)}
-    vmax = max(maps.peaks)  # one scale for all words, as in the app
-    colors = plot.word_colors(maps.labels)
-    for label, slug, heatmap, mask in zip(maps.labels, slugs(maps.labels), maps.heatmaps, maps.masks, strict=True):
-        files[f"overlay_{slug}.png"] = plot.png(plot.overlay(generation.image, heatmap, vmax))
-        files[f"mask_{slug}.png"] = plot.png(plot.mask_image(mask))
-    files["labels.png"] = plot.png(plot.label_image(label_map(maps.heatmaps, maps.masks)))
-    about = {
-        "format": generation.settings.FORMAT,
-        "model": generation.model,
-        "device": generation.device,
-        "dtype": generation.dtype,
-        generation.settings.KIND: asdict(generation.settings),
-        "maps": asdict(settings) | {"tokens": list(kept)},
-        "words": [
-            {"word": label, "label": index, "file": slug, "color": colors[label], "peak": round(peak, 6)}
-            for index, (label, slug, peak) in enumerate(zip(maps.labels, slugs(maps.labels), maps.peaks), start=1)
-        ],
-        "files": sorted([*files, *kept, SETTINGS_FILE]),
-        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
-    }
-    files[SETTINGS_FILE] = (json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode()
-    return files | kept
-
-
-def _token_files(paths: Sequence[str]) -> dict[str, bytes]:
-    """Token files by the name they get in a result, "token_cat.safetensors"; in the order given."""
-    names = slugs([" ".join(tokens.load(path).names) for path in paths])
-    return {f"token_{name}{tokens.SUFFIX}": Path(path).read_bytes() for name, path in zip(names, paths, strict=True)}
-
-
-def save(folder: str | Path, generation: Generation, maps: Maps, settings: MapSettings) -> list[Path]:
-    """Writes a result into a folder, made if need be; each file is written beside its place and renamed.
-
-    image.png; heatmaps.npz (`maps` float32 [L, H, W] in [0, 1] at image size, `words`); overlay_<word>.png and
-    mask_<word>.png for each word; labels.png (ids in the order of the words, VOC palette); token_<class>.safetensors for
-    each token asked for; settings.json, from which
-    `python -m ovam_core generate --settings` makes the same bytes on the same machine, as `photo --settings` does with
-    a photograph.
-    Files of an earlier result in the folder that this one does not have are taken away.
-    """
-    folder = make_folder(folder)
-    files = contents(generation, maps, settings)
-    for name in _earlier(folder) - files.keys():
-        (folder / name).unlink(missing_ok=True)
-    for name, data in files.items():
-        write(folder / name, data)
-    return [folder / name for name in files]
+def token_files(tokens: tuple[Token, ...]) -> dict[str, bytes]:
+    """Tokens by the file name they get in a result, "token_cat.safetensors"; in the order given."""
+    names = slugs([" ".join(token.names) for token in tokens])
+    return {f"token_{name}{SUFFIX}": token.to_bytes() for name, token in zip(names, tokens, strict=True)}
 
 
 def _earlier(folder: Path) -> set[str]:
@@ -147,21 +187,10 @@ def _earlier(folder: Path) -> set[str]:
         return set()
 
 
-def save_zip(path: str | Path, generation: Generation, maps: Maps, settings: MapSettings) -> Path:
-    """The same files as `save`, in one zip."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:  # PNG and npz are compressed already
-        for name, data in contents(generation, maps, settings).items():
-            archive.writestr(zipfile.ZipInfo(name), data)  # ZipInfo's fixed date keeps the bytes the same
-    write(Path(path), buffer.getvalue())
-    return Path(path)
+def load_settings(path: str | Path, made_by: type[MadeBy]) -> tuple[MadeBy, SegmentSettings, str, str]:
+    """settings.json back to (what made the picture, what was asked, model, device); tokens are read from beside it.
 
-
-def load_settings(path: str | Path, made_by: type[Made] = GenerateSettings) -> tuple[Made, MapSettings, str, str]:
-    """settings.json back to (settings of the image, maps, model, device). made_by: the class of the first,
-    GenerateSettings or PhotoSettings.
-
-    Raises InputError if it is not one of `save`'s, or of another kind.
+    made_by: GenerateSettings or PhotoSettings. Raises InputError if it is not one of `save`'s, or of the other kind.
     """
     path = Path(path)
     try:
@@ -173,27 +202,17 @@ def load_settings(path: str | Path, made_by: type[Made] = GenerateSettings) -> t
     if not isinstance(about, dict) or about.get("format") != made_by.FORMAT:
         raise InputError(f"'{path}' is not a settings.json of this program (format {made_by.FORMAT}).")
     try:
-        made = made_by(**_known(made_by, about[made_by.KIND]))
-        asked = MapSettings(**_known(MapSettings, about["maps"]))
-        asked = replace(
-            asked, **{key: _tuple(getattr(asked, key)) for key in ("words", "steps", "resolutions", "tokens")}
-        )
-        # Its tokens lie beside it.
-        asked = replace(asked, tokens=tuple(str(path.parent / name) for name in asked.tokens))
-        return made, asked, str(about["model"]), str(about["device"])
-    except (KeyError, TypeError):
+        picture = made_by.from_json(about[made_by.KIND])
+        asked = SegmentSettings.from_json(_lists(about["maps"]))
+        asked = replace(asked, tokens=tuple(Token.load(path.parent / name) for name in asked.tokens))
+        return picture, asked, str(about["model"]), str(about["device"])
+    except (KeyError, TypeError, AttributeError):
         raise InputError(f"'{path}' lacks a setting or holds one of the wrong kind.") from None
 
 
-def _known(cls: type, values: dict) -> dict:
-    unknown = set(values) - {one.name for one in fields(cls)}
-    if unknown:
-        raise InputError(f"The settings hold '{sorted(unknown)[0]}', which this version does not know.")
+def _lists(values: dict[str, Any]) -> dict[str, Any]:
+    """The same. Raises TypeError where a list is something else, a text of several letters among them."""
+    for key in ("words", "steps", "resolutions", "tokens"):
+        if values.get(key) is not None and not isinstance(values[key], list):
+            raise TypeError
     return values
-
-
-def _tuple(value: Any) -> tuple | None:
-    """A list of the file. Raises TypeError for anything else, a text of several letters among them."""
-    if value is not None and not isinstance(value, list | tuple):
-        raise TypeError
-    return None if value is None else tuple(value)

@@ -109,7 +109,8 @@ def mask_overlay(image: Image.Image, mask: np.ndarray, color: str = COLORS[0], o
     mask = np.asarray(mask, dtype=bool)
     if mask.shape != (image.height, image.width):
         raise InputError(
-            f"The mask is {mask.shape[1]}x{mask.shape[0]} and the image {image.width}x{image.height}; resize one of them."
+            f"The mask is {mask.shape[1]}x{mask.shape[0]} and the image {image.width}x{image.height}; "
+            "resize one of them."
         )
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
     paint = np.asarray(ImageColor.getrgb(color), dtype=np.float32)
@@ -151,7 +152,7 @@ def enlarge(image: Image.Image, smallest: int = 512) -> Image.Image:
 def scale_css(cmap: str = "turbo", stops: int = 12) -> str:
     """The colour table as a CSS linear-gradient, for the legend beside a gallery."""
     colors = colormaps[cmap](np.linspace(0.0, 1.0, stops), bytes=True)[:, :3]
-    return f"linear-gradient(to right, {', '.join('#%02x%02x%02x' % tuple(int(c) for c in rgb) for rgb in colors)})"
+    return f"linear-gradient(to right, {', '.join('#' + rgb.tobytes().hex() for rgb in colors)})"
 
 
 def loss_curve(losses: Sequence[float], of: int, width: int = 420, height: int = 340) -> str:
@@ -172,7 +173,8 @@ def loss_curve(losses: Sequence[float], of: int, width: int = 420, height: int =
     return f"""<svg viewBox="0 0 {width} {height}" role="img" width="100%" font-size="12" fill="currentColor"
 aria-label="Loss over {len(values)} of {of} epochs, lowest {low:.4f}">
 <path d="M{left} {top}V{base}H{width - right}" fill="none" stroke="currentColor" stroke-opacity=".35"/>
-<g text-anchor="end"><text x="{left - 6}" y="{top + 4}">{high:.3f}</text><text x="{left - 6}" y="{base}">{low:.3f}</text></g>
+<g text-anchor="end"><text x="{left - 6}" y="{top + 4}">{high:.3f}</text>
+<text x="{left - 6}" y="{base}">{low:.3f}</text></g>
 <text x="{left}" y="{height - 10}">1</text>
 <text x="{(left + width - right) / 2}" y="{height - 10}" text-anchor="middle">epoch</text>
 <text x="{width - right}" y="{height - 10}" text-anchor="end">{of}</text>

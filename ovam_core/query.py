@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import re
 import unicodedata
+import warnings
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from ovam_core.attention.heatmap import Attribution
+from ovam_core.attention.heatmap import AttributionPrompt
+from ovam_core.attention.recording import Branch
 from ovam_core.errors import InputError
-from ovam_core.models.families import family_of
-from ovam_core.models.family import EOT, SOT, Tokens
+from ovam_core.models.reading import EOT, FUNCTION_WORDS, SOT, Tokens
+from ovam_core.models.registry import adapter_of
+from ovam_core.tokens import Token, last_part
+
+if TYPE_CHECKING:
+    from ovam_core.models.adapter import Pipeline
 
 # Words of a caption that name nothing in the picture; the second kind may name all of it.
 PLACE_WORDS = frozenset("next against inside outside above below front back top side left right beneath around".split())
@@ -27,7 +33,7 @@ PLACE_WORDS = frozenset("next against inside outside above below front back top 
 PICTURE_WORDS = frozenset("photograph photo picture image painting drawing illustration view scene".split())
 
 
-def caption_words(pipe: Any, caption: str, words: Sequence[str]) -> Attribution:
+def caption_words(pipe: Pipeline, caption: str, words: Sequence[str]) -> AttributionPrompt:
     """Words of the caption, as the pass itself has read it, padding included: what the paper asks for.
 
     Raises InputError for a word that is not in the caption.
@@ -35,8 +41,8 @@ def caption_words(pipe: Any, caption: str, words: Sequence[str]) -> Attribution:
     return replace(words_in_sentence(pipe, caption, words), embedding=encode_padded(pipe, caption))
 
 
-def listed_words(pipe: Any, caption: str, words: Sequence[str]) -> Attribution:
-    """Any words, in one attribution prompt of their own, "cat, meadow"; `caption` is not looked at.
+def listed_words(pipe: Pipeline, _caption: str, words: Sequence[str]) -> AttributionPrompt:
+    """Any words, in one attribution prompt of their own, "cat, meadow"; the caption is not looked at.
 
     The extension to words that are not in the caption.
     """
@@ -62,15 +68,10 @@ MAX_WORDS = 32
 
 MAX_WORD_CHARS = 200
 
-# Words of a phrase that name nothing one could point at.
-FUNCTION_WORDS = frozenset(
-    """a an the this that these those of in on at to with and or by for from near under over behind beside between
-    into onto is are be its his her their my your our some any very""".split()  # noqa: SIM905
-)
-
 
 def parse_words(text: str) -> list[str]:
-    """Words of a text, "cat, car; the red bus" to ["cat", "car", "the red bus"]: split at commas, semicolons and line ends.
+    """Words of a text, "cat, car; the red bus" to ["cat", "car", "the red bus"]: split at commas, semicolons and line
+    ends.
 
     Repeated words (whatever their case) are taken once, in the order given. Raises InputError for no word, a word
     without letter or digit, a word of more than MAX_WORD_CHARS, more than MAX_WORDS words.
@@ -82,7 +83,7 @@ def parse_words(text: str) -> list[str]:
     return _check_words(list(first.values()))
 
 
-def attribute_words(pipe, words: Sequence[str], template: str = "{}") -> list[Attribution]:
+def attribute_words(pipe: Pipeline, words: Sequence[str], template: str = "{}") -> list[AttributionPrompt]:
     """One attribution prompt a word, `<SoT> word <EoT>`: the map of a word does not depend on its neighbours.
 
     words: words or phrases; a word of several sub-tokens gets one map, the mean over them, a phrase the mean over its
@@ -96,56 +97,58 @@ def attribute_words(pipe, words: Sequence[str], template: str = "{}") -> list[At
     return [words_in_sentence(pipe, before + word + after, [word]) for word in words]
 
 
-def attribute_sentence(pipe, sentence: str) -> Attribution:
+def attribute_sentence(pipe: Pipeline, sentence: str) -> AttributionPrompt:
     """A whole sentence as one attribution prompt: one label a token, `<SoT>` and `<EoT>` included.
 
     With two text encoders whose tokens follow each other (HunyuanDiT), those of the first, then those of the second.
     Raises InputError for an empty sentence and for one longer than the text encoder's limit; nothing is cut.
     """
-    family = family_of(pipe)
+    family = adapter_of(pipe)
     tokens = family.tokenize(sentence)
     positions = tuple((i,) for i in range(len(tokens.names)))
-    return Attribution(_encode(family, tokens), tokens.names, positions)
+    return AttributionPrompt(_encode(family, tokens), tokens.names, positions)
 
 
-def words_in_sentence(pipe, sentence: str, words: Sequence[str]) -> Attribution:
+def words_in_sentence(pipe: Pipeline, sentence: str, words: Sequence[str]) -> AttributionPrompt:
     """Words inside one attribution sentence, which they share: one label a word.
 
-    A word's map is the mean over its tokens, a phrase's the mean over its content words, at all occurrences in the sentence.
-    Raises InputError for a word that is not in the sentence, and as `attribute_words`.
+    A word's map is the mean over its tokens, a phrase's the mean over its content words, at all occurrences in the
+    sentence. Raises InputError for a word that is not in the sentence, and as `attribute_words`.
     """
     words = _check_words(words)
-    family = family_of(pipe)
+    family = adapter_of(pipe)
     tokens = family.tokenize(sentence)
     counted = [_positions(tokens, family.spelled(word)) for word in words]
     groups = tuple(tuple(one) for one in counted)
     shares = tuple(tuple(one.values()) for one in counted)
     alike = all(max(one, default=0) - min(one, default=0) < 1e-9 for one in shares)
-    return Attribution(_encode(family, tokens), tuple(words), groups, None if alike else shares)
+    return AttributionPrompt(_encode(family, tokens), tuple(words), groups, None if alike else shares)
 
 
-def background_embedding(pipe, sentence: str) -> Tensor:
-    """The row that takes what no word asks for, `[1, E]`: the sentence's `<SoT>`, or its `<EoT>` where there is none (T5)."""
+def background_embedding(pipe: Pipeline, sentence: str) -> Tensor:
+    """The row that takes what no word asks for, `[1, E]`: the sentence's `<SoT>`, or its `<EoT>` where there is none
+    (T5).
+    """
     found = attribute_sentence(pipe, sentence)
     row = next((i for i, label in enumerate(found.labels) if label in (SOT, EOT)), 0)
     return found.embedding[row : row + 1]
 
 
-def encode_padded(pipe, prompt: str) -> Tensor:
+def encode_padded(pipe: Pipeline, prompt: str) -> Tensor:
     """The prompt as the pipeline itself encodes it for generation: `[77, E]` for CLIP, padding included.
 
     Padding that the pipeline masks takes no attention and is left out (T5 in PixArt, Gemma in Sana).
     Raises InputError for an empty prompt and for one that the pipeline would cut.
     """
-    family = family_of(pipe)
+    family = adapter_of(pipe)
     family.tokenize(prompt)
     with torch.no_grad():
         return family.encode_padded(prompt)
 
 
-def token_strings(pipe, sentence: str) -> list[str]:
+def token_strings(pipe: Pipeline, sentence: str) -> list[str]:
     """The tokens of a sentence as they will be labelled: "<SoT>", pieces of the text, "<EoT>"."""
-    return list(family_of(pipe).tokenize(sentence).names)
+    return list(adapter_of(pipe).tokenize(sentence).names)
 
 
 def _check_words(words: Sequence[str]) -> list[str]:
@@ -210,3 +213,91 @@ def caption_of(names: Sequence[str]) -> str:
 
 def _article(name: str) -> str:
     return "an" if name[0].lower() in "aeiou" else "a"
+
+
+# ---------------------------------------------------------------------------------------------------- queries
+
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """What is asked for, ready to be asked: words of a text, or a token, and how their maps are cut.
+
+    labels: what gets a map. prompt: their attribution prompt; None for words that a method reads together (GoCA). tau,
+    alpha: threshold (Eq. 9) and self-attention floor (Eq. 8), 0 to 1. branch: half of the guided batch that it belongs
+    to. kind: whether it is asked for by words or by a token. mark: of the text, or of the token's own numbers, by which
+    a run knows its questions again: an embedding that is computed differs in its last bits with the number of threads.
+    """
+
+    labels: tuple[str, ...]
+    prompt: AttributionPrompt | None
+    tau: float = 0.4
+    alpha: float = 0.85
+    branch: Branch = "conditional"
+    kind: Literal["word", "token"] = "word"
+    mark: str = ""
+
+    @property
+    def attribution(self) -> AttributionPrompt:
+        """The prompt. Raises InputError where it has none."""
+        if self.prompt is None:
+            raise InputError(f"'{', '.join(self.labels)}' was not read as an attribution prompt of its own.")
+        return self.prompt
+
+
+def word_queries(pipe: Pipeline, words: Sequence[str], sentence: str = "", template: str = "{}") -> list[Query]:
+    """Words, each in a prompt of its own; with a sentence, words found in it, or all of its tokens without words.
+
+    Raises InputError as `attribute_words`, `attribute_sentence` and `words_in_sentence` do.
+    """
+    if sentence.strip():
+        prompt = words_in_sentence(pipe, sentence, words) if words else attribute_sentence(pipe, sentence)
+        return [Query(prompt.labels, prompt, mark=sentence)]
+    prompts = attribute_words(pipe, words, template=template) if words else []
+    return [Query(prompt.labels, prompt, mark=template.replace("{}", prompt.labels[0])) for prompt in prompts]
+
+
+def token_query(pipe: Pipeline, token: Token) -> Query:
+    """A token with the tau, alpha and half of the batch that its file names. Raises InputError as `token_prompt`
+    does.
+    """
+    prompt = token_prompt(pipe, token)
+    return Query(prompt.labels, prompt, token.tau, token.alpha, token.branch, "token")
+
+
+def branch_of(tokens: Sequence[Token]) -> Branch:
+    """The half of the guided batch to record for these tokens: the one that they were found on.
+
+    Raises InputError for tokens of different halves, which no one recording serves.
+    """
+    branches: set[Branch] = {token.branch for token in tokens} or {"conditional"}
+    if len(branches) > 1:
+        raise InputError("These tokens were found on different halves of the guided batch; use them one at a time.")
+    return branches.pop()
+
+
+def token_prompt(pipe: Pipeline, token: Token) -> AttributionPrompt:
+    """The token as an attribution prompt: one label a class, the background without one.
+
+    A token of one row gets this text encoder's `<SoT>` (T5: `</s>`) as its background row, as a softmax over one token
+    is constant. Raises InputError for a token of another width; warns for one of another model.
+    """
+    token.validate()
+    width = adapter_of(pipe).embed_dim
+    if token.embedding.shape[1] != width:
+        raise InputError(
+            f"The token '{', '.join(token.names)}' is {token.embedding.shape[1]} wide and this model takes {width}; "
+            f"it was made with {token.model or 'another model'}."
+        )
+    name = getattr(pipe, "ovam_name", "")
+    if last_part(name) != last_part(token.model):
+        warnings.warn(
+            f"The token '{', '.join(token.names)}' was made with {token.model or 'an unnamed model'}, not with {name}: "
+            "its maps may mean nothing here.",
+            stacklevel=2,
+        )
+    embedding = token.embedding.to(pipe._execution_device)
+    if len(embedding) == 1:
+        start = background_embedding(pipe, "A photograph")
+        embedding = torch.cat([start.to(embedding), embedding])
+    groups = tuple((row,) for row in range(1, len(embedding)))
+    return AttributionPrompt(embedding, token.names, groups)

@@ -1,79 +1,167 @@
-"""TODO: what this module is."""
+"""What makes a picture, and what is asked of it: every setting's name, range, default and help, written once.
+
+The command line takes its options from these fields, the page its limits, settings.json its keys; `validate` says what
+is wrong in one sentence. Nothing here imports torch before a model is at hand.
+"""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, cast, get_args, get_type_hints
 
-from ovam_core.checks import MAX_PROMPT, MAX_SEED, check_number, check_text, check_whole
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from ovam_core.checks import MAX_PROMPT, MAX_SEED, check_whole
 from ovam_core.errors import InputError
-from ovam_core.hooks.photograph import TIMESTEPS, check_request
-from ovam_core.methods import GOCA_TOKEN, OVAM, OVAM_TOKEN, GocaMethod, method_named
-from ovam_core.models.families import check_fits, family_of
-from ovam_core.models.presets import defaults_for
-from ovam_core.query import parse_words
 
-
-@dataclass(frozen=True)
-class PhotoSettings:
-    """What a photograph is recorded with. `validate` must pass before `photograph` takes it.
-
-    caption: what it shows; empty, the pass is that of the unconditional half. timesteps: how much noise is added, each
-    from 0 to the training schedule's last, 999; one forward pass each. seed: of the noise, 0 to 2**32 - 1. width, height:
-    pixels in which the model sees it, multiples of its family's `photo_multiple`; None, both of them, for `fitted_size`.
-    """
-
-    KIND: ClassVar[str] = "photo"
-    FORMAT: ClassVar[str] = "ovam-photo/1"
-
-    caption: str = ""
-    timesteps: tuple[int, ...] = TIMESTEPS
-    seed: int = 0
-    width: int | None = None
-    height: int | None = None
-
-    @property
-    def size(self) -> tuple[int, int] | None:
-        """(height, width), or None."""
-        return None if self.width is None or self.height is None else (self.height, self.width)
-
-    def validate(self, pipe: Any) -> None:
-        """Raises InputError, one sentence, for what this model cannot record."""
-        if (self.width is None) != (self.height is None):
-            raise InputError("Only one side of the size is given; give width and height, or neither.")
-        check_request(pipe, self.caption, self.timesteps, self.seed, self.size)
-
+if TYPE_CHECKING:
+    from ovam_core.models.adapter import Pipeline
+    from ovam_core.tokens import Token
 
 MAX_STEPS = 200
-
 MAX_GUIDANCE = 30.0
-
-
 MAX_TOKENS = 32
+MAX_GRID = 4096  # no attention grid is wider
+MIN_SIDE = 64  # pixels of a generated image
+TIMESTEPS = (100,)  # of 1000: the noise on photographs, as GoCA takes for SD 1.5, SDXL and PixArt
+MAX_TIMESTEP = 999  # the last of the training schedules
 
-MIN_SIDE = 64
+# The names of methods.METHODS, in their order: the command line lists them without importing torch.
+METHOD_NAMES = (
+    "DAAM",
+    "Attn2Mask",
+    "OVAM",
+    "OVAM + token",
+    "GoCA",
+    "GoCA, any word",
+    "OVAM, GoCA's weights",
+    "GoCA + token",
+)
+DEFAULT_METHOD = "OVAM"
 
 
-# --------------------------------------------------------------------------------------------- settings
+def _text(title: str, description: str) -> FieldInfo:
+    return Field(title=title, description=description, max_length=MAX_PROMPT)
+
+
+Tau = Annotated[
+    float | None, Field(title="The threshold tau", ge=0, le=1, description="threshold of the masks (Eq. 9)")
+]
+Alpha = Annotated[
+    float | None,
+    Field(title="Alpha", ge=0, le=1, description="floor of the self-attention map (Eq. 8); 1 leaves it out"),
+]
+Seed = Annotated[int, Field(title="The seed", ge=0, le=MAX_SEED, description="where the noise begins")]
+
+Threads = Annotated[
+    int | None,
+    Field(title="The number of threads", ge=1, le=1024, description="CPU threads a process; part of the settings"),
+]
+
+
+def json_names(settings_class: type) -> dict[str, str]:
+    """Field name to the key under which it stands in files; files keep the keys that they have always had."""
+    return {one.name: one.metadata.get("key", one.name) for one in fields(settings_class)}
+
+
+class Settings:
+    """What the dataclasses of settings share: fields checked by their own annotations, and JSON both ways."""
+
+    def check_fields(self) -> None:
+        """Raises InputError, one sentence, for the first field that is of another kind or out of its range."""
+        values = {
+            one.name: getattr(self, one.name)
+            for one in fields(cast(Any, self))
+            if one.name in _ranges(cast(Any, type(self)))
+        }
+        for name, value in values.items():
+            check_field(type(self), name, value)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as settings.json holds them."""
+        names = json_names(type(self))
+        return {key: getattr(self, name) for name, key in names.items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """The settings of a file. Raises InputError for a key that is not known, KeyError and TypeError for what is
+        none.
+        """
+        names = {key: name for name, key in json_names(cls).items()}
+        if unknown := sorted(set(values) - names.keys()):
+            raise InputError(f"The settings hold '{unknown[0]}', which this version does not know.")
+        return cls(**{names[key]: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def setting_info(settings_class: type, name: str) -> FieldInfo:
+    """Title, description and range of a field, for option help and page limits."""
+    return _ranges(settings_class)[name]
+
+
+@cache
+def _ranges(settings_class: Any) -> dict[str, FieldInfo]:
+    hints = get_type_hints(settings_class, include_extras=True)
+    annotated = {name: get_args(hint) for name, hint in hints.items() if hasattr(hint, "__metadata__")}
+    return {name: next(x for x in parts[1:] if isinstance(x, FieldInfo)) for name, parts in annotated.items()}
+
+
+@cache
+def _adapter(settings_class: type, name: str) -> TypeAdapter:
+    hint = get_type_hints(settings_class, include_extras=True)[name]
+    return TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False))
+
+
+def check_field(settings_class: type, name: str, value: Any) -> None:
+    """Raises InputError where `value` is not what the field takes."""
+    info = setting_info(settings_class, name)
+    try:
+        _adapter(settings_class, name).validate_python(value)
+    except ValidationError:
+        raise InputError(_sentence(info, value)) from None
+
+
+def _sentence(info: FieldInfo, value: Any) -> str:
+    limits = {
+        kind: x
+        for one in info.metadata
+        for kind in ("ge", "le", "max_length")
+        if (x := getattr(one, kind, None)) is not None
+    }
+    if "max_length" in limits:
+        if not isinstance(value, str):
+            return f"{info.title} is not text."
+        return f"{info.title} has {len(value):,} characters; at most {limits['max_length']:,} are allowed."
+    if "ge" in limits:
+        whole = isinstance(limits["le"], int) and limits["le"] > 1
+        kind, highest = ("whole number", f"{limits['le']}") if whole else ("number", f"{limits['le']:g}")
+        return f"{info.title} is {value}; choose a {kind} from {limits['ge']:g} to {highest}."
+    return f"{info.title} is {value!r}; write true or false."
+
+
+# ------------------------------------------------------------------------------------------ what makes a picture
 
 
 @dataclass(frozen=True)
-class GenerateSettings:
-    """What makes an image. `validate` must pass before `generate` takes it.
-
-    prompt, negative_prompt: text. seed: 0 to 2**32 - 1. steps: denoising steps, 1 to 200. guidance: classifier-free
-    guidance scale, 0 to 30; 1 and less switch it off. width, height: pixels, multiples of 8 (16 or 32 in some families), 64 to the model's limit.
-    """
+class GenerateSettings(Settings):
+    """What makes an image. `validate` must pass before a picture is made of it."""
 
     KIND: ClassVar[str] = "generation"  # its name in settings.json
     FORMAT: ClassVar[str] = "ovam-generate/1"
 
-    prompt: str
-    negative_prompt: str = ""
-    seed: int = 0
-    steps: int = 25
-    guidance: float = 4.0
+    prompt: Annotated[str, _text("The prompt", "what the picture shows")]
+    negative_prompt: Annotated[str, _text("The negative prompt", "what the picture should not show")] = ""
+    seed: Seed = 0
+    steps: Annotated[int, Field(title="The number of steps", ge=1, le=MAX_STEPS, description="denoising steps")] = 25
+    guidance: Annotated[
+        float,
+        Field(
+            title="The guidance scale", ge=0.0, le=MAX_GUIDANCE, description="guidance scale; 1 and less switch it off"
+        ),
+    ] = 4.0
     width: int = 128
     height: int = 128
 
@@ -83,130 +171,122 @@ class GenerateSettings:
         return self.prompt
 
     @classmethod
-    def for_model(cls, pipe: Any, prompt: str, **given: Any) -> GenerateSettings:
+    def for_model(cls, pipe: Pipeline, prompt: str, **given: Any) -> GenerateSettings:
         """Settings with the model's own defaults in place of whatever is not given, or given as None."""
-        defaults = defaults_for(pipe)
-        own = {
-            "steps": defaults.steps,
-            "guidance": defaults.guidance,
-            "width": defaults.width,
-            "height": defaults.height,
-        }
-        return cls(prompt=prompt, **{**own, **{key: value for key, value in given.items() if value is not None}})
+        from ovam_core.models.presets import defaults_for
 
-    def validate(self, pipe: Any) -> None:
+        preset = defaults_for(pipe)
+        usual = {name: getattr(preset, name) for name in ("steps", "guidance", "width", "height")}
+        return cls(prompt=prompt, **(usual | {name: value for name, value in given.items() if value is not None}))
+
+    def validate(self, pipe: Pipeline) -> None:
         """Raises InputError, one sentence, where this model cannot make an image of these settings."""
-        check_text("The prompt", self.prompt, MAX_PROMPT)
+        from ovam_core.models.presets import defaults_for
+        from ovam_core.models.registry import adapter_of, check_fits
+
+        check_field(type(self), "prompt", self.prompt)
         if not self.prompt.strip():
             raise InputError("The prompt is empty; describe the picture in a few words.")
-        check_text("The negative prompt", self.negative_prompt, MAX_PROMPT)
+        check_field(type(self), "negative_prompt", self.negative_prompt)
         for name, text in (("prompt", self.prompt), ("negative prompt", self.negative_prompt)):
             check_fits(pipe, name, text)
-        check_whole("The seed", self.seed, 0, MAX_SEED)
-        check_whole("The number of steps", self.steps, 1, MAX_STEPS)
-        check_number("The guidance scale", self.guidance, 0.0, MAX_GUIDANCE)
-        largest, multiple = defaults_for(pipe).max_size, family_of(pipe).side_multiple
-        for name, side in (("width", self.width), ("height", self.height)):
-            check_whole(f"The {name}", side, MIN_SIDE, largest)
-            if side % multiple:
-                below = side - side % multiple
-                raise InputError(
-                    f"The {name} is {side} pixels, which is not a multiple of {multiple}; {below} would do."
-                )
+        self.check_fields()
+        check_sides(self.width, self.height, MIN_SIDE, defaults_for(pipe).max_size, adapter_of(pipe).side_multiple)
 
 
 @dataclass(frozen=True)
-class MapSettings:
-    """What is asked of a recording. Words, or a sentence, or words to be found in a sentence.
+class PhotoSettings(Settings):
+    """What a photograph is recorded with. `validate` must pass before it is recorded.
+
+    caption: empty, the pass is that of the unconditional half. timesteps: how much noise is added, each from 0 to the
+    training schedule's last, 999; one forward pass each. width, height: pixels in which the model sees it, multiples of
+    its adapter's `photo_multiple`; None, both of them, for the size that fits the photograph.
+    """
+
+    KIND: ClassVar[str] = "photo"
+    FORMAT: ClassVar[str] = "ovam-photo/1"
+
+    caption: Annotated[str, _text("The caption", "what the photograph shows")] = ""
+    timesteps: tuple[int, ...] = TIMESTEPS
+    seed: Seed = 0
+    width: int | None = None
+    height: int | None = None
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width), or None."""
+        return None if self.width is None or self.height is None else (self.height, self.width)
+
+    def validate(self, pipe: Pipeline) -> None:
+        """Raises InputError, one sentence, for what this model cannot record."""
+        from ovam_core.hooks.photograph import check_request
+
+        if (self.width is None) != (self.height is None):
+            raise InputError("Only one side of the size is given; give width and height, or neither.")
+        check_request(pipe, self.caption, self.timesteps, self.seed, self.size)
+
+
+def check_sides(width: Any, height: Any, smallest: int, largest: int, multiple: int) -> None:
+    """Raises InputError for sides in pixels that are no whole numbers in range, or no multiples of `multiple`."""
+    for name, side in (("width", width), ("height", height)):
+        check_whole(f"The {name}", side, smallest, largest)
+        if side % multiple:
+            below = side - side % multiple
+            raise InputError(f"The {name} is {side} pixels, which is not a multiple of {multiple}; {below} would do.")
+
+
+# ------------------------------------------------------------------------------------------ what is asked of it
+
+
+@dataclass(frozen=True)
+class SegmentSettings(Settings):
+    """What is asked of a recording. Words, or a sentence, or words to be found in a sentence; and tokens.
 
     words: each attributed alone, in `template`, so that no word's map depends on its neighbours. sentence: a full
     attribution sentence, its tokens jointly; with words, the maps of those words within it, without, of every token.
-    tau: threshold of Eq. 9, 0 to 1. alpha: floor of the self-attention map of Eq. 8, 0 to 1 (1 leaves it out). None
-    for the model's own.
-    crf: refine masks with a dense CRF. steps: indices of denoising steps to use, None for the model's own. resolutions: larger
-    sides of the attention grids to use, None for the model's own choice.
-    tokens: paths of token files, each a further attribution prompt; words are then optional. token_tau, token_alpha:
-    tau and alpha for their masks, None for those of each token's file.
-    method: a name of methods.ALL_METHODS. What it does not use of tau, alpha and crf is left alone.
+    tau, alpha: threshold and self-attention floor for words, None for the model's own (or the method's, where the
+    model's do not hold); token_tau, token_alpha: for tokens, None for each token's own. step_indices: denoising steps
+    to use, from 0; resolutions: larger sides of the attention grids to use; None for those that the model recommends.
+    tokens: each a further attribution prompt; words are then optional. method: a name of methods.METHODS. What it does
+    not use of tau, alpha and crf is left alone.
     """
 
     words: tuple[str, ...] = ()
-    sentence: str = ""
-    tau: float | None = None
-    alpha: float | None = None
-    crf: bool = True
-    steps: tuple[int, ...] | None = None
+    sentence: Annotated[str, _text("The attribution sentence", "a full sentence to attribute; words pick from it")] = ""
+    tau: Tau = None
+    alpha: Alpha = None
+    crf: Annotated[bool, Field(title="The dense CRF", description="refine the masks along the picture's edges")] = True
+    step_indices: tuple[int, ...] | None = field(default=None, metadata={"key": "steps"})
     resolutions: tuple[int, ...] | None = None
-    template: str = "{}"
-    tokens: tuple[str, ...] = ()
-    token_tau: float | None = None
-    token_alpha: float | None = None
-    method: str = OVAM.name
-
-    @classmethod
-    def from_text(cls, words: str = "", sentence: str = "", **rest: Any) -> MapSettings:
-        """From what people type: comma separated words, a sentence, or both. InputError without either or a token."""
-        check_text("The list of words", words, MAX_PROMPT)
-        check_text("The attribution sentence", sentence, MAX_PROMPT)
-        sentence = " ".join(sentence.split())
-        by_token = rest.get("tokens") or method_named(rest.get("method", OVAM.name)).asks == "token"
-        optional = bool(sentence or by_token)
-        parsed = () if optional and not words.strip() else tuple(parse_words(words))
-        return cls(words=parsed, sentence=sentence, **rest)
-
-    def filled(self, pipe: Any) -> MapSettings:
-        """The same with the model's own tau and alpha where none are given, or the method's where OVAM's do not hold."""
-        own, method = defaults_for(pipe), method_named(self.method)
-        # The model's tau stands for the share that most methods cut at; one of another share keeps its own.
-        usual = own.tau if method.tau == OVAM.tau else method.tau
-        tau, alpha = (mine if given is None else given for given, mine in ((self.tau, usual), (self.alpha, own.alpha)))
-        return replace(self, tau=tau, alpha=alpha)
+    template: Annotated[str, _text("The template", "the attribution prompt around a word")] = "{}"
+    tokens: tuple[Any, ...] = ()  # of Token
+    token_tau: Annotated[float | None, Field(title="The tokens' tau", ge=0, le=1)] = None
+    token_alpha: Annotated[float | None, Field(title="The tokens' alpha", ge=0, le=1)] = None
+    method: str = DEFAULT_METHOD
 
     def validate(self) -> None:
-        """Raises InputError, one sentence, for what no recording could answer."""
-        self._check_method()
+        """Raises InputError, one sentence, for what no recording could answer; `methods.check_settings` asks the
+        method, too.
+        """
         if not self.words and not self.sentence.strip() and not self.tokens:
             raise InputError("There are no words to look for; give at least one, for example: cat.")
-        check_text("The attribution sentence", self.sentence, MAX_PROMPT)
-        check_text("The template", self.template, MAX_PROMPT)
-        if not isinstance(self.crf, bool):
-            raise InputError(f"The dense CRF is {self.crf!r}; write true or false.")
+        self.check_fields()
         if "{}" not in self.template:
             raise InputError("The template has no {} where the word goes; write for example: a photo of a {}.")
         if len(self.tokens) > MAX_TOKENS:
             raise InputError(f"{len(self.tokens)} tokens are too many; give at most {MAX_TOKENS}.")
-        shares = {
-            "The threshold tau": self.tau,
-            "Alpha": self.alpha,
-            "The tokens' tau": self.token_tau,
-            "The tokens' alpha": self.token_alpha,
-        }
-        for name, value in shares.items():
-            if value is not None:
-                check_number(name, value, 0.0, 1.0)
-        for step in self.steps or ():
+        for step in self.step_indices or ():
             check_whole("A step to use", step, 0, MAX_STEPS - 1)
-        if self.steps is not None and not self.steps:
+        if self.step_indices is not None and not self.step_indices:
             raise InputError("No denoising step is chosen; choose at least one.")
         if self.resolutions is not None and not self.resolutions:
             raise InputError("No resolution is chosen; choose at least one.")
 
-    def _check_method(self) -> None:
-        method = method_named(self.method)
-        if method.asks == "token" and (self.words or self.sentence.strip() or not self.tokens):
-            raise InputError(f"{method.name} takes tokens, not words: choose a token and no words, or another method.")
-        if isinstance(method, GocaMethod) and self.tokens:
-            raise InputError(
-                f"{method.name} compares words; for a token choose {GOCA_TOKEN.name} or {OVAM_TOKEN.name}."
-            )
-        if isinstance(method, GocaMethod) and (self.sentence.strip() or self.template != "{}"):
-            raise InputError(
-                f"{method.name} asks for words alone; leave the attribution sentence and the template out."
-            )
-        if (method.needs_goca or method.only is not None) and self.steps is not None:
-            raise InputError(f"{method.name} looks at a step of its own; name no denoising steps.")
-        if method.needs_goca and self.resolutions is not None:
-            raise InputError(f"{method.name} weighs all layers; name no resolutions.")
+    def with_tokens(self, tokens: Iterable[Token]) -> SegmentSettings:
+        return replace(self, tokens=tuple(tokens))
+
+
+# ------------------------------------------------------------------------------------------ what people type
 
 
 def parse_numbers(text: str, name: str = "numbers", highest: int = MAX_STEPS - 1) -> tuple[int, ...] | None:
@@ -228,3 +308,13 @@ def parse_numbers(text: str, name: str = "numbers", highest: int = MAX_STEPS - 1
             raise InputError(f"The {name} {part} are not within 0 to {highest} in rising order.")
         chosen.update(range(first, last + 1))
     return tuple(sorted(chosen))
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """ "128x96" to (128, 96), width and height. Raises InputError for anything else."""
+    sides = text.lower().replace("×", "x").split("x")
+    if len(sides) != 2 or not all(side.strip().isascii() and side.strip().isdigit() for side in sides):
+        raise InputError(f"The size '{text[:40]}' is not of the form WIDTHxHEIGHT; write for example 128x128.")
+    if any(len(side.strip()) > 6 for side in sides):
+        raise InputError("The size is far too large; write for example 128x128.")
+    return int(sides[0]), int(sides[1])

@@ -15,29 +15,29 @@ import tempfile
 import urllib.request
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from ovam_core.attention.heatmap import Attribution
+from ovam_core.attention.recording import Branch
 from ovam_core.errors import InputError
-from ovam_core.io.files import write
-from ovam_core.io.npy import MAX_ROWS, _read_npy
-from ovam_core.models.families import family_of
+from ovam_core.io.files import shipped_folder, write_atomically
+from ovam_core.io.names import hyphenated
+from ovam_core.io.npy import MAX_ROWS, read_npy
 from ovam_core.models.presets import DEFAULT_HUB_MODEL
-from ovam_core.query import background_embedding
 
-FORMAT = "ovam-token/1"
+TOKEN_FORMAT = "ovam-token/1"
 
 SUFFIX = ".safetensors"
 
-FOLDER = Path(__file__).resolve().parent.parent / "tokens"
+FOLDER = shipped_folder("tokens")
 
 BACKGROUND = "background"
 
@@ -60,13 +60,13 @@ class Token:
     row 0 "background" if L > 1. model: `pipe.ovam_name` of the model it was found with. branch: the half of the guided
     batch whose queries it belongs to. tau, alpha: threshold and self-attention floor for its masks, 0 to 1.
     steps, prompt, seed: the image it was found on. init: what it started from. loss: the lowest one (Eq. 6).
-    settings: how the image was made and the search was run, as JSON text.
+    settings: how the image was made and the search was run, as JSON text. source: the file it was read from.
     """
 
     embedding: Tensor
     classes: tuple[str, ...]
     model: str
-    branch: str = "conditional"
+    branch: Branch = "conditional"
     tau: float = 0.8
     alpha: float = 0.95
     steps: int | None = None
@@ -75,6 +75,7 @@ class Token:
     init: str = ""
     loss: float | None = None
     settings: str = ""
+    source: bytes | None = field(default=None, repr=False)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -92,76 +93,98 @@ class Token:
             raise InputError(f"The token has {len(x)} rows but {len(self.classes)} class names; give one name a row.")
         if len(x) > 1 and self.classes[0] != BACKGROUND:
             raise InputError(f"The first row of a token of several rows is called '{BACKGROUND}'; name it so.")
-        for name in self.classes:
-            if not isinstance(name, str) or not name.strip() or len(name) > MAX_NAME or not name.isprintable():
-                raise InputError(f"A class name of the token is not a name of 1 to {MAX_NAME} letters; rename it.")
-        if len(set(self.classes)) != len(self.classes):
-            raise InputError("The token names a class twice; give every row a name of its own.")
+        self._check_names()
         if self.branch not in BRANCHES:
             raise InputError(f"The token's branch is '{self.branch[:40]}'; it must be conditional or unconditional.")
         for name, value in (("tau", self.tau), ("alpha", self.alpha)):
             if not math.isfinite(value) or not 0 <= value <= 1:
                 raise InputError(f"The token's {name} is {value}; it must lie between 0 and 1.")
 
+    def _check_names(self) -> None:
+        for name in self.classes:
+            if not isinstance(name, str) or not name.strip() or len(name) > MAX_NAME or not name.isprintable():
+                raise InputError(f"A class name of the token is not a name of 1 to {MAX_NAME} letters; rename it.")
+        if len(set(self.classes)) != len(self.classes):
+            raise InputError("The token names a class twice; give every row a name of its own.")
+
+    def to_bytes(self) -> bytes:
+        """The token as the bytes of a safetensors file: those it was read from, where it was."""
+        self.validate()
+        metadata = {
+            "format": TOKEN_FORMAT,
+            "model": self.model,
+            "classes": json.dumps(list(self.classes), ensure_ascii=False),
+            "branch": self.branch,
+            "tau": repr(float(self.tau)),
+            "alpha": repr(float(self.alpha)),
+            "steps": "" if self.steps is None else str(self.steps),
+            "prompt": self.prompt,
+            "seed": "" if self.seed is None else str(self.seed),
+            "init": self.init,
+            "loss": "" if self.loss is None else repr(float(self.loss)),
+            "settings": self.settings,
+        }
+        embedding = self.embedding.detach().to("cpu", torch.float32).contiguous()
+        # safetensors writes its metadata in an order of its own, another one each time.
+        if self.source is not None and _read(self.source) == (metadata, embedding.numpy().tobytes()):
+            return self.source
+        return to_bytes({"embedding": embedding}, metadata)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the token as safetensors, whole or not at all. Raises InputError where it cannot be written."""
+        return _write(Path(path), self.to_bytes())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Token:
+        """Reads a token file. Raises InputError, one sentence, for a file that is too large, broken or no token."""
+        path = Path(path)
+        _check_file(path)
+        try:
+            data = path.read_bytes()
+            tensors = from_bytes(data)
+            metadata = _metadata(data)
+        except (SafetensorError, OSError, ValueError):
+            raise InputError(f"'{path.name}' is not a whole safetensors file; download or make it again.") from None
+        embedding = tensors.get("embedding")
+        if metadata.get("format") != TOKEN_FORMAT or embedding is None:
+            raise InputError(f"'{path.name}' is not a token of this program (format {TOKEN_FORMAT}).")
+        try:
+            classes = json.loads(metadata["classes"])
+            token = cls(
+                embedding=embedding.float(),
+                classes=tuple(classes) if isinstance(classes, list) else (classes,),
+                model=metadata["model"],
+                branch=cast(Branch, metadata["branch"]),
+                tau=float(metadata["tau"]),
+                alpha=float(metadata["alpha"]),
+                steps=_optional(int, metadata.get("steps", "")),
+                prompt=metadata.get("prompt", ""),
+                seed=_optional(int, metadata.get("seed", "")),
+                init=metadata.get("init", ""),
+                loss=_optional(float, metadata.get("loss", "")),
+                settings=metadata.get("settings", ""),
+                source=data,
+            )
+            token.validate()
+        except (KeyError, TypeError, RecursionError):
+            raise InputError(f"The token '{path.name}' lacks a setting or holds one of the wrong kind.") from None
+        except ValueError as error:
+            raise InputError(f"The token '{path.name}' cannot be used: {error}") from None
+        return token
+
 
 # ------------------------------------------------------------------------------------------------ files
 
 
-def save(path: str | Path, token: Token) -> Path:
-    """Writes a token as safetensors, beside its place and renamed. Raises InputError where it cannot be written."""
-    token.validate()
-    metadata = {
-        "format": FORMAT,
-        "model": token.model,
-        "classes": json.dumps(list(token.classes), ensure_ascii=False),
-        "branch": token.branch,
-        "tau": repr(float(token.tau)),
-        "alpha": repr(float(token.alpha)),
-        "steps": "" if token.steps is None else str(token.steps),
-        "prompt": token.prompt,
-        "seed": "" if token.seed is None else str(token.seed),
-        "init": token.init,
-        "loss": "" if token.loss is None else repr(float(token.loss)),
-        "settings": token.settings,
-    }
-    embedding = token.embedding.detach().to("cpu", torch.float32).contiguous()
-    return _write(Path(path), to_bytes({"embedding": embedding}, metadata))
+def _metadata(data: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file that was found to be whole."""
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]).get("__metadata__", {})
 
 
-def load(path: str | Path) -> Token:
-    """Reads a token file. Raises InputError, one sentence, for a file that is too large, broken or no token."""
-    path = Path(path)
-    _check_file(path)
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            embedding = file.get_tensor("embedding") if "embedding" in file.keys() else None  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError):
-        raise InputError(f"'{path.name}' is not a whole safetensors file; download or make it again.") from None
-    if metadata.get("format") != FORMAT or embedding is None:
-        raise InputError(f"'{path.name}' is not a token of this program (format {FORMAT}).")
-    try:
-        classes = json.loads(metadata["classes"])
-        token = Token(
-            embedding=embedding.float(),
-            classes=tuple(classes) if isinstance(classes, list) else (classes,),
-            model=metadata["model"],
-            branch=metadata["branch"],
-            tau=float(metadata["tau"]),
-            alpha=float(metadata["alpha"]),
-            steps=_optional(int, metadata.get("steps", "")),
-            prompt=metadata.get("prompt", ""),
-            seed=_optional(int, metadata.get("seed", "")),
-            init=metadata.get("init", ""),
-            loss=_optional(float, metadata.get("loss", "")),
-            settings=metadata.get("settings", ""),
-        )
-        token.validate()
-    except (KeyError, TypeError, RecursionError):
-        raise InputError(f"The token '{path.name}' lacks a setting or holds one of the wrong kind.") from None
-    except ValueError as error:
-        raise InputError(f"The token '{path.name}' cannot be used: {error}") from None
-    return token
+def _read(data: bytes) -> tuple[dict[str, str], bytes]:
+    """Metadata and numbers of a token's file, to compare."""
+    return _metadata(data), from_bytes(data)["embedding"].float().numpy().tobytes()
 
 
 def _optional(kind: type, text: str) -> Any:
@@ -182,7 +205,7 @@ def _check_file(path: Path) -> None:
 def _write(path: Path, data: bytes) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, data)
+        write_atomically(path, data)
     except OSError as error:
         raise InputError(f"Cannot write the file '{path}': {(error.strerror or 'not possible').lower()}.") from None
     return path
@@ -193,8 +216,7 @@ def _write(path: Path, data: bytes) -> Path:
 
 def file_name(names: Sequence[str]) -> str:
     """The file of a token of these classes: "potted plant" to "potted-plant.safetensors"; never a way out."""
-    plain = re.sub(r"[\W_]+", "-", " ".join(names).lower()).strip("-")[:80].strip("-")
-    return (plain or "token") + SUFFIX
+    return (hyphenated(" ".join(names), 80) or "token") + SUFFIX
 
 
 def folder_for(model: str) -> Path:
@@ -202,61 +224,34 @@ def folder_for(model: str) -> Path:
     return FOLDER / (re.sub(r"[^\w.-]+", "-", last_part(model)).strip(".-") or "model")
 
 
-def library(model: str, folder: str | Path | None = None) -> dict[str, Path]:
-    """Class name to token file for a model, sorted; tokens of several classes are called "cat, dog".
+def library(model: str, folder: str | Path | None = None) -> dict[str, Token]:
+    """The tokens of a model by class name, sorted; tokens of several classes are called "cat, dog".
 
     folder: default `folder_for(model)`; one that does not exist is empty. A broken file is left out with a warning.
     """
     found = {}
     for path in sorted(Path(folder or folder_for(model)).glob(f"*{SUFFIX}")):
         try:
-            found[", ".join(load(path).names)] = path
+            token = Token.load(path)
         except InputError as error:
             warnings.warn(str(error), stacklevel=2)
+        else:
+            found[", ".join(token.names)] = token
     return dict(sorted(found.items()))
 
 
 def last_part(model: str) -> str:
-    """Forks and local copies keep the last part of a hub id: runwayml/stable-diffusion-v1-5 is stable-diffusion-v1-5."""
-    return model.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
-
-
-# -------------------------------------------------------------------------------------------------- use
-
-
-def attribution(pipe: Any, token: Token) -> Attribution:
-    """The token as an attribution prompt: one label a class, the background without one.
-
-    A token of one row gets this text encoder's `<SoT>` (T5: `</s>`) as its background row, as a softmax over one token is constant.
-    Raises InputError for a token of another width; warns for one of another model.
+    """Forks and local copies keep the last part of a hub id: runwayml/stable-diffusion-v1-5 is
+    stable-diffusion-v1-5.
     """
-    token.validate()
-    width = family_of(pipe).embed_dim
-    if token.embedding.shape[1] != width:
-        raise InputError(
-            f"The token '{', '.join(token.names)}' is {token.embedding.shape[1]} wide and this model takes {width}; "
-            f"it was made with {token.model or 'another model'}."
-        )
-    name = getattr(pipe, "ovam_name", "")
-    if last_part(name) != last_part(token.model):
-        warnings.warn(
-            f"The token '{', '.join(token.names)}' was made with {token.model or 'an unnamed model'}, not with {name}: "
-            "its maps may mean nothing here.",
-            stacklevel=2,
-        )
-    embedding = token.embedding.to(pipe._execution_device)
-    if len(embedding) == 1:
-        start = background_embedding(pipe, "A photograph")
-        embedding = torch.cat([start.to(embedding), embedding])
-    groups = tuple((row,) for row in range(1, len(embedding)))
-    return Attribution(embedding, token.names, groups)
+    return model.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
 
 
 # ------------------------------------------------------------------------------------ import and export
 
 
 def import_file(
-    path: str | Path, model: str, *, classes: Sequence[str] = (), branch: str = "conditional", **about: Any
+    path: str | Path, model: str, *, classes: Sequence[str] = (), branch: Branch = "conditional", **about: Any
 ) -> list[Token]:
     """Tokens of a `.npy` file: one array `[E]` or `[L, E]`, or a pickled dict of such arrays, one token an entry.
 
@@ -267,7 +262,8 @@ def import_file(
     """
     path = Path(path)
     _check_file(path)
-    content = _read_npy(path.read_bytes(), path.name)
+    content = read_npy(path.read_bytes(), path.name)
+    entries: list[tuple[tuple[str, ...], np.ndarray]]
     if isinstance(content, dict):
         entries = [((re.sub(r"[-_]+", " ", str(key)).strip(),), value) for key, value in content.items()]
     else:
@@ -305,7 +301,7 @@ def fetch_voc_sd15(folder: str | Path | None = None, url: str = VOC_SD15_URL) ->
         file.write_bytes(data)
         tokens = import_file(file, DEFAULT_HUB_MODEL, branch="unconditional", steps=30)
     folder = Path(folder or folder_for(DEFAULT_HUB_MODEL))
-    return [save(folder / file_name(token.names), token) for token in tokens]
+    return [token.save(folder / file_name(token.names)) for token in tokens]
 
 
 def export_npy(token: Token, path: str | Path, name: str | None = None) -> Path:

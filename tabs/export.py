@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import html
 import json
-import shutil
-import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,9 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from ovam_core import plot
 from ovam_core.checks import MAX_SEED
-from ovam_core.data.export import ExportSettings, Progress, Summary, duration, export, plan
+from ovam_core.data.export import ExportSettings, Progress, Summary, duration, export_dataset, plan
 from ovam_core.data.filters import Filters
-from ovam_core.data.formats import read_labels
 from ovam_core.data.prompts import (
     KINDS,
     Prompt,
@@ -32,13 +30,14 @@ from ovam_core.data.prompts import (
 )
 from ovam_core.data.voc import VOC_CLASSES
 from ovam_core.errors import InputError
-from ovam_core.models.presets import defaults_for
 from ovam_core.settings import MAX_STEPS
 
-from .beside import beside
-from .desk import QUIET, Desk, only_lists, only_numbers, problem, visitor
-from .generate import CHECKS, whole
-from .jobs import Limits
+from .events import CHECKS, MODEL, QUIET, Inputs, handler
+from .fields import crf_switch
+from .model import Model
+from .render import side_by_side
+from .session import Limits, Session, pack
+from .worker import in_thread
 
 TEMPLATE, OWN = "A prompt for each class", "My own prompts"
 NAMES, TOKENS = "by name", "by token, where there is one"
@@ -47,6 +46,8 @@ SHOWN = 24  # pairs of image and mask in the gallery
 MAX_TEXT = 2_000_000  # characters of pasted prompts
 WORK = "export"  # of this tab, by which Stop finds it
 EXAMPLE = "A cat and a dog on grass\nA bus next to a bicycle on a road\nA sofa and a tv"
+NOTHING_YET = "<p>Images and label maps will fill this side as they are made; the data set is one zip at the end.</p>"
+NO_CLASSES = "The classes are no list of names; write each as text."
 
 
 # -------------------------------------------------------------------------------------------- from the page
@@ -59,10 +60,10 @@ def prompts_of(
     classes = class_list(", ".join(names)) if names else None
     if way == TEMPLATE:
         classes = classes or tuple(VOC_CLASSES)
-        return template_prompts(template or "", classes), classes
+        return template_prompts(template, classes), classes
     if file:
         return read_prompts(file), classes
-    if not (text or "").strip():
+    if not text.strip():
         raise InputError("There are no prompts; paste some, one a line, or upload a file.")
     if len(text) > MAX_TEXT:
         raise InputError(
@@ -79,23 +80,14 @@ def within(limits: Limits, prompts: list[Prompt], images_per_prompt: Any) -> Non
         raise InputError(f"{len(prompts) * images_per_prompt:,} images are too many here; at most {limits.images:,}.")
 
 
-def described(work: Work, settings: ExportSettings, token_bytes: list[bytes]) -> str:
-    """What an export is, as text: the same text goes on in the same folder."""
-    own = asdict(settings) | {"tokens": settings.tokens and [one.hex() for one in token_bytes]}
-    return json.dumps([own, [asdict(item) for item in work.items]], sort_keys=True, default=str)
+def described(work: Work, settings: ExportSettings, tokens: Path | None) -> str:
+    """What an export is, as text: the same text goes on in the same folder. tokens: the folder of those asked for."""
+    bodies = None if tokens is None else [path.read_bytes().hex() for path in sorted(tokens.iterdir())]
+    about = asdict(settings) | {"tokens": bodies}
+    return json.dumps([about, [asdict(item) for item in work.items]], sort_keys=True, default=str)
 
 
 # ---------------------------------------------------------------------------------------------- to the page
-
-
-def side_by_side(folder: Path, row: dict[str, Any]) -> tuple[Image.Image, str]:
-    """An image beside its label map in VOC's colours, and a caption."""
-    image = Image.open(folder / row["file_name"]).convert("RGB")
-    labels = plot.label_image(read_labels(folder / row["mask_file_name"])).convert("RGB")
-    both = Image.new("RGB", (2 * image.width, image.height))
-    both.paste(image)
-    both.paste(labels, (image.width, 0))
-    return plot.enlarge(both, 384), f"{', '.join(row['classes'])} · covers {row['coverage']:.0%}"
 
 
 def bar(done: int, total: int, new: int, seconds: float) -> str:
@@ -114,8 +106,8 @@ def table(summary: Summary) -> str:
         return "<p>No image was finished.</p>"
     heads = ("class", "images", "kept", "too small", "too large", "mean coverage")
     rows = [
-        (html.escape(one["class"]), one["images"], one["kept"], one["small"], one["large"], f"{one['coverage']:.0%}")
-        for one in summary.by_class()
+        (html.escape(row["class"]), row["images"], row["kept"], row["small"], row["large"], f"{row['coverage']:.0%}")
+        for row in summary.by_class()
     ]
     head = "".join(f"<th>{name}</th>" for name in heads)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
@@ -130,8 +122,8 @@ def ended(summary: Summary, seconds: float, over_time: bool) -> str:
         why += " press Export again to go on where it was."
     skipped = f" {len(summary.skipped):,} prompts were skipped." if summary.skipped else ""
     return html.escape(
-        f"{done:,} of {summary.total:,} images, {summary.kept:,} kept by the filters; {summary.made:,} made in this run "
-        f"of {duration(seconds)}.{skipped}{why}"
+        f"{done:,} of {summary.total:,} images, {summary.kept:,} kept by the filters; {summary.made:,} made in this "
+        f"run of {duration(seconds)}.{skipped}{why}"
     )
 
 
@@ -141,31 +133,15 @@ def ended(summary: Summary, seconds: float, over_time: bool) -> str:
 class ExportTab:
     """Its components and what happens on them. Made inside gr.Blocks."""
 
-    def __init__(self, desk: Desk):
-        self.desk, self.pipe, self.limits = desk, desk.pipe, desk.limits
+    def __init__(self, model: Model):
+        self.model, self.sessions, self.ovam = model, model.sessions, model.ovam
+        self.limits = self.sessions.limits
         with gr.Row(elem_classes="columns"):
             with gr.Column(scale=5, min_width=320, elem_classes="give"):
                 self._lay_out_questions()
                 self._lay_out_folds()
             with gr.Column(scale=7, min_width=320, elem_classes="get"):
                 self._lay_out_results()
-        only_lists(self.formats)
-        only_numbers(self.each, self.seed, self.low, self.high, self.steps)
-        self.given = [
-            self.way,
-            self.template,
-            self.text,
-            self.file,
-            self.classes,
-            self.by,
-            self.each,
-            self.seed,
-            self.low,
-            self.high,
-            self.formats,
-            self.steps,
-            self.crf,
-        ]
         self._wire()
 
     def _lay_out_questions(self) -> None:
@@ -194,7 +170,7 @@ class ExportTab:
         )
         self.by = gr.Radio(
             [NAMES, TOKENS],
-            value=TOKENS if self.desk.shelf.shipped else NAMES,
+            value=TOKENS if self.sessions.shipped else NAMES,
             label="Ask for a class",
             elem_id="export-by",
         )
@@ -228,13 +204,13 @@ class ExportTab:
                 self.steps = gr.Slider(
                     1,
                     MAX_STEPS,
-                    defaults_for(self.pipe).steps,
+                    self.ovam.preset.steps,
                     step=1,
                     label="Steps",
                     min_width=140,
                     elem_id="export-steps",
                 )
-                self.crf = gr.Checkbox(True, label="dCRF", min_width=80)
+                self.crf = gr.Checkbox(**{"value": True, **crf_switch()}, label="dCRF", min_width=80)
 
     def _lay_out_results(self) -> None:
         self.state = gr.HTML(NOTHING_YET, elem_id="export-state")
@@ -259,145 +235,131 @@ class ExportTab:
 
     def _wire(self) -> None:
         self.way.change(self.choose, self.way, [self.template, self.own, self.classes], queue=False, **QUIET)
-        begun = self.start.click(
-            self.begin,
-            self.given,
-            [self.start, self.halt, self.note, self.state],
-            concurrency_id="checks",
-            concurrency_limit=CHECKS,
-            **QUIET,
-        )
+        given = {
+            self.way,
+            self.template,
+            self.text,
+            self.file,
+            self.classes,
+            self.by,
+            self.each,
+            self.seed,
+            self.low,
+            self.high,
+            self.formats,
+            self.steps,
+            self.crf,
+        }
+        begun = self.start.click(self.begin, given, [self.start, self.halt, self.note, self.state], **CHECKS, **QUIET)
         ran = begun.success(
-            self.run,
-            self.given,
-            [self.state, self.gallery, self.result, self.facts, self.download],
-            concurrency_id="model",
-            concurrency_limit=1,
-            **QUIET,
+            self.run, given, [self.state, self.gallery, self.result, self.facts, self.download], **MODEL, **QUIET
         )
-        ran.then(
-            lambda: (gr.Button(interactive=True), gr.Button(interactive=False)),
-            None,
-            [self.start, self.halt],
-            queue=False,
-            **QUIET,
-        )
+        ran.then(self.finish, None, [self.start, self.halt], queue=False, **QUIET)
         self.halt.click(self.stop_work, None, None, queue=False, **QUIET)
 
-    def choose(self, chosen):
-        return (
-            gr.Textbox(visible=chosen == TEMPLATE),
-            gr.Group(visible=chosen == OWN),
-            [] if chosen == OWN else gr.skip(),
-        )
+    @handler
+    def choose(self, way):
+        own = way == OWN
+        return gr.Textbox(visible=not own), gr.Group(visible=own), [] if own else gr.skip()
 
+    @handler
     def stop_work(self, request: gr.Request):
-        self.desk.stop(request, WORK)
+        self.sessions.of(request).stop(WORK)
 
-    def asked(
-        self,
-        owner: str,
-        chosen,
-        pattern,
-        pasted,
-        uploaded,
-        names,
-        ask_by,
-        images,
-        first,
-        least,
-        most,
-        kinds,
-        number,
-        refine,
-    ):
-        """Work and settings; everything that can be wrong is said here."""
-        if not all(isinstance(name, str) for name in names or ()):
-            raise InputError("The classes are no list of names; write each as text.")
-        prompts, wanted = prompts_of(chosen, pattern, names or [], pasted, uploaded)
-        within(self.limits, prompts, whole(images))
+    @handler
+    def finish(self):
+        return gr.Button(interactive=True), gr.Button(interactive=False)
+
+    def understood(self, given: Inputs) -> tuple[Work, ExportSettings]:
+        """Work and settings, without tokens; everything that can be wrong is said here."""
+        names = given.names(self.classes, NO_CLASSES)
+        if not all(isinstance(name, str) for name in names):
+            raise InputError(NO_CLASSES)
+        texts = given.text(self.template), names, given.text(self.text)
+        prompts, classes = prompts_of(given.choice(self.way), *texts, given.file(self.file))
+        each, seed = given.whole(self.each), given.whole(self.seed)
+        within(self.limits, prompts, each)
         settings = ExportSettings.for_model(
-            self.pipe,
-            steps=whole(number),
-            crf=bool(refine),
-            formats=("voc", *(kinds or ())),
-            filters=Filters(min_coverage=least, max_coverage=most),
+            self.ovam,
+            steps=given.whole(self.steps),
+            crf=given.ticked(self.crf),
+            formats=("voc", *given.several(self.formats)),
+            filters=Filters(min_coverage=given.number(self.low), max_coverage=given.number(self.high)),
         )
-        settings.validate(self.pipe)
-        work = work_list(prompts, wanted, whole(images), whole(first), check=settings.check(self.pipe))
+        settings.validate(self.ovam)
+        work = work_list(prompts, classes, each, seed, check=settings.check(self.ovam))
         if len(work.items) > self.limits.images:
             raise InputError(f"{len(work.items):,} images are too many here; at most {self.limits.images:,}.")
-        if ask_by == TOKENS and self.desk.shelf.names(owner):  # copies, which `forget` takes away
-            copies = self.desk.shelf.folder(owner, Path(tempfile.mkdtemp(prefix="ovam-shelf-")))
-            settings = replace(settings, tokens=str(copies))
         return work, settings
 
-    def begin(self, request: gr.Request, *values):
-        try:
-            work, settings = self.asked(visitor(request), *values)
-            forget(settings)
-        except InputError as error:
-            raise problem(error) from None
-        self.desk.begin(request, WORK)
+    @contextmanager
+    def tokens_of(self, session: Session, given: Inputs) -> Iterator[Path | None]:
+        """A folder of the tokens to ask for, for as long as they are needed; None to ask by name."""
+        if given.choice(self.by) == NAMES or not session.token_names():
+            yield None
+            return
+        with session.token_copies() as folder:
+            yield folder
+
+    @handler
+    def begin(self, values: dict, request: gr.Request):
+        session, given = self.sessions.of(request), Inputs(values)
+        work, _ = self.understood(given)
+        given.choice(self.by)
+        session.begin(WORK)
         return gr.Button(interactive=False), gr.Button(interactive=True), "", bar(0, len(work.items), 0, 0.0)
 
-    def run(self, request: gr.Request, *values):
-        settings, owner = None, visitor(request)
-        begun, stop = time.monotonic(), self.desk.flag(request, WORK)
-        out_of_time: Callable[[], bool] = lambda: time.monotonic() - begun > self.limits.seconds  # noqa: E731
-        try:
-            work, settings = self.asked(owner, *values)
-            bodies = [path.read_bytes() for path in sorted(Path(settings.tokens).iterdir())] if settings.tokens else []
-            folder = self.desk.jobs.folder(owner, described(work, settings, bodies))
-            planned = plan(self.pipe, work, settings, folder)
-            if planned.largest_bytes > self.limits.megabytes * 1e6:
-                raise InputError(
-                    f"This would be up to {planned.largest_bytes / 1e6:,.0f} MB; at most {self.limits.megabytes:,} here."
+    @handler
+    def run(self, values: dict, request: gr.Request):
+        session, given = self.sessions.of(request), Inputs(values)
+        work, settings = self.understood(given)
+        with session.run(WORK) as stop, self.tokens_of(session, given) as tokens:
+            settings = replace(settings, tokens=tokens and str(tokens))
+            with session.export_folder(described(work, settings, tokens)) as folder:
+                yield from self.make(work, settings, folder, stop)
+
+    def make(self, work: Work, settings: ExportSettings, folder: Path, stop: threading.Event) -> Iterator[tuple]:
+        """Makes the data set in `folder`; gives what the page shows, again and again.
+
+        stop: ends it; a visitor who left sets it too. Raises InputError as `plan` and `export_dataset` do.
+        """
+        begun = time.monotonic()
+        planned = plan(self.ovam, work, settings, folder)
+        if planned.largest_bytes > self.limits.megabytes * 1e6:
+            megabytes = f"{planned.largest_bytes / 1e6:,.0f} MB"
+            raise InputError(f"This would be up to {megabytes}; at most {self.limits.megabytes:,} here.")
+
+        def out_of_time() -> bool:
+            return time.monotonic() - begun > self.limits.seconds
+
+        def export(report: Callable[[Progress], None]) -> Summary:
+            """Without workers: each would import this whole page, for a few hundredths of a second an image."""
+            with self.model.alone():
+                return export_dataset(
+                    self.ovam,
+                    work,
+                    settings,
+                    folder,
+                    workers=0,
+                    on_image=report,
+                    should_stop=lambda: stop.is_set() or out_of_time(),
                 )
-            should_stop = lambda: stop.is_set() or out_of_time()  # noqa: E731
-            work_it = lambda report: self.make(work, settings, folder, report, should_stop)  # noqa: E731
-            shown: list[tuple[Image.Image, str]] = []
-            yield bar(planned.done, planned.images, 0, 0.0), gr.skip(), "", "", gr.DownloadButton(interactive=False)
-            for reports, summary in beside(work_it, SHOW_EVERY):
-                shown = [side_by_side(folder, one.row) for one in reversed(reports)][:SHOWN] + shown
-                shown = shown[:SHOWN]
-                last: Progress | None = reports[-1] if reports else None
-                if last is not None:
-                    moment = bar(last.done, last.total, last.done - planned.done, time.monotonic() - begun)
-                    yield moment, shown, *[gr.skip()] * 3
-            over = out_of_time() and not stop.is_set()
-            packed = self.desk.jobs.pack(folder) if summary.rows else None
-            yield (
-                bar(len(summary.rows or ()), summary.total, 0, 0.0),
-                gr.skip(),
-                table(summary),
-                ended(summary, time.monotonic() - begun, over),
-                gr.DownloadButton(value=packed and str(packed), interactive=packed is not None),
-            )
-        except InputError as error:
-            raise problem(error) from None
-        finally:
-            stop.set()  # a visitor who left ends the export too
-            self.desk.end(request, WORK, stop)
-            forget(settings)
 
-    def make(
-        self,
-        work: Work,
-        settings: ExportSettings,
-        folder: Path,
-        report: Callable[[Progress], None],
-        should_stop: Callable[[], bool],
-    ) -> Summary:
-        """Without workers: each would import this whole page, for a few hundredths of a second an image."""
-        with self.desk.alone():
-            return export(self.pipe, work, settings, folder, workers=0, on_image=report, should_stop=should_stop)
-
-
-NOTHING_YET = "<p>Images and label maps will fill this side as they are made; the data set is one zip at the end.</p>"
-
-
-def forget(settings: ExportSettings | None) -> None:
-    """The copies of the tokens are of no further use."""
-    if settings is not None and settings.tokens:
-        shutil.rmtree(settings.tokens, ignore_errors=True)
+        shown: list[tuple[Image.Image, str]] = []
+        yield bar(planned.done, planned.images, 0, 0.0), gr.skip(), "", "", gr.DownloadButton(interactive=False)
+        for reports, result in in_thread(export, SHOW_EVERY):
+            shown = [*(side_by_side(folder, report.row) for report in reversed(reports[-SHOWN:])), *shown][:SHOWN]
+            if reports:
+                last: Progress = reports[-1]
+                moment = bar(last.done, last.total, last.done - planned.done, time.monotonic() - begun)
+                yield moment, shown, *[gr.skip()] * 3
+            summary = result
+        over = out_of_time() and not stop.is_set()
+        packed = pack(folder) if summary.rows else None
+        yield (
+            bar(len(summary.rows or ()), summary.total, 0, 0.0),
+            gr.skip(),
+            table(summary),
+            ended(summary, time.monotonic() - begun, over),
+            gr.DownloadButton(value=packed and str(packed), interactive=packed is not None),
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -12,35 +12,51 @@ import gradio as gr
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from ovam_core import plot
 from ovam_core.attention.heatmap import heatmaps
-from ovam_core.checks import MAX_PROMPT, MAX_SEED
-from ovam_core.data.annotated import check_begun, photo_target, token_of
+from ovam_core.checks import MAX_PROMPT, MAX_SEED, check_whole
 from ovam_core.data.metrics import confusion, iou
-from ovam_core.errors import InputError, Stopped
+from ovam_core.errors import InputError
 from ovam_core.io.masks import IGNORE, read_mask
-from ovam_core.models.presets import own_choice
-from ovam_core.optimization import RECIPES, Epoch, Optimized, OptimizeSettings, initial_embedding, optimize
-from ovam_core.ovam import branch_for
-from ovam_core.picture import Generation, Maps
-from ovam_core.settings import GenerateSettings, MapSettings, PhotoSettings
+from ovam_core.models.presets import recommended_part
+from ovam_core.optimization import RECIPES, Epoch, Optimized, OptimizeSettings, initial_embedding
+from ovam_core.ovam import OVAM
+from ovam_core.picture import Picture, Segmentation
+from ovam_core.query import branch_of
+from ovam_core.settings import GenerateSettings, PhotoSettings, SegmentSettings
+from ovam_core.tokens import Token
 
-from .beside import beside
-from .desk import PRIVATE, QUIET, Desk, only_numbers, problem, visitor
-from .generate import CHECKS, image_facts, on_screen, shrunk, whole
-from .upload import check_photo, photo_fields, photo_settings, takes_photographs
+from .events import CHECKS, MODEL, PRIVATE, QUIET, RAW, Inputs, handler
+from .fields import PhotoFields, check_photo, takes_photographs
+from .model import Model
+from .render import (
+    BACKGROUND,
+    OBJECT,
+    canvas_value,
+    given_mask,
+    image_facts,
+    loss_curve,
+    on_screen,
+    word_and_token,
+)
+from .session import Session
+from .worker import in_thread
 
 WORK, PICTURE = "optimize", "optimize: picture"  # of this tab, by which Stop finds them
 MAKE, PHOTO = "Generate", "Upload a photograph"
 PAINT, STROKES, UPLOAD = "Paint the object", "A few strokes", "Upload a mask"
-OBJECT, BACKGROUND = "#e69f00", "#0072b2"
 MAX_EPOCHS = 500
 SHOW_EVERY = 0.4  # seconds between two looks at a running search
-MAX_CANVAS = 512  # pixels of a side: what the canvas is laid out for
 FIRST_PROMPT = "A photograph of a cat"
 NO_CURVE = "<h3>Loss</h3><p>The loss of every epoch will be drawn here.</p>"
-NAMED = r"(text, name) => (/^a photograph of an? (?!.*\b(?:and|at|by|in|near|next|of|on|under|with)\b)([\w -]+)$/i.exec(text.trim()) || [, name])[1]"
+# A class that the prompt names, "a photograph of a potted plant", and nothing beside it.
+NAMED = r"""(text, name) => {
+    const more = '(?!.*\\b(?:and|at|by|in|near|next|of|on|under|with)\\b)';
+    const found = new RegExp('^a photograph of an? ' + more + '([\\w -]+)$', 'i').exec(text.trim());
+    return found ? found[1] : name;
+}"""
 HINTS = {
     PAINT: "Paint over the whole object; what stays bare is background.",
     STROKES: "Orange strokes on the object, blue ones on the background; what stays bare counts for nothing.",
@@ -52,7 +68,8 @@ HINTS = {
 
 
 def painted_mask(layers: list[Image.Image], way: str, size: tuple[int, int]) -> np.ndarray:
-    """What was painted over the picture, as labels uint8 [H, W] at its true `size` (H, W): 0, 1, and 255 for bare strokes.
+    """What was painted over the picture, as labels uint8 [H, W] at its true `size` (H, W): 0, 1, and with strokes 255
+    where nothing was painted.
 
     layers: RGBA, any scale of the same shape. Raises InputError where nothing, or everything, is painted.
     """
@@ -76,22 +93,22 @@ def painted_mask(layers: list[Image.Image], way: str, size: tuple[int, int]) -> 
     return read_mask(marks, size)
 
 
-def _rgb(color: str) -> tuple[int, int, int]:
+def _rgb(color: str) -> tuple[int, ...]:
     return tuple(bytes.fromhex(color[1:]))
 
 
-def read_any(way: str, canvas: dict | None, file: str | None, size: tuple[int, int]) -> np.ndarray:
-    """The mask by whichever way it was given."""
-    if way == UPLOAD:
-        if not file:
-            raise InputError("There is no mask file yet; upload one, or paint the object instead.")
-        return read_mask(file, size)
-    return painted_mask([layer for layer in (canvas or {}).get("layers", []) if layer is not None], way, size)
+def read_any(way: str, layers: list[Image.Image], file: str | None, size: tuple[int, int]) -> np.ndarray:
+    """The mask by whichever way it was given: layers painted on the canvas, or a file."""
+    if way != UPLOAD:
+        return painted_mask(layers, way, size)
+    if not file:
+        raise InputError("There is no mask file yet; upload one, or paint the object instead.")
+    return read_mask(file, size)
 
 
 def class_name(text: str) -> str:
     """One clean class name. Raises InputError for none, and for one that no text encoder could read."""
-    name = " ".join((text or "").split())
+    name = " ".join(text.split())
     if not name:
         raise InputError("The class has no name; write one, for example: cat.")
     if len(name) > 60 or "," in name:
@@ -99,16 +116,20 @@ def class_name(text: str) -> str:
     return name
 
 
-def search_settings(recipe: str, epochs: Any, rate: Any) -> OptimizeSettings:
-    """Recipe with its epochs and rate changed; InputError where the server does not go along."""
-    if recipe not in RECIPES:
-        raise InputError(f"There is no recipe '{str(recipe)[:40]}'; choose {' or '.join(RECIPES)}.")
-    epochs = whole(epochs)
-    if not isinstance(epochs, int) or not 1 <= epochs <= MAX_EPOCHS:
-        raise InputError(f"The number of epochs is {epochs}; choose a whole number from 1 to {MAX_EPOCHS}.")
+def recipe_named(name: Any) -> OptimizeSettings:
+    """Raises InputError for a name of none."""
+    if str(name) not in RECIPES:
+        raise InputError(f"There is no recipe '{str(name)[:40]}'; choose {' or '.join(RECIPES)}.")
+    return RECIPES[str(name)]
+
+
+def search_settings(recipe: Any, epochs: Any, rate: Any) -> OptimizeSettings:
+    """A recipe with its epochs and rate changed. Raises InputError where the server does not go along."""
+    usual = recipe_named(recipe)
+    check_whole("The number of epochs", epochs, 1, MAX_EPOCHS)
     if not isinstance(rate, (int, float)):
         raise InputError("The learning rate is not a number.")
-    settings = replace(RECIPES[recipe], epochs=epochs, rate=float(rate))
+    settings = replace(usual, epochs=epochs, rate=float(rate))
     settings.validate()
     return settings
 
@@ -116,93 +137,69 @@ def search_settings(recipe: str, epochs: Any, rate: Any) -> OptimizeSettings:
 # ---------------------------------------------------------------------------------------------- to the page
 
 
-def canvas_value(image: Image.Image) -> dict:
-    """A fresh canvas with the picture on it, at a size to paint on; read_mask brings the paint back to its size."""
-    return {"background": plot.enlarge(shrunk(image, MAX_CANVAS)), "layers": [], "composite": None}
-
-
-def given_mask(image: Image.Image, labels: np.ndarray) -> Image.Image:
-    """The picture with the mask as it was understood: object and background in the two colours, the rest as it is.
-
-    labels: uint8 [H, W] at the picture's size.
-    """
-    image = on_screen(image)
-    labels = np.asarray(Image.fromarray(labels).resize(image.size, Image.Resampling.NEAREST))
-    shown = plot.mask_overlay(image, labels == 1, OBJECT)
-    return plot.mask_overlay(shown, labels == 0, BACKGROUND) if (labels == IGNORE).any() else shown
-
-
-def versus(image: Image.Image, maps: Maps) -> tuple[tuple, tuple]:
-    """Heatmaps and masks of the word (first) and its token (second), as two pairs for gr.ImageSlider."""
-    large, top = on_screen(image), max(maps.peaks)
-    heat = tuple(plot.overlay(large, one, top) for one in maps.heatmaps)
-    masks = tuple(plot.mask_overlay(large, _mask_of(mask, large.size), OBJECT) for mask in maps.masks)
-    return heat, masks
-
-
-def _mask_of(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return np.asarray(plot.mask_image(mask).resize(size, Image.Resampling.NEAREST)) > 127
-
-
-def agreement(maps: Maps, labels: np.ndarray) -> tuple[float, float]:
+def agreement(found: Segmentation, labels: np.ndarray) -> tuple[float, float]:
     """IoU of the word's and of the token's mask with the mask given, where it is labelled."""
-    before, after = (float(iou(confusion(mask, labels == 1, labels == IGNORE))) for mask in maps.masks)
+    before, after = (float(iou(confusion(mask, labels == 1, labels == IGNORE))) for mask in found.masks)
     return before, after
 
 
-def verdict(name: str, before: float, after: float, found: Optimized) -> str:
-    how = found.reason or f"{found.epochs} epochs"
+def verdict(name: str, before: float, after: float, search: Optimized) -> str:
+    """How much better the token's mask fits the given one than the word's, and how the search went; HTML."""
+    how = search.reason or f"{search.epochs} epochs"
     return (
         f'<p class="verdict"><b>{before:.2f}</b> the word <i>{html.escape(name)}</i> → <b>{after:.2f}</b> its token '
         f"<span>IoU with your mask</span></p>"
-        f"<p>loss {found.losses[0]:.4f} → {found.loss:.4f} · {html.escape(how)} · {found.seconds:.1f} s</p>"
+        f"<p>loss {search.losses[0]:.4f} → {search.loss:.4f} · {html.escape(how)} · {search.seconds:.1f} s</p>"
     )
-
-
-def curve_of(losses: list[float], settings: OptimizeSettings) -> str:
-    return f"<h3>Loss</h3>{plot.loss_curve(losses, settings.epochs)}"
 
 
 # ------------------------------------------------------------------------------------------------- the work
 
-
-def target_of(pipe: Any, made: Generation, labels: np.ndarray) -> np.ndarray:
-    """What the search is to match: labels at the picture's size, for a photograph at the size at which the model sees it."""
-    if isinstance(made.settings, PhotoSettings):
-        return photo_target(pipe, made.image, labels, made.settings)
-    return labels
+Learned = tuple[Token, Optimized]
 
 
-def search(
-    pipe: Any,
-    made: Generation,
+def learn(
+    ovam: OVAM,
+    picture: Picture,
     labels: np.ndarray,
     name: str,
     settings: OptimizeSettings,
     should_stop: Callable[[], bool],
-    driving: AbstractContextManager = nullcontext(),
-) -> Iterator[tuple[Epoch | Optimized, list[float]]]:
-    """Runs `optimize` within `driving`; gives its latest epoch every SHOW_EVERY seconds, at the end the result, with the losses so far."""
-    start, losses, target = initial_embedding(pipe, [name]), [], target_of(pipe, made, labels)
-    recording = own_choice(pipe, made.recording)
+    on_epoch: Callable[[Epoch], None] | None = None,
+) -> Learned:
+    """The token of a class from one picture. labels: uint8 [H, W] at the picture's size."""
+    target = ovam.target(picture, labels)
+    return ovam.learn([picture], [target], [name], settings, on_epoch=on_epoch, should_stop=should_stop)
 
-    def work(report: Callable[[Epoch], None]) -> Optimized:
-        with driving:
-            return optimize([recording], [target], start, settings, report, should_stop)
 
-    for epochs, found in beside(work, SHOW_EVERY):
-        if found:
-            check_begun(found)
+def search(
+    ovam: OVAM,
+    picture: Picture,
+    labels: np.ndarray,
+    name: str,
+    settings: OptimizeSettings,
+    should_stop: Callable[[], bool],
+    alone: AbstractContextManager,
+) -> Iterator[tuple[Tensor, list[float], Learned | None]]:
+    """Runs `learn` within `alone`, in a thread; gives (best embedding, losses so far, None) every SHOW_EVERY seconds,
+    and at the end the result in the place of None.
+    """
+    losses: list[float] = []
+
+    def work(report: Callable[[Epoch], None]) -> Learned:
+        with alone:
+            return learn(ovam, picture, labels, name, settings, should_stop, report)
+
+    for epochs, learned in in_thread(work, SHOW_EVERY):
         losses += [epoch.loss for epoch in epochs]
-        yield (found or epochs[-1]), losses
+        yield (learned[1] if learned else epochs[-1]).embedding, losses, learned
 
 
 @torch.no_grad()
-def preview(pipe: Any, made: Generation, embedding: torch.Tensor) -> Image.Image:
+def preview(ovam: OVAM, picture: Picture, embedding: Tensor) -> Image.Image:
     """The heatmap of the class as it is now."""
-    return plot.overlay(
-        on_screen(made.image), heatmaps(own_choice(pipe, made.recording), embedding)[1].cpu().numpy(), 1.0
-    )
+    heatmap = heatmaps(recommended_part(ovam.pipe, picture.recording), embedding)[1]
+    return plot.overlay(on_screen(picture.image), heatmap.cpu().numpy(), 1.0)
 
 
 # -------------------------------------------------------------------------------------------------- the tab
@@ -214,8 +211,9 @@ class OptimizeTab:
     from_generate: the id of the first tab's picture. pick: its list of tokens.
     """
 
-    def __init__(self, desk: Desk, tab: gr.Tab, from_generate: gr.State, pick: gr.Dropdown):
-        self.desk, self.tab, self.from_generate, self.pick = desk, tab, from_generate, pick
+    def __init__(self, model: Model, tab: gr.Tab, from_generate: gr.State, pick: gr.Dropdown):
+        self.model, self.sessions, self.ovam = model, model.sessions, model.ovam
+        self.tab, self.from_generate, self.pick = tab, from_generate, pick
         self.key, self.token_name = gr.State(None), gr.State(None)
         with gr.Row(elem_classes="columns"):
             with gr.Column(scale=5, min_width=320, elem_classes="give"):
@@ -225,9 +223,8 @@ class OptimizeTab:
             with gr.Column(scale=7, min_width=320, elem_classes="get"):
                 self._lay_out_search()
                 self._lay_out_elsewhere()
-        only_numbers(self.seed, self.of_photo[-1], self.other_seed, self.epochs, self.rate)
         self.shown = [self.key, self.canvas, self.facts, self.start, self.note]
-        self.given = [self.key, self.way, self.canvas, self.file, self.name, self.recipe, self.epochs, self.rate]
+        self.search_by = [self.file, self.name, self.recipe, self.epochs, self.rate]
         self._wire_picture()
         self._wire_mask()
         self._wire_search()
@@ -245,7 +242,7 @@ class OptimizeTab:
             container=False,
             elem_id="learn-source",
             elem_classes="ways",
-            visible=takes_photographs(self.desk.pipe),
+            visible=takes_photographs(self.ovam),
         )
         with gr.Column(elem_classes="part") as self.for_prompt:
             with gr.Group():
@@ -258,7 +255,7 @@ class OptimizeTab:
                 self.draw = gr.Button("New picture", min_width=130, elem_id="learn-draw")
                 self.take = gr.Button("Use the one from Generate", min_width=130, elem_id="learn-take")
         with gr.Column(visible=False, elem_classes="part") as self.for_photo:
-            self.of_photo = photo_fields("learn-photo", "the class")
+            self.upload = PhotoFields("learn-photo", "the class")
             with gr.Row(elem_classes="buttons"):
                 self.use = gr.Button("Use this photograph", elem_id="learn-use")
 
@@ -367,6 +364,7 @@ class OptimizeTab:
             )
             self.other_seed = gr.Number(
                 7,
+                label="Seed",
                 show_label=False,
                 container=False,
                 precision=0,
@@ -393,24 +391,15 @@ class OptimizeTab:
     # ---- the picture
 
     def _wire_picture(self) -> None:
-        photo, caption, *_ = self.of_photo
+        from_photo = {*self.upload.all, self.name}
         gr.on(
-            [photo.upload, self.use.click, caption.submit],
+            [self.upload.photo.upload, self.use.click, self.upload.caption.submit],
             self.check_photograph,
-            [*self.of_photo, self.name],
+            from_photo,
             None,
-            concurrency_id="checks",
-            concurrency_limit=CHECKS,
+            **CHECKS,
             **QUIET,
-        ).success(
-            self.take_photograph,
-            [*self.of_photo, self.name],
-            self.shown,
-            concurrency_id="model",
-            concurrency_limit=1,
-            show_progress_on=self.canvas,
-            **PRIVATE,
-        )
+        ).success(self.take_photograph, from_photo, self.shown, show_progress_on=self.canvas, **MODEL, **PRIVATE)
         self.source.change(
             lambda chosen: (gr.Column(visible=chosen != PHOTO), gr.Column(visible=chosen == PHOTO)),
             self.source,
@@ -423,84 +412,78 @@ class OptimizeTab:
         gr.on(
             [self.draw.click, self.prompt.submit],
             self.draw_picture,
-            [self.prompt, self.seed],
+            {self.prompt, self.seed},
             self.shown,
-            concurrency_id="model",
-            concurrency_limit=1,
             show_progress_on=self.canvas,
+            **MODEL,
             **PRIVATE,
         )
         # "A photograph of a potted plant" names the class as well; any other prompt leaves it as it is.
         self.prompt.change(None, [self.prompt, self.name], self.name, js=NAMED, **PRIVATE)
 
-    def show(self, made_key: str, made: Generation) -> tuple:
-        return made_key, canvas_value(made.image), image_facts(made), gr.Button(interactive=True), ""
+    def show(self, key: str, picture: Picture) -> tuple:
+        return key, canvas_value(picture.image), image_facts(picture), gr.Button(interactive=True), ""
 
-    def take_picture(self, first_key):
-        try:
-            return self.show(first_key, self.desk.find(first_key))
-        except InputError as error:
-            raise problem(error) from None
+    @handler
+    def take_picture(self, first_key, request: gr.Request):
+        return self.show(first_key, self.sessions.of(request).picture(first_key))
 
-    def take_if_none(self, own_key, first_key):
-        made = self.desk.store.get(first_key)
-        return self.show(first_key, made) if own_key is None and made is not None else (gr.skip(),) * len(self.shown)
+    @handler
+    def take_if_none(self, own_key, first_key, request: gr.Request):
+        picture = None if own_key else self.sessions.of(request).find(first_key)
+        return (gr.skip(),) * len(self.shown) if picture is None else self.show(first_key, picture)
 
-    def draw_picture(self, text, number, request: gr.Request, progress=gr.Progress()):
-        try:
-            settings = GenerateSettings.for_model(self.desk.pipe, text or "", seed=whole(number))
-            made = self.desk.draw(settings, PICTURE, request, progress)
-            return self.show(self.desk.keep(made, request), made)
-        except (InputError, Stopped) as error:
-            raise problem(error) from None
+    def image_settings(self, text: str, seed: Any) -> GenerateSettings:
+        return GenerateSettings.for_model(self.ovam.pipe, text, seed=seed)
 
-    def read_photograph(self, file, *about_and_class):
-        *about, text = about_and_class
-        settings = photo_settings(self.desk.pipe, *about, MapSettings(words=(class_name(text),)))
-        check_photo(self.desk.pipe, file, settings)
-        return settings
+    @handler
+    def draw_picture(self, values: dict, request: gr.Request, progress=gr.Progress()):
+        session, given = self.sessions.of(request), Inputs(values)
+        settings = self.image_settings(given.text(self.prompt), given.whole(self.seed))
+        picture = self.model.draw(session, settings, PICTURE, progress)
+        return self.show(session.keep(picture), picture)
 
-    def check_photograph(self, request: gr.Request, *values):
-        try:
-            self.read_photograph(*values)
-        except InputError as error:
-            raise problem(error) from None
-        self.desk.begin(request, PICTURE)
+    def read_photograph(self, given: Inputs) -> tuple[str | None, PhotoSettings]:
+        return self.upload.read(self.ovam, given, SegmentSettings(words=(class_name(given.text(self.name)),)))
 
-    def take_photograph(self, request: gr.Request, *values):
-        try:
-            made = self.desk.look(values[0], self.read_photograph(*values), PICTURE, request)
-            return self.show(self.desk.keep(made, request), made)
-        except (InputError, Stopped) as error:
-            raise problem(error) from None
+    @handler
+    def check_photograph(self, values: dict, request: gr.Request):
+        check_photo(self.ovam, *self.read_photograph(Inputs(values)))
+        self.sessions.of(request).begin(PICTURE)
+
+    @handler
+    def take_photograph(self, values: dict, request: gr.Request):
+        session = self.sessions.of(request)
+        file, settings = self.read_photograph(Inputs(values))
+        picture = self.model.look_at(session, file or "", settings, PICTURE)
+        return self.show(session.keep(picture), picture)
 
     # ---- the mask and the search
 
     def _wire_mask(self) -> None:
         self.way.change(self.choose, self.way, [self.hint, self.canvas, self.file], queue=False, **QUIET)
-        self.recipe.change(
-            lambda chosen: (RECIPES[chosen].epochs, RECIPES[chosen].rate),
-            self.recipe,
-            [self.epochs, self.rate],
-            queue=False,
-            **QUIET,
-        )
+        self.recipe.change(self.usual, self.recipe, [self.epochs, self.rate], queue=False, **QUIET)
 
-    def choose(self, chosen):
-        return HINTS.get(chosen, ""), gr.ImageEditor(visible=chosen != UPLOAD), gr.File(visible=chosen == UPLOAD)
+    @handler
+    def choose(self, way):
+        return HINTS.get(str(way), ""), gr.ImageEditor(visible=way != UPLOAD), gr.File(visible=way == UPLOAD)
+
+    @handler
+    def usual(self, recipe):
+        """Epochs and rate of a recipe."""
+        settings = recipe_named(recipe)
+        return settings.epochs, settings.rate
 
     def _wire_search(self) -> None:
-        begun = self.start.click(
-            self.begin,
-            self.given,
-            [self.start, self.halt, self.note, self.now],
-            concurrency_id="checks",
-            concurrency_limit=CHECKS,
-            **QUIET,
+        given = {self.key, self.way, *self.search_by}
+        # The canvas alone is read by Gradio, to whom the browser sends it in pieces.
+        painted = self.start.click(
+            self.take_canvas, self.canvas, None, show_progress="hidden", api_visibility="private", **CHECKS
         )
+        begun = painted.success(self.begin, given, [self.start, self.halt, self.note, self.now], **CHECKS, **QUIET)
         ran = begun.success(
             self.run,
-            self.given,
+            given,
             [
                 self.now,
                 self.curve,
@@ -513,67 +496,66 @@ class OptimizeTab:
                 self.pick,
                 self.go,
             ],
-            concurrency_id="model",
-            concurrency_limit=1,
+            **MODEL,
             **QUIET,
         )
-        ran.then(
-            lambda: (gr.Button(interactive=True), gr.Button(interactive=False)),
-            None,
-            [self.start, self.halt],
-            queue=False,
-            **QUIET,
-        )
+        ran.then(self.finish, None, [self.start, self.halt], queue=False, **QUIET)
         self.halt.click(self.stop_work, None, None, queue=False, **QUIET)
 
-    def understood(self, made_key, chosen, painted, uploaded, text, *search_by):
+    @handler
+    def take_canvas(self, canvas, request: gr.Request):
+        layers = (canvas or {}).get("layers") or []
+        self.sessions.of(request).painted = [layer for layer in layers if layer is not None]
+
+    def understood(
+        self, session: Session, key: str | None, way: str, given: Inputs
+    ) -> tuple[Picture, np.ndarray, str, OptimizeSettings]:
         """Everything that can be wrong, before anything is queued."""
-        made = self.desk.find(made_key)
-        labels = read_any(chosen, painted, uploaded, (made.image.height, made.image.width))
-        return made, labels, class_name(text), search_settings(*search_by)
+        picture = session.picture(key)
+        size = (picture.image.height, picture.image.width)
+        labels = read_any(way, session.painted, given.file(self.file), size)
+        settings = search_settings(given.text(self.recipe), given.whole(self.epochs), given.number(self.rate))
+        return picture, labels, class_name(given.text(self.name)), settings
 
-    def begin(self, request: gr.Request, *values):
-        try:
-            made, labels, called, _ = self.understood(*values)
-            initial_embedding(self.desk.pipe, [called])
-        except InputError as error:
-            raise problem(error) from None
-        self.desk.begin(request, WORK)
-        return gr.Button(interactive=False), gr.Button(interactive=True), "", given_mask(made.image, labels)
+    @handler
+    def begin(self, values: dict, request: gr.Request):
+        session, given = self.sessions.of(request), Inputs(values)
+        picture, labels, name, _ = self.understood(session, values[self.key], given.choice(self.way), given)
+        initial_embedding(self.ovam.pipe, [name])
+        session.begin(WORK)
+        return gr.Button(interactive=False), gr.Button(interactive=True), "", given_mask(picture.image, labels)
 
-    def run(self, request: gr.Request, *values):
-        try:
-            made, labels, called, settings = self.understood(*values)
-            stop = self.desk.flag(request, WORK)
-            try:
-                for state, losses in search(
-                    self.desk.pipe, made, labels, called, settings, stop.is_set, self.desk.alone()
-                ):
-                    yield preview(self.desk.pipe, made, state.embedding), curve_of(losses, settings), *[gr.skip()] * 8
-            finally:
-                stop.set()  # a visitor who left ends the search too
-                self.desk.end(request, WORK, stop)
-            owner = visitor(request)
-            label = self.desk.shelf.add(owner, token_of([made], [called], state, settings))
-            path = self.desk.shelf.path(owner, label)
-            maps = self.desk.answer(made, MapSettings(words=(called,), tokens=(str(path),)))
-            pairs, scores = versus(made.image, maps), agreement(maps, labels)
-            yield (
-                gr.skip(),
-                gr.skip(),
-                verdict(called, *scores, state),
-                *pairs,
-                image_facts(made),
-                gr.DownloadButton(value=str(path), interactive=True),
-                label,
-                gr.Dropdown(choices=self.desk.shelf.names(owner)),
-                gr.Button(interactive=True),
-            )
-        except InputError as error:
-            raise problem(error) from None
+    @handler
+    def run(self, values: dict, request: gr.Request):
+        session, given = self.sessions.of(request), Inputs(values)
+        picture, labels, name, settings = self.understood(session, values[self.key], given.choice(self.way), given)
+        with session.run(WORK) as stop:  # which a visitor who left sets too
+            run = search(self.ovam, picture, labels, name, settings, stop.is_set, self.model.alone())
+            for embedding, losses, result in run:
+                yield preview(self.ovam, picture, embedding), loss_curve(losses, settings.epochs), *[gr.skip()] * 8
+                learned = result
+        token, how = learned
+        label = session.add_token(token)
+        found = self.model.answer(picture, SegmentSettings(words=(name,), tokens=(token,)))
+        yield (
+            gr.skip(),
+            gr.skip(),
+            verdict(name, *agreement(found, labels), how),
+            *word_and_token(found),
+            image_facts(picture),
+            gr.DownloadButton(value=str(session.token_file(label)), interactive=True),
+            label,
+            gr.Dropdown(choices=session.token_names()),
+            gr.Button(interactive=True),
+        )
 
+    @handler
+    def finish(self):
+        return gr.Button(interactive=True), gr.Button(interactive=False)
+
+    @handler
     def stop_work(self, request: gr.Request):
-        self.desk.stop(request, WORK)
+        self.sessions.of(request).stop(WORK)
 
     # ---- elsewhere
 
@@ -581,32 +563,29 @@ class OptimizeTab:
         gr.on(
             [self.go.click, self.other.submit],
             self.elsewhere,
-            [self.token_name, self.other, self.other_seed, self.name],
+            {self.token_name, self.other, self.other_seed, self.name},
             self.tried,
-            concurrency_id="model",
-            concurrency_limit=1,
             show_progress_on=self.tried,
+            **MODEL,
             **PRIVATE,
         )
 
-    def elsewhere(self, label, text, number, called, request: gr.Request, progress=gr.Progress()):
-        try:
-            path = self.desk.shelf.path(visitor(request), label)
-            asked = MapSettings(words=(class_name(called),), tokens=(str(path),))
-            settings = GenerateSettings.for_model(self.desk.pipe, text or "", seed=whole(number))
-            made = self.desk.draw(
-                settings, PICTURE, request, progress, branch_for(asked)
-            )  # looked at once, so not kept
-            maps = self.desk.answer(made, asked)
-        except (InputError, Stopped) as error:
-            raise problem(error) from None
-        pair, cut = versus(made.image, maps)
+    @handler
+    def elsewhere(self, values: dict, request: gr.Request, progress=gr.Progress()):
+        session, given = self.sessions.of(request), Inputs(values)
+        token = session.token(values[self.token_name])
+        asked = SegmentSettings(words=(class_name(given.text(self.name)),), tokens=(token,))
+        settings = self.image_settings(given.text(self.other), given.whole(self.other_seed))
+        # Looked at once, so not kept.
+        picture = self.model.draw(session, settings, PICTURE, progress, branch_of([token]))
+        found = self.model.answer(picture, asked)
+        heat, masks = word_and_token(found)
         return [
-            (plot.enlarge(made.image), "the picture"),
-            (pair[0], f"{maps.labels[0]}: heatmap of the word"),
-            (pair[1], "heatmap of the token"),
-            (cut[0], "mask of the word"),
-            (cut[1], "mask of the token"),
+            (plot.enlarge(picture.image), "the picture"),
+            (heat[0], f"{found.labels[0]}: heatmap of the word"),
+            (heat[1], "heatmap of the token"),
+            (masks[0], "mask of the word"),
+            (masks[1], "mask of the token"),
         ]
 
     # ---- the API: the whole way in one call, on the picture of /generate
@@ -616,33 +595,22 @@ class OptimizeTab:
             for_programs, token_file, line = gr.Button("optimize"), gr.File(), gr.Textbox()
         for_programs.click(
             self.api_optimize,
-            [self.from_generate, self.file, self.name, self.recipe, self.epochs, self.rate],
+            [self.from_generate, *self.search_by],
             [token_file, line],
             api_name="optimize",
-            concurrency_id="model",
-            concurrency_limit=1,
+            **MODEL,
+            **RAW,
         )
 
+    @handler
     def api_optimize(self, made_key, mask, name, recipe, epochs, rate, request: gr.Request):
-        """Learns a token from this session's last picture and a mask file. Returns the token's file and a line of facts."""
-        try:
-            made, labels, called, settings = self.understood(made_key, UPLOAD, None, mask, name, recipe, epochs, rate)
-            self.desk.begin(request, WORK)
-            stop = self.desk.flag(request, WORK)
-            try:
-                target = target_of(self.desk.pipe, made, labels)
-                with self.desk.alone():
-                    found = optimize(
-                        [own_choice(self.desk.pipe, made.recording)],
-                        [target],
-                        initial_embedding(self.desk.pipe, [called]),
-                        settings,
-                        should_stop=stop.is_set,
-                    )
-            finally:
-                self.desk.end(request, WORK, stop)
-            label = self.desk.shelf.add(visitor(request), token_of([made], [called], found, settings))
-            line = f"loss {found.losses[0]:.4f} to {found.loss:.4f} in {found.epochs} epochs, {found.seconds:.1f} s"
-            return str(self.desk.shelf.path(visitor(request), label)), line
-        except InputError as error:
-            raise problem(error) from None
+        """Learns a token from this session's last picture and a mask file. Returns the token's file and a line of
+        facts."""
+        session = self.sessions.of(request)
+        given = Inputs(dict(zip(self.search_by, (mask, name, recipe, epochs, rate), strict=True)))
+        picture, labels, called, settings = self.understood(session, made_key, UPLOAD, given)
+        session.begin(WORK)
+        with session.run(WORK) as stop, self.model.alone():
+            token, how = learn(self.ovam, picture, labels, called, settings, stop.is_set)
+        line = f"loss {how.losses[0]:.4f} to {how.loss:.4f} in {how.epochs} epochs, {how.seconds:.1f} s"
+        return str(session.token_file(session.add_token(token))), line

@@ -1,41 +1,23 @@
-"""What test_export.py runs in processes of its own, to kill them. A fork server imports this once, the pipeline included."""
+"""What test_export.py runs in processes of its own, to kill them. A fork server imports it once, with its pipeline."""
 
 from __future__ import annotations
 
 import multiprocessing
 import resource
 import sys
+from functools import partial
 from pathlib import Path
 
-import torch
-from conftest import make_pipe
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from pipelines import make_small
 
-from ovam_core.data.export import ExportSettings, export
+from ovam_core import OVAM
+from ovam_core.data import runs
+from ovam_core.data.export import ExportSettings, export_dataset
 from ovam_core.data.filters import Filters
 from ovam_core.data.prompts import Prompt, work_list
 from ovam_core.data.runs import Process
 
-
-def small_pipe() -> StableDiffusionPipeline:
-    """The tiny pipeline with 8 x 8 latents for an image of 64 pixels: a step takes milliseconds."""
-    parts = make_pipe().components
-    torch.manual_seed(1)
-    parts["vae"] = AutoencoderKL(
-        block_out_channels=(8,) * 4,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=64,
-    ).eval()
-    pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.ovam_name = "small"
-    return pipe
-
-
-PIPE = small_pipe()
+PIPE = make_small()
 CLASSES = ("cat", "car", "red bus")
 PROMPTS = (
     Prompt("a cat"),
@@ -69,11 +51,11 @@ def run(out: Path, workers: int = 0, largest_file: int | None = None, begun=None
     if largest_file is not None:  # what a full disk looks like: writes fail midway
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     # A fork server of the child's own would import everything again; a child has no threads to lose in a fork.
-    _context = lambda: multiprocessing.get_context("fork")
+    runs._context = partial(multiprocessing.get_context, "fork")
     if begun is not None:
         begun.set()
     try:
-        export(PIPE, WORK, SETTINGS, out, workers=workers, process=Process())
+        export_dataset(OVAM(PIPE), WORK, SETTINGS, out, workers=workers, process=Process())
     except ValueError as error:
         out.with_suffix(".said").write_text(str(error))
         sys.exit(2)

@@ -8,25 +8,46 @@ from pathlib import Path
 import pytest
 
 import app
-from ovam_core.models.load import load_pipeline
+from ovam_core import OVAM
+from tabs.session import Sessions
 
 ARTIFACTS = Path(__file__).parent / "artifacts"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-@pytest.fixture(scope="module")
-def pipe():
-    return load_pipeline("emoji-voc", "cpu")
+def pytest_collection_modifyitems(items) -> None:
+    """What drives a browser takes its time."""
+    for item in items:
+        if "visit" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.browser)
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
-def address(pipe):
-    page = app.build(pipe, "a notice with <b>markup</b>")
+def ovam():
+    return OVAM.from_pretrained("emoji-voc", "cpu")
+
+
+@pytest.fixture(scope="module")
+def sessions(ovam):
+    """What the server keeps for the visitors of `address`."""
+    made = Sessions(ovam.name)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def blocks(ovam, sessions):
+    return app.build(ovam, "a notice with <b>markup</b>", sessions)
+
+
+@pytest.fixture(scope="module")
+def address(blocks):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gradio.networking.url_ok", lambda url: True)  # it gives up after 3 s, little on a busy machine
-        _, url, _ = app.launch(page, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+        _, url, _ = app.launch(blocks, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
     yield url
-    page.close()
+    blocks.close()
 
 
 @pytest.fixture(scope="module")

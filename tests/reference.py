@@ -6,8 +6,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
+
+from ovam_core.methods import Cut
+from ovam_core.query import Query
+from ovam_core.settings import SegmentSettings
 
 
 def generate(pipe, prompt="a photograph of the cat", steps=3, guidance=4.0, height=32, width=48, seed=0, **more):
@@ -81,3 +88,27 @@ def triple_loop(spy, item, grids, size, embedding=None, steps=None, names=None):
                 total = total + F.interpolate(grid, size=size, mode="bilinear", align_corners=False)[0]
                 count += 1
     return total / count
+
+
+def assert_refused(said: str, part: str) -> None:
+    """What a command writes to stderr when it refuses: one sentence, not too long, that holds `part`."""
+    assert said.startswith("Error: "), said
+    assert "\n" not in said, said
+    assert len(said) < 600, said
+    assert part in said, said
+
+
+def found_by(method, pipe, picture, words=(), tokens=(), background=None):
+    """What a method finds at its published thresholds: labels, maps [labels, h, w] and masks [labels, H, W].
+
+    tokens: attribution prompts. background: the nouns that GoCA compares with, None for the caption's.
+    """
+    method = method if background is None else replace(method, background=tuple(background))
+    queries = method.words(pipe, SegmentSettings(words=tuple(words))) if words else []
+    queries += [Query(prompt.labels, prompt, kind="token") for prompt in tokens]
+    queries = [method.cut(query, Cut(), None) for query in queries]
+    with torch.no_grad():
+        maps = method.heatmaps(pipe, picture, queries)
+        masks = method.masks(picture, maps, queries)
+    labels = tuple(label for query in queries for label in query.labels)
+    return SimpleNamespace(labels=labels, maps=maps[: len(labels)], masks=masks)

@@ -5,9 +5,12 @@ Screenshots are kept in tests/artifacts (not in git): open them after a change t
 
 from __future__ import annotations
 
+import logging
 import time
 import zipfile
 
+import gradio as gr
+import httpx
 import numpy as np
 import pytest
 from gradio_client import Client
@@ -16,10 +19,15 @@ from page import set_steps, shoot, sources
 from PIL import Image
 
 import app
-from ovam_core.settings import MapSettings
-from tabs.desk import NO_IMAGE
-from tabs.generate import EXAMPLES, grid_name, grid_names, map_settings
-from tabs.store import Store
+from ovam_core import OVAM, InputError
+from ovam_core.attention import mask
+from ovam_core.errors import HubUnreachable
+from ovam_core.methods import settings_of_text
+from ovam_core.settings import GenerateSettings, SegmentSettings
+from tabs.events import OUR_FAULT, Inputs, handler
+from tabs.fields import NO_CRF
+from tabs.generate import EXAMPLES, grid_name, grid_names, segment_settings
+from tabs.session import NO_IMAGE, Session
 
 STEPS = 4
 PROMPT = "A photograph of a cat and a car on grass"
@@ -52,7 +60,9 @@ def test_the_api_has_these_endpoints_and_no_other(client):
 def test_generate_gives_an_image_and_its_facts(generated):
     image, facts = generated
     assert Image.open(image).size == (128, 128)
-    assert "seed 1" in facts and f"{STEPS} steps" in facts and "cpu" in facts
+    assert "seed 1" in facts
+    assert f"{STEPS} steps" in facts
+    assert "cpu" in facts
 
 
 def test_generate_twice_gives_the_same_image(client, generated):
@@ -64,7 +74,8 @@ def test_attribute_answers_about_it(client, generated):
     masks, gallery, numbers, facts = client.predict("cat, the red bus", api_name="/attribute")
     assert [one["label"] for one in masks["annotations"]] == ["cat", "the red bus"]
     assert [one["caption"].split(" · ")[0] for one in gallery] == ["cat", "the red bus"]
-    assert numbers["words"] == ["cat", "the red bus"] and 0 < max(numbers["peaks"]) <= 1
+    assert numbers["words"] == ["cat", "the red bus"]
+    assert 0 < max(numbers["peaks"]) <= 1
     assert round(numbers["top"], 4) == max(numbers["peaks"])
     assert "2 maps" in facts
 
@@ -86,7 +97,9 @@ def test_attribute_by_every_method(client, generated):
     answers = {}
     for name in ("DAAM", "OVAM", "GoCA", "GoCA, any word", "OVAM, GoCA's weights"):
         _, gallery, numbers, facts = client.predict("cat, car", method=name, api_name="/attribute")
-        assert numbers["words"] == ["cat", "car"] and len(gallery) == 2 and f"2 maps by {name} from" in facts
+        assert numbers["words"] == ["cat", "car"]
+        assert len(gallery) == 2
+        assert f"2 maps by {name} from" in facts
         answers[name] = (*numbers["peaks"], *numbers["mask_shares"])
     assert len(set(answers.values())) == len(answers)
     assert answers["DAAM"][:2] == answers["OVAM"][:2]  # the same maps, cut in another way
@@ -102,13 +115,15 @@ BAD_IMAGES = {
     "empty prompt": ({"prompt": ""}, "prompt is empty"),
     "long prompt": ({"prompt": "x" * 10_000}, "10,000 characters"),
     "prompt past the encoder": ({"prompt": "cat " * 90}, "tokens"),
-    "no steps": ({"steps": 0}, "less than minimum"),
-    "too many steps": ({"steps": 100_000}, "greater than maximum"),
+    "no steps": ({"steps": 0}, "steps is 0; choose a whole number from 1 to 200"),
+    "too many steps": ({"steps": 100_000}, "steps is 100000; choose"),
     "part of a step": ({"steps": 2.5}, "steps is 2.5"),
     "size not a multiple": ({"width": 100}, "multiple of 8"),
-    "size too large": ({"height": 8192}, "greater than maximum"),
+    "size too large": ({"height": 8192}, "height is 8192; choose"),
+    "a width that is no number": ({"width": {"a": 1}}, "Width is .*; give a number"),
+    "no height": ({"height": None}, "Height is None; give a number"),
     "guidance nan": ({"guidance": "NaN"}, "is NaN; give a number"),
-    "seed below 0": ({"seed": -1}, "less than minimum"),
+    "seed below 0": ({"seed": -1}, "seed is -1; choose"),
     "no seed": ({"seed": None}, "seed"),
     "seed not whole": ({"seed": 1.5}, "Seed is 1.5; give a whole number"),
     "seed nan": ({"seed": "NaN"}, "Seed is NaN; give a number"),
@@ -120,8 +135,10 @@ BAD_WORDS = {
     "markup": ({"words": "cat", "sentence": "<img src=x>"}, "cat"),
     "tokens that are no list": ({"tokens": 5}, "no list of names"),
     "a token that is no name": ({"tokens": [["x"]]}, "no token"),
+    "a tau that is no number": ({"tau": [0.4]}, "is .0.4.; give a number"),
+    "no alpha": ({"alpha": None}, "is None; give a number"),
     "tau nan": ({"tau": "NaN"}, "is NaN; give a number"),
-    "alpha too large": ({"alpha": 7}, "greater than maximum"),
+    "alpha too large": ({"alpha": 7}, "Alpha is 7; choose a number from 0 to 1"),
     "steps": ({"steps": "0-99999999999"}, "steps"),
     "a step not run": ({"steps": "150"}, "None of these steps is in a run of 4: choose among 0 to 3"),
     "no grids": ({"grids": []}, "resolution"),
@@ -148,13 +165,14 @@ def test_bad_words(client, generated, case):
     wrong, part = BAD_WORDS[case]
     with pytest.raises((AppError, ValueError), match=part) as caught:
         client.predict(**{"words": "cat", **wrong}, api_name="/attribute")
-    assert "Traceback" not in str(caught.value) and "<img" not in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+    assert "<img" not in str(caught.value)
 
 
 @pytest.mark.parametrize("wrong", [{"tau": float("nan")}, {"alpha": float("inf")}, {"tau": "0.4"}, {"tau": -1}])
 def test_the_functions_behind_check_for_themselves(wrong):
     with pytest.raises(ValueError, match="choose a number"):
-        MapSettings(words=("cat",), **wrong).validate()
+        SegmentSettings(words=("cat",), **wrong).validate()
 
 
 def test_stop_ends_a_generation(address):
@@ -169,76 +187,179 @@ def test_stop_ends_a_generation(address):
         job.result(timeout=120)
 
 
+def set_method(client, address: str, blocks, name: str) -> None:
+    """Chooses a method as the page does, which updates sliders and the switch of the dense CRF in this session."""
+    number = next(number for number, event in blocks.fns.items() if event.name == "rules")
+    body = {"data": [name], "fn_index": number, "session_hash": client.session_hash}
+    httpx.post(f"{address}gradio_api/run/predict", json=body, timeout=60).raise_for_status()
+
+
+def test_checks_outlive_an_update_of_a_component(client, generated, address, blocks):
+    """Gradio makes a new component of a session's where one is updated: what was done to the old one is gone."""
+    set_method(client, address, blocks, "DAAM")
+    state = blocks.state_holder[client.session_hash]
+    alpha = next(block for block in blocks.blocks.values() if getattr(block, "elem_id", "") == "alpha")
+    assert state[alpha._id] is not alpha
+    assert state[alpha._id].interactive is False
+    for wrong in ("NaN", "0.4", [1], None):
+        with pytest.raises(AppError, match=r"is .*; give a number"):
+            client.predict("cat", alpha=wrong, api_name="/attribute")
+    for wrong, part in ((7, "choose a number from 0 to 1"), (-1, "choose a number from 0 to 1")):
+        with pytest.raises(AppError, match=part) as caught:
+            client.predict("cat", alpha=wrong, api_name="/attribute")
+        assert "Traceback" not in str(caught.value)
+    set_method(client, address, blocks, "OVAM")
+    assert state[alpha._id].interactive is True
+    with pytest.raises(AppError, match="is NaN; give a number"):
+        client.predict("cat", alpha="NaN", api_name="/attribute")
+
+
+def test_a_bug_is_our_fault_and_keeps_its_traceback(client, monkeypatch, caplog):
+    def wrong(*_, **__):
+        raise ValueError("axis 7 of <secret>")
+
+    monkeypatch.setattr(OVAM, "draw", wrong)
+    with caplog.at_level(logging.ERROR, "ovam"), pytest.raises(AppError) as caught:
+        client.predict(**IMAGE, api_name="/generate")
+    assert str(caught.value) == OUR_FAULT
+    assert "Traceback" in caplog.text
+    assert "axis 7 of <secret>" in caplog.text
+
+
 # ----------------------------------------------------------------------------------------------- the parts
 
 
-class Bytes:
-    def __init__(self, nbytes: int):
-        self.nbytes = nbytes
+def test_a_handler_says_each_kind_of_fault(caplog):
+    @handler
+    def given(error):
+        raise error
+
+    with pytest.raises(gr.Error) as caught:
+        given(InputError("no <b> & so on"))
+    assert caught.value.message == "no &lt;b&gt; &amp; so on"
+    assert not caplog.text
+    own = gr.Error("as it is")
+    with pytest.raises(gr.Error) as caught:
+        given(own)
+    assert caught.value is own
+    with pytest.raises(gr.Error) as caught:
+        given(ValueError("of torch"))
+    assert caught.value.message == OUR_FAULT
+    assert "of torch" in caplog.text
 
 
-def test_store_is_bounded_in_count_bytes_and_time():
-    now = [0.0]
-    store = Store(per_owner=2, max_bytes=100, seconds=10, clock=lambda: now[0])
-    first, second, third = (store.put("ann", Bytes(10)) for _ in range(3))
-    assert store.get(first) is None and store.get(second) and store.get(third)  # two each
-    large = store.put("bob", Bytes(95))
-    assert store.get(large) and store.nbytes <= 100 and store.get(second) is None
-    huge = store.put("cid", Bytes(1000))  # larger than all: kept, alone
-    assert len(store) == 1 and store.get(huge)
-    now[0] = 9.0
-    assert store.get(huge)  # its time begins anew
-    now[0] = 18.0
-    assert store.get(huge)
-    now[0] = 28.0
-    store.sweep()
-    assert len(store) == 0 and store.get(huge) is None and store.get(None) is None
+def test_a_handler_that_gives_several_answers_says_them_too():
+    closed = []
+
+    @handler
+    def given(error):
+        try:
+            yield 1
+            raise error
+        finally:
+            closed.append(1)
+
+    answers = given(InputError("no"))
+    assert next(answers) == 1
+    with pytest.raises(gr.Error, match="no"):
+        next(answers)
+    answers = given(InputError("no"))
+    next(answers)
+    answers.close()  # a visitor who left
+    assert closed == [1, 1]
 
 
-def test_store_forgets_a_visitor_who_leaves():
-    store = Store()
-    ann, bob = store.put("ann", Bytes(1)), store.put("bob", Bytes(1))
-    store.drop_owner("ann")
-    assert store.get(ann) is None and store.get(bob)
+def test_inputs_are_read_as_what_they_should_be():
+    with gr.Blocks():
+        seed, slider, box = gr.Number(label="Seed", precision=0), gr.Slider(0, 1, label="Share"), gr.Textbox()
+        names, group, way = gr.Dropdown([], multiselect=True), gr.CheckboxGroup(["a"]), gr.Radio(["a", "b"])
+        file, tick = gr.File(), gr.Checkbox()
+
+    def of(field, value):
+        return Inputs({field: value})
+
+    assert of(seed, 3.0).whole(seed) == 3
+    assert of(seed, None).whole(seed) is None
+    assert of(slider, 0.25).number(slider) == 0.25
+    for field, wrong in ((seed, 1.5), (seed, "3"), (seed, float("nan")), (slider, None), (slider, float("inf"))):
+        with pytest.raises(InputError, match=f"{field.label} is .*; give a (whole )?number"):
+            of(field, wrong).whole(field)
+    assert of(box, None).text(box) == ""
+    assert of(box, 5).text(box) == "5"
+    assert of(names, None).names(names, "no") == []
+    assert of(names, ["x"]).names(names, "no") == ["x"]
+    for wrong in (5, "cat", {"a": 1}):
+        with pytest.raises(InputError, match="no list"):
+            of(names, wrong).names(names, "no list")
+        assert of(group, wrong).several(group) == []
+        assert of(file, wrong).file(file) is None
+        with pytest.raises(InputError, match="choose a or b"):
+            of(way, wrong).choice(way)
+    assert of(way, "b").choice(way) == "b"
+    assert of(file, None).file(file) is None
+    uploaded = f"{file.GRADIO_CACHE}/a/x.png"
+    assert of(file, {"path": uploaded}).file(file) == uploaded
+    for elsewhere in (__file__, "x", f"{file.GRADIO_CACHE}/../x.png"):
+        with pytest.raises(InputError, match="uploaded"):
+            of(file, {"path": elsewhere}).file(file)
+    assert of(tick, None).ticked(tick) is False
 
 
-def test_grids_are_named_alike_for_every_size(pipe):
-    assert grid_names(pipe) == ["1/8", "1/16", "1/32"]
+def test_without_simplecrf_the_switch_is_off_and_says_why(ovam, monkeypatch):
+    def switches(page):
+        return [block for block in page.blocks.values() if isinstance(block, gr.Checkbox) and block.label == "dCRF"]
+
+    assert [(one.value, one.interactive, one.info) for one in switches(app.build(ovam))] == [(True, True, None)] * 2
+    monkeypatch.setattr(mask, "crf_available", lambda: False)
+    without = app.build(ovam)
+    assert [(one.value, one.interactive, one.info) for one in switches(without)] == [(False, False, NO_CRF)] * 2
+    rules = next(event.fn for event in without.fns.values() if event.name == "rules")
+    assert not rules("OVAM")[2].interactive
+    monkeypatch.undo()
+    assert rules("OVAM")[2].interactive
+    assert not rules("DAAM")[2].interactive
+
+
+def test_grids_are_named_alike_for_every_size(ovam):
+    assert grid_names(ovam) == ["1/8", "1/16", "1/32"]
     assert [grid_name((512, 384), one) for one in (64, 32, 16, 8)] == ["1/8", "1/16", "1/32", "1/64"]
     assert [grid_name((200, 120), one) for one in (25, 13, 7)] == ["1/8", "1/16", "1/32"]
 
 
-def test_words_are_read_without_an_image():
-    assert map_settings(None, "cat; Cat, dog", "", 0.4, 0.85, True, "all", []).words == ("cat", "dog")
+def test_words_are_read_without_an_image(ovam):
+    asked = segment_settings(ovam, None, words="cat; Cat, dog", tau=0.4, alpha=0.85, steps="all")
+    assert asked.words == ("cat", "dog")
 
 
 def test_an_unreachable_hub_falls_back_with_a_notice(monkeypatch):
-    def load(model=None, device=None):
+    def load(model=None):
         if model is None:
-            raise ValueError("The model a/b is not on this machine and the hub cannot be reached: connect.")
+            raise HubUnreachable("The model a/b is not on this machine and the hub cannot be reached: connect.")
         return model
 
     monkeypatch.delenv("OVAM_MODEL", raising=False)
-    monkeypatch.setattr(app, "load_pipeline", load)
+    monkeypatch.setattr(OVAM, "from_pretrained", load)
     opened, notice = app.open_model()
-    assert opened == "emoji-voc" and "could not be loaded" in notice and "hub cannot be reached" in notice
+    assert opened == "emoji-voc"
+    assert "could not be loaded" in notice
+    assert "hub cannot be reached" in notice
+    monkeypatch.setenv("OVAM_MODEL", "a/b")
+    assert app.open_model()[0] == "emoji-voc"
 
 
 def test_a_model_that_does_not_exist_is_no_reason_for_another(monkeypatch, capsys):
     monkeypatch.setenv("OVAM_MODEL", "no-such-model")
     assert app.main() == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("Error: ") and "no-such-model" in said
+    assert said.startswith("Error: ")
+    assert "no-such-model" in said
 
 
-def test_examples_work(pipe):
-    from ovam_core.ovam import attributions
-    from ovam_core.settings import GenerateSettings
-
+def test_examples_work(ovam):
     assert len(EXAMPLES) == 3
     for prompt, words in EXAMPLES:
-        GenerateSettings.for_model(pipe, prompt).validate(pipe)
-        attributions(pipe, MapSettings.from_text(words))
+        GenerateSettings.for_model(ovam.pipe, prompt).validate(ovam.pipe)
+        ovam.queries(settings_of_text(words))
 
 
 # ---------------------------------------------------------------------------------------------- the browser
@@ -267,23 +388,27 @@ def test_a_visit(visit, tmp_path):
     """Generate; then other words, another threshold, other steps: maps and masks change, the picture never does."""
     page = visit()
     shoot(page, "wide-empty", full=True)
-    assert page.is_disabled("#stop") and page.is_disabled("#pack")
+    assert page.is_disabled("#stop")
+    assert page.is_disabled("#pack")
     assert "<b>markup</b>" in page.inner_text("#head .notice")
     set_steps(page, STEPS)
     generate_now(page)
     assert captions(page) == ["animal", "car"]
     assert page.get_attribute("#image img", "alt") == "The picture"
     assert page.locator("#gallery img").first.get_attribute("alt").startswith("animal · peak")
-    assert f"{STEPS} steps" in page.inner_text("#facts") and "from the recording in" in page.inner_text("#map-facts")
+    assert f"{STEPS} steps" in page.inner_text("#facts")
+    assert "from the recording in" in page.inner_text("#map-facts")
     assert page.locator("#annotated .legend-item").all_inner_texts() == ["animal", "car"]
-    assert page.is_disabled("#stop") and page.is_enabled("#pack")
+    assert page.is_disabled("#stop")
+    assert page.is_enabled("#pack")
     shoot(page, "wide", full=True)
     picture, maps, masks = sources(page, "#image"), sources(page, "#gallery"), sources(page, "#annotated")
 
     page.fill("#words textarea, #words input", "")
     page.locator("#words textarea, #words input").press_sequentially("grass, red car", delay=30)  # no Enter needed
     wait_for_words(page, ["grass", "red car"])
-    assert sources(page, "#image") == picture and sources(page, "#gallery") != maps
+    assert sources(page, "#image") == picture
+    assert sources(page, "#gallery") != maps
 
     page.fill("#words textarea, #words input", "cat, zeppelin on a lawn")
     page.wait_for_selector("#note .hint:has-text('never learned: zeppelin, lawn')")
@@ -298,7 +423,8 @@ def test_a_visit(visit, tmp_path):
         "old => [...document.querySelectorAll('#annotated img')].map(one => one.src).join() !== old",
         arg=",".join(masks),
     )
-    assert sources(page, "#image") == picture and sources(page, "#gallery") == maps
+    assert sources(page, "#image") == picture
+    assert sources(page, "#gallery") == maps
 
     page.click("#which > button")
     page.fill("#used textarea, #used input", "0")
@@ -334,19 +460,16 @@ def test_another_method(visit):
     page.click("#method label:has-text('DAAM')")
     page.wait_for_selector("#map-facts:has-text('by DAAM')")
     page.wait_for_selector("#methods > button:has-text('Method: DAAM')")
-    assert (
-        sources(page, "#image") == picture
-        and sources(page, "#gallery") == maps
-        and sources(page, "#annotated") != masks
-    )
-    assert (
-        page.is_disabled("#alpha input[type=number]")
-        and page.is_disabled("#crf input")
-        and page.is_enabled("#tau input[type=number]")
-    )
+    assert sources(page, "#image") == picture
+    assert sources(page, "#gallery") == maps
+    assert sources(page, "#annotated") != masks
+    assert page.is_disabled("#alpha input[type=number]")
+    assert page.is_disabled("#crf input")
+    assert page.is_enabled("#tau input[type=number]")
     page.locator("#method label").filter(has_text="GoCA: ").click()
     page.wait_for_selector("#map-facts:has-text('by GoCA')")
-    assert sources(page, "#image") == picture and sources(page, "#gallery") != maps
+    assert sources(page, "#image") == picture
+    assert sources(page, "#gallery") != maps
     page.wait_for_timeout(300)
     shoot(page, "methods", full=True)
     page.fill("#words textarea, #words input", "dog")
@@ -354,7 +477,8 @@ def test_another_method(visit):
     page.locator("#method label").filter(has_text="OVAM: ").click()
     wait_for_words(page, ["dog"])
     page.wait_for_selector("#alpha input[type=number]:not([disabled])")
-    assert sources(page, "#image") == picture and not page.is_visible("#note")
+    assert sources(page, "#image") == picture
+    assert not page.is_visible("#note")
 
 
 def test_a_mistake_is_said_beside_the_words(visit):
@@ -364,20 +488,22 @@ def test_a_mistake_is_said_beside_the_words(visit):
     picture, maps = sources(page, "#image"), sources(page, "#gallery")
     page.fill("#words textarea, #words input", "?!")
     page.wait_for_selector("#note:has-text('not a word')")
-    assert sources(page, "#gallery") == maps and sources(page, "#image") == picture
+    assert sources(page, "#gallery") == maps
+    assert sources(page, "#image") == picture
     shoot(page, "wide-mistake")
     page.click("#generate")  # refused before anything is queued
     page.wait_for_selector(".toast-body:has-text('not a word')")
-    assert page.is_disabled("#stop") and page.is_enabled("#generate")
+    assert page.is_disabled("#stop")
+    assert page.is_enabled("#generate")
     page.fill("#words textarea, #words input", "cat")
     wait_for_words(page, ["cat"])
     assert not page.is_visible("#note")
 
 
 @pytest.fixture
-def slow(pipe):
+def slow(ovam):
     """A tenth of a second more a step: 200 steps of the embedded model may be over before a slow page shows them."""
-    hook = pipe.unet.register_forward_pre_hook(lambda *given: time.sleep(0.1))
+    hook = ovam.pipe.unet.register_forward_pre_hook(lambda *_: time.sleep(0.1))
     yield
     hook.remove()
 
@@ -396,7 +522,8 @@ def test_stop(visit, slow):
     page.click("#stop")
     page.wait_for_selector("#facts:has-text('Stopped after')")
     page.wait_for_selector("#generate:not([disabled])")
-    assert page.is_disabled("#stop") and sources(page, "#image") == picture  # the picture from before is still there
+    assert page.is_disabled("#stop")
+    assert sources(page, "#image") == picture
 
 
 def test_the_examples_and_the_dice(visit):
@@ -425,7 +552,8 @@ def test_it_fits(visit, name, width, height, scheme):
     give, get = page.locator(".give").bounding_box(), page.locator(".get").bounding_box()
     assert (get["y"] >= give["y"] + give["height"]) if width < 800 else (get["x"] >= give["x"] + give["width"])
     image, masks = page.locator("#image img").bounding_box(), page.locator("#annotated .base-image").bounding_box()
-    assert image["width"] >= 300 and abs(image["width"] - image["height"]) < 2
+    assert image["width"] >= 300
+    assert abs(image["width"] - image["height"]) < 2
     assert abs(image["width"] - masks["width"]) < 2
     over = page.locator("#annotated .mask").first.bounding_box()  # masks lie on the picture, not beside it
     assert all(abs(over[side] - masks[side]) < 1.5 for side in ("x", "y", "width", "height"))
@@ -435,6 +563,6 @@ def test_a_session_that_has_run_out_says_so(visit, monkeypatch):
     page = visit()
     set_steps(page, STEPS)
     generate_now(page)
-    monkeypatch.setattr(Store, "get", lambda self, key: None)
+    monkeypatch.setattr(Session, "find", lambda self, key: None)
     page.fill("#words textarea, #words input", "dog")
     page.wait_for_selector(f"#note:has-text('{NO_IMAGE[:20]}')")

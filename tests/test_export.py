@@ -22,19 +22,22 @@ import pytest
 import torch
 from export_child import CLASSES, PIPE, PROMPTS, SETTINGS, WORK, run
 from PIL import Image
+from reference import assert_refused
 
-from ovam_core import tokens
-from ovam_core.__main__ import main
+from ovam_core.cli import main
 from ovam_core.data import export as export_module
-from ovam_core.data import runs as dataset
+from ovam_core.data import formats, runs
 from ovam_core.data.dataset import prepare, stem
-from ovam_core.data.export import ExportSettings, batches_of, export, measure, plan
+from ovam_core.data.export import ExportSettings, batches_of, export_dataset, measure, plan
 from ovam_core.data.filters import Filters
 from ovam_core.data.formats import preview, read_labels, write_parquet, zip_folder
 from ovam_core.data.prompts import Item, Prompt, work_list
 from ovam_core.data.runs import Process, cores
+from ovam_core.errors import InputError
+from ovam_core.ovam import OVAM
 from ovam_core.plot import VOC_PALETTE
 from ovam_core.query import attribute_words
+from ovam_core.tokens import Token
 
 ROOT = Path(__file__).parent.parent
 TESTS = Path(__file__).parent
@@ -73,14 +76,19 @@ def server():
 def result(server, tmp_path_factory) -> Path:
     """The undisturbed run, made with a worker process."""
     out = tmp_path_factory.mktemp("export") / "out"
-    summary = export(PIPE, WORK, SETTINGS, out, workers=1)
-    assert summary.made == len(summary.rows) == 8 and not summary.stopped
+    summary = export_dataset(OVAM(PIPE), WORK, SETTINGS, out, workers=1)
+    assert summary.made == len(summary.rows) == 8
+    assert not summary.stopped
     return out
 
 
 @pytest.fixture(scope="module")
 def rows(result) -> list[dict]:
-    return [json.loads(line) for line in (result / "metadata.jsonl").read_text().splitlines()]
+    """Of all eight images, in their order; some of them kept, or the tests of what is kept would test nothing."""
+    found = [json.loads(line) for line in (result / "metadata.jsonl").read_text().splitlines()]
+    assert len(found) == 8
+    assert any(row["kept"] for row in found)
+    return found
 
 
 # ------------------------------------------------------------------------------------------- read it back
@@ -89,13 +97,15 @@ def rows(result) -> list[dict]:
 def test_palette_png(result, rows):
     for row in rows:
         with Image.open(result / row["mask_file_name"]) as mask:
-            assert mask.mode == "P" and mask.size == (64, 64)
+            assert mask.mode == "P"
+            assert mask.size == (64, 64)
             assert mask.getpalette()[: 3 * 22] == list(VOC_PALETTE)[: 3 * 22]
         labels = read_labels(result / row["mask_file_name"])
         assert set(np.unique(labels)) <= {0, 255, *row["class_ids"]}
         assert row["class_ids"] == [CLASSES.index(name) + 1 for name in row["classes"]]
         shares = [round(float((labels == label).mean()), 6) for label in row["class_ids"]]
-        assert row["coverages"] == shares and row["coverage"] == pytest.approx(sum(shares), abs=1e-5)
+        assert row["coverages"] == shares
+        assert row["coverage"] == pytest.approx(sum(shares), abs=1e-5)
     assert any(255 in read_labels(result / row["mask_file_name"]) for row in rows)
     assert (result / "classes.txt").read_text().splitlines() == ["background", *CLASSES]
 
@@ -103,7 +113,8 @@ def test_palette_png(result, rows):
 def test_what_is_kept_is_what_the_filters_say(result, rows):
     kept = [row for row in rows if row["kept"]]
     assert {"coverage under 0.11", "coverage over 0.9", ""} == {row["reason"] for row in rows}
-    assert all(0.11 <= row["coverage"] <= 0.9 for row in kept) and 0 < len(kept) < len(rows)
+    assert all(0.11 <= row["coverage"] <= 0.9 for row in kept)
+    assert 0 < len(kept) < len(rows)
     listed = (result / "ImageSets/Segmentation/train.txt").read_text().split()
     assert listed == [Path(row["file_name"]).stem for row in kept]
 
@@ -115,7 +126,8 @@ def test_voc_layout(result):
     for name in names:
         image = Image.open(result / "JPEGImages" / f"{name}.jpg").convert("RGB")
         mask = Image.open(result / "SegmentationClass" / f"{name}.png")
-        assert image.size == mask.size and np.asarray(mask).dtype == np.uint8
+        assert image.size == mask.size
+        assert np.asarray(mask).dtype == np.uint8
 
 
 def test_imagefolder(result, rows, tmp_path):
@@ -127,7 +139,9 @@ def test_imagefolder(result, rows, tmp_path):
     named = load_dataset("imagefolder", data_files=files, split="train", cache_dir=str(tmp_path))
     assert list(named["seed"]) == list(loaded["seed"]) == [row["seed"] for row in rows]
     for one, row in zip(loaded, rows, strict=True):
-        assert one["prompt"] == row["prompt"] and one["classes"] == row["classes"] and one["kept"] == row["kept"]
+        assert one["prompt"] == row["prompt"]
+        assert one["classes"] == row["classes"]
+        assert one["kept"] == row["kept"]
         assert one["image"].size == (64, 64)
         assert np.array_equal(np.asarray(one["mask"]), read_labels(result / row["mask_file_name"]))
 
@@ -147,7 +161,7 @@ def test_parquet(result, rows, tmp_path):
 def test_parquet_shards(result, rows, tmp_path, monkeypatch):
     import pyarrow.parquet as pq
 
-    monkeypatch.setattr(dataset, "SHARD_ROWS", 3)
+    monkeypatch.setattr(formats, "SHARD_ROWS", 3)
     for name in ("JPEGImages", "SegmentationClass"):
         (tmp_path / name).symlink_to(result / name)
     write_parquet(tmp_path, rows)
@@ -168,6 +182,7 @@ def test_coco(result, rows):
     kept = [row for row in rows if row["kept"]]
     assert list(files.values()) == [Path(row["file_name"]).name for row in kept]
     found = {image: np.zeros((64, 64), dtype=np.uint8) for image in files}
+    assert len(about["annotations"]) >= len(kept)
     for one in about["annotations"]:
         pixels = rle.decode(one["segmentation"]).astype(bool)
         assert one["area"] == pixels.sum() > 0
@@ -182,8 +197,10 @@ def test_coco(result, rows):
 def test_heatmaps(result, rows):
     for row in rows:
         with np.load(result / row["heatmaps"], allow_pickle=False) as file:
-            assert file["maps"].dtype == np.float16 and file["maps"].shape == (len(row["classes"]), 8, 8)
-            assert file["classes"].tolist() == row["classes"] and 0 <= file["maps"].min() < file["maps"].max() <= 1
+            assert file["maps"].dtype == np.float16
+            assert file["maps"].shape == (len(row["classes"]), 8, 8)
+            assert file["classes"].tolist() == row["classes"]
+            assert 0 <= file["maps"].min() < file["maps"].max() <= 1
 
 
 def test_contact_sheet_preview_and_zip(result, rows, tmp_path):
@@ -219,8 +236,10 @@ def test_images_are_those_of_generate(result, rows):
 
 def test_again_makes_nothing(result, tmp_path):
     before = tree(result)
-    summary = export(PIPE, WORK, SETTINGS, result, workers=1)
-    assert summary.made == 0 and len(summary.rows) == 8 and tree(result) == before
+    summary = export_dataset(OVAM(PIPE), WORK, SETTINGS, result, workers=1)
+    assert summary.made == 0
+    assert len(summary.rows) == 8
+    assert tree(result) == before
 
 
 def test_killed_at_any_instant(server, result, tmp_path):
@@ -286,12 +305,15 @@ def test_a_full_disk(server, result, tmp_path):
         child.start()
         child.join(300)
         said = out.with_suffix(".said").read_text()
-        assert child.exitcode == 2 and "full" in said and "start the same export again" in said and "\n" not in said
+        assert child.exitcode == 2
+        assert "full" in said
+        assert "start the same export again" in said
+        assert "\n" not in said
         assert not list(out.rglob("*.part"))
         for path in out.rglob("*.jpg"):
             Image.open(path).load()  # what is there is whole
     assert list(out.rglob("*.jpg"))
-    export(PIPE, WORK, SETTINGS, out, workers=0)
+    export_dataset(OVAM(PIPE), WORK, SETTINGS, out, workers=0)
     assert differing(out, result) == []
 
 
@@ -308,7 +330,8 @@ def test_a_full_disk_in_a_worker(tmp_path):
     script.write_text(code)
     command = [sys.executable, str(script), str(tmp_path / "out"), str(ROOT), str(TESTS)]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
-    assert ran.returncode == 2 and "is full" in (tmp_path / "out.said").read_text(), ran.stderr
+    assert ran.returncode == 2, ran.stderr
+    assert "is full" in (tmp_path / "out.said").read_text()
     assert resource.getrlimit(resource.RLIMIT_FSIZE) == before
 
 
@@ -319,22 +342,24 @@ def test_a_worker_that_dies(result, tmp_path):
         for worker in multiprocessing.active_children():
             worker.kill()
 
-    with pytest.raises(ValueError, match="died"):
-        export(PIPE, WORK, SETTINGS, out, workers=1, on_image=kill)
-    export(PIPE, WORK, SETTINGS, out, workers=0)
+    with pytest.raises(InputError, match="died"):
+        export_dataset(OVAM(PIPE), WORK, SETTINGS, out, workers=1, on_image=kill)
+    export_dataset(OVAM(PIPE), WORK, SETTINGS, out, workers=0)
     assert differing(out, result) == []
 
 
 def test_shares_of_several_processes(result, tmp_path):
+    ovam = OVAM(PIPE)
     for ranks in (2, 3):
         out = tmp_path / str(ranks)
-        prepare(out, export_module.fingerprint(PIPE, WORK, SETTINGS, export_module.questions(PIPE, WORK, SETTINGS)))
+        prepare(out, export_module.fingerprint(ovam, WORK, SETTINGS, SETTINGS.queries(ovam, WORK)))
         seen = []
         for rank in reversed(range(ranks)):
             process = Process(rank, ranks)
-            summary = export(PIPE, WORK, SETTINGS, out, process=process, workers=0, on_image=seen.append)
+            summary = export_dataset(OVAM(PIPE), WORK, SETTINGS, out, process=process, workers=0, on_image=seen.append)
             assert (summary.rows is None) == (rank > 0)
-        assert len(seen) == 8 and seen[-1].done == seen[-1].total
+        assert len(seen) == 8
+        assert seen[-1].done == seen[-1].total
         assert differing(out, result) == []
 
 
@@ -422,7 +447,8 @@ def test_accelerate_with_two_processes(result, tmp_path):
     assert differing(one, two) == []
     # Scheduler and weights went through files; the images are those of the pipeline in memory all the same.
     same = [name for name in tree(result) if name.startswith(("JPEGImages", "SegmentationClass", "heatmaps"))]
-    assert len(same) == 24 and all(tree(result)[name] == tree(one)[name] for name in same)
+    assert len(same) == 24
+    assert all(tree(result)[name] == tree(one)[name] for name in same)
 
 
 def test_a_batch_has_negative_prompts_or_none():
@@ -445,31 +471,38 @@ def test_out_of_memory_halves_the_batch_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(export_module, "make_jobs", crowded)
     settings = replace(SETTINGS, batch_size=4)
-    summary = export(PIPE, WORK, settings, tmp_path / "out", workers=0, on_note=notes.append)
-    assert sizes == [2, 2, 4, 2, 2] and len(summary.rows) == 8  # negative prompts have batches of their own
-    assert len(notes) == 1 and "batches of 2" in notes[0] and notes[0] in summary.text()
-    with pytest.raises(ValueError, match="does not fit in memory"):
-        export(PIPE, WORK, replace(SETTINGS, batch_size=8), tmp_path / "other", workers=0)
+    summary = export_dataset(OVAM(PIPE), WORK, settings, tmp_path / "out", workers=0, on_note=notes.append)
+    assert sizes == [2, 2, 4, 2, 2]
+    assert len(summary.rows) == 8
+    assert len(notes) == 1
+    assert "batches of 2" in notes[0]
+    assert notes[0] in summary.text()
+    with pytest.raises(InputError, match="does not fit in memory"):
+        export_dataset(OVAM(PIPE), WORK, replace(SETTINGS, batch_size=8), tmp_path / "other", workers=0)
 
 
 def test_stop_and_go_on(result, tmp_path):
     out, seen = tmp_path / "out", []
-    summary = export(PIPE, WORK, SETTINGS, out, workers=0, on_image=seen.append, should_stop=lambda: len(seen) >= 3)
-    assert summary.stopped and len(summary.rows) == summary.made == len(seen) == 4  # the batch under way was written
-    assert [one.done for one in seen] == [1, 2, 3, 4] and {one.total for one in seen} == {8}
+    summary = export_dataset(
+        OVAM(PIPE), WORK, SETTINGS, out, workers=0, on_image=seen.append, should_stop=lambda: len(seen) >= 3
+    )
+    assert summary.stopped
+    assert len(summary.rows) == summary.made == len(seen) == 4
+    assert [one.done for one in seen] == [1, 2, 3, 4]
+    assert {one.total for one in seen} == {8}
     assert len((out / "metadata.jsonl").read_text().splitlines()) == 4
     assert json.loads((out / "export.json").read_text())["images"] == 4
-    assert not export(PIPE, WORK, SETTINGS, out, workers=0).stopped
+    assert not export_dataset(OVAM(PIPE), WORK, SETTINGS, out, workers=0).stopped
     assert differing(out, result) == []
 
 
 def test_a_file_that_went_missing_is_made_again(result, tmp_path):
     out = tmp_path / "out"
-    export(PIPE, WORK, SETTINGS, out, workers=0)
+    export_dataset(OVAM(PIPE), WORK, SETTINGS, out, workers=0)
     next(out.glob("JPEGImages/000003*")).write_bytes(b"cut")
     next(out.glob("SegmentationClass/000006*")).unlink()
     (out / ".ovam/items/000001.json").write_text("{")
-    assert export(PIPE, WORK, SETTINGS, out, workers=0).made == 3
+    assert export_dataset(OVAM(PIPE), WORK, SETTINGS, out, workers=0).made == 3
     assert differing(out, result) == []
 
 
@@ -491,54 +524,57 @@ def test_a_file_that_went_missing_is_made_again(result, tmp_path):
 )
 def test_other_settings_are_refused(result, change, name):
     before = tree(result)
-    with pytest.raises(ValueError, match=f"another setting of '{name}'"):
-        export(PIPE, WORK, replace(SETTINGS, **change), result, workers=0)
+    with pytest.raises(InputError, match=f"another setting of '{name}'"):
+        export_dataset(OVAM(PIPE), WORK, replace(SETTINGS, **change), result, workers=0)
     assert tree(result) == before
 
 
 def test_other_prompts_and_weights_are_refused(result):
     other = work_list(PROMPTS[::-1], CLASSES, images_per_prompt=2, seed=7)
-    with pytest.raises(ValueError, match="prompts"):
-        export(PIPE, other, SETTINGS, result, workers=0)
+    with pytest.raises(InputError, match="prompts"):
+        export_dataset(OVAM(PIPE), other, SETTINGS, result, workers=0)
     weight = next(PIPE.unet.parameters())
     before = weight.data.clone()
     try:
         weight.data += 1e-3
-        with pytest.raises(ValueError, match="weights"):
-            plan(PIPE, WORK, SETTINGS, result)
+        with pytest.raises(InputError, match="weights"):
+            plan(OVAM(PIPE), WORK, SETTINGS, result)
     finally:
         weight.data.copy_(before)
 
 
 def test_a_folder_of_something_else(tmp_path):
     (tmp_path / "mine.txt").write_text("kept")
-    with pytest.raises(ValueError, match="not empty"):
-        export(PIPE, WORK, SETTINGS, tmp_path, workers=0)
-    with pytest.raises(ValueError, match="is a file"):
-        export(PIPE, WORK, SETTINGS, tmp_path / "mine.txt", workers=0)
+    with pytest.raises(InputError, match="not empty"):
+        export_dataset(OVAM(PIPE), WORK, SETTINGS, tmp_path, workers=0)
+    with pytest.raises(InputError, match="is a file"):
+        export_dataset(OVAM(PIPE), WORK, SETTINGS, tmp_path / "mine.txt", workers=0)
     assert list(tree(tmp_path)) == ["mine.txt"]
 
 
 def test_two_exports_in_one_folder(tmp_path):
-    with dataset.locked(tmp_path / "out"), pytest.raises(ValueError, match="Another export is running"):
-        export(PIPE, WORK, SETTINGS, tmp_path / "out", workers=0)
+    with runs.locked(tmp_path / "out"), pytest.raises(InputError, match="Another export is running"):
+        export_dataset(OVAM(PIPE), WORK, SETTINGS, tmp_path / "out", workers=0)
 
 
 def test_plan_and_measure(result, tmp_path):
-    planned = plan(PIPE, WORK, SETTINGS, tmp_path / "new")
-    assert (planned.images, planned.done) == (8, 0) and planned.classes == {"cat": 6, "car": 4, "red bus": 4}
-    assert plan(PIPE, WORK, SETTINGS, result).done == 8
+    planned = plan(OVAM(PIPE), WORK, SETTINGS, tmp_path / "new")
+    assert (planned.images, planned.done) == (8, 0)
+    assert planned.classes == {"cat": 6, "car": 4, "red bus": 4}
+    assert plan(OVAM(PIPE), WORK, SETTINGS, result).done == 8
     assert sum(map(len, tree(result).values())) < planned.largest_bytes
     assert "No CLIP model" in planned.text()
-    assert measure(PIPE, WORK, SETTINGS).bytes > 1000
+    assert measure(OVAM(PIPE), WORK, SETTINGS).bytes > 1000
     assert not (tmp_path / "new").exists()
 
 
 def test_summary(result):
-    summary = export(PIPE, WORK, SETTINGS, result, workers=0)
+    summary = export_dataset(OVAM(PIPE), WORK, SETTINGS, result, workers=0)
     table = {one["class"]: one for one in summary.by_class()}
-    assert table["cat"]["images"] == 6 and sum(one["small"] + one["large"] for one in table.values()) > 0
-    assert f"{summary.kept} kept" in summary.text() and 0.11 < summary.mean_coverage < 0.9
+    assert table["cat"]["images"] == 6
+    assert sum(one["small"] + one["large"] for one in table.values()) > 0
+    assert f"{summary.kept} kept" in summary.text()
+    assert 0.11 < summary.mean_coverage < 0.9
 
 
 @pytest.mark.parametrize(
@@ -557,15 +593,15 @@ def test_summary(result):
     ],
 )
 def test_settings_that_cannot_be(wrong, tmp_path):
-    with pytest.raises(ValueError):
-        export(PIPE, WORK, replace(SETTINGS, **wrong), tmp_path / "out", workers=0)
+    with pytest.raises(InputError):
+        export_dataset(OVAM(PIPE), WORK, replace(SETTINGS, **wrong), tmp_path / "out", workers=0)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_class_that_nothing_fits(tmp_path):
     work = work_list([Prompt("a cat ?!", ("?!",))], ("?!",))
-    with pytest.raises(ValueError, match="Neither a token nor a word"):
-        export(PIPE, work, SETTINGS, tmp_path / "out", workers=0)
+    with pytest.raises(InputError, match="Neither a token nor a word"):
+        export_dataset(OVAM(PIPE), work, SETTINGS, tmp_path / "out", workers=0)
 
 
 # ------------------------------------------------------------------------------------------------- tokens
@@ -574,39 +610,40 @@ def test_a_class_that_nothing_fits(tmp_path):
 @pytest.fixture
 def token_folder(tmp_path) -> Path:
     rows = attribute_words(PIPE, ["the cat"])[0].embedding[:2].float()
-    token = tokens.Token(rows, ("background", "cat"), "small", "unconditional", tau=0.6, alpha=1.0)
-    tokens.save(tmp_path / "tokens" / "cat.safetensors", token)
+    token = Token(rows, ("background", "cat"), "small", "unconditional", tau=0.6, alpha=1.0)
+    token.save(tmp_path / "tokens" / "cat.safetensors")
     return tmp_path / "tokens"
 
 
 def test_classes_by_token_and_by_word(token_folder, tmp_path):
     settings = replace(SETTINGS, tokens=str(token_folder), tau=None, alpha=None)
-    asked = export_module.questions(PIPE, WORK, settings)
-    assert (asked["cat"].by, asked["cat"].tau, asked["cat"].alpha, asked["cat"].branch) == (
+    asked = settings.queries(OVAM(PIPE), WORK)
+    assert (asked["cat"].kind, asked["cat"].tau, asked["cat"].alpha, asked["cat"].branch) == (
         "token",
         0.6,
         1.0,
         "unconditional",
     )
-    assert (asked["car"].by, asked["car"].tau, asked["car"].alpha, asked["car"].branch) == (
+    assert (asked["car"].kind, asked["car"].tau, asked["car"].alpha, asked["car"].branch) == (
         "word",
         0.4,
         0.85,
         "conditional",
     )
-    planned = plan(PIPE, WORK, settings, tmp_path / "out")
-    assert planned.by == {"cat": "token", "car": "word", "red bus": "word"} and "car, red bus" in planned.text()
-    assert len(export(PIPE, WORK, settings, tmp_path / "out", workers=0).rows) == 8
-    changed = tokens.load(token_folder / "cat.safetensors")
-    tokens.save(token_folder / "cat.safetensors", replace(changed, embedding=changed.embedding * 2))
-    with pytest.raises(ValueError, match="class questions"):
-        export(PIPE, WORK, settings, tmp_path / "out", workers=0)
+    planned = plan(OVAM(PIPE), WORK, settings, tmp_path / "out")
+    assert planned.by == {"cat": "token", "car": "word", "red bus": "word"}
+    assert "car, red bus" in planned.text()
+    assert len(export_dataset(OVAM(PIPE), WORK, settings, tmp_path / "out", workers=0).rows) == 8
+    changed = Token.load(token_folder / "cat.safetensors")
+    replace(changed, embedding=changed.embedding * 2).save(token_folder / "cat.safetensors")
+    with pytest.raises(InputError, match="class questions"):
+        export_dataset(OVAM(PIPE), WORK, settings, tmp_path / "out", workers=0)
 
 
 def test_no_tokens(tmp_path):
     for folder in (str(tmp_path), "library"):
-        with pytest.raises(ValueError, match="no tokens"):
-            plan(PIPE, WORK, replace(SETTINGS, tokens=folder), tmp_path / "out")
+        with pytest.raises(InputError, match="no tokens"):
+            plan(OVAM(PIPE), WORK, replace(SETTINGS, tokens=folder), tmp_path / "out")
 
 
 # ------------------------------------------------------------------------------------------- hard prompts
@@ -631,19 +668,18 @@ def test_hard_prompts(tmp_path):
     work = work_list(
         [Prompt(text, source=f"line {n}") for n, text in enumerate((*HARD, long, "a dog"))],
         CLASSES,
-        check=SETTINGS.check(PIPE),
+        check=SETTINGS.check(OVAM(PIPE)),
     )
     assert [one.reason.split(";")[0] for one in work.skipped] == [
         "The prompt has 10,002 characters",
         "It names none of the classes.",
     ]
     out = tmp_path / "deep" / "out"
-    export(PIPE, work, replace(SETTINGS, crf=False), out, workers=0)
+    export_dataset(OVAM(PIPE), work, replace(SETTINGS, crf=False), out, workers=0)
     rows = [json.loads(line) for line in (out / "metadata.jsonl").read_text().split("\n")[:-1]]
     assert [row["prompt"] for row in rows] == list(HARD)
-    assert {path.name for path in tmp_path.iterdir()} == {"deep"} and {
-        path.name for path in (tmp_path / "deep").iterdir()
-    } == {"out"}
+    assert {path.name for path in tmp_path.iterdir()} == {"deep"}
+    assert {path.name for path in (tmp_path / "deep").iterdir()} == {"out"}
     assert all(path.name[:6].isdigit() and path.name.isascii() for path in (out / "JPEGImages").iterdir())
     assert len((out / "skipped.jsonl").read_text().splitlines()) == 2
 
@@ -660,7 +696,8 @@ def test_names_hold_no_class_that_could_hurt():
         name[:7] == f"{n:06d}_" and set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-_")
         for n, name in enumerate(names)
     )
-    assert max(map(len, names)) <= 80 and len(set(names)) == len(names)
+    assert max(map(len, names)) <= 80
+    assert len(set(names)) == len(names)
 
 
 # ---------------------------------------------------------------------------------------- the command line
@@ -699,11 +736,15 @@ def test_command_line(model, tmp_path, capsys):
     command = ["export", "--template", "A photograph of a {}", *options]
     assert main([*command, "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "3 images of 64x64" in said and "aeroplane 1, bicycle 1, bird 1" in said and "Measured on one batch" in said
+    assert "3 images of 64x64" in said
+    assert "aeroplane 1, bicycle 1, bird 1" in said
+    assert "Measured on one batch" in said
     assert not out.exists()
     assert main(command) == 0
     said = capsys.readouterr()
-    assert "3 of 3 images" in said.out and "contact_sheet.png" in said.out and "3/3" in said.err
+    assert "3 of 3 images" in said.out
+    assert "contact_sheet.png" in said.out
+    assert "3/3" in said.err
     assert min(path.name for path in (out / "JPEGImages").iterdir()) == "000000_aeroplane.jpg"
     assert main([*command, "--tau", "0.5"]) == 2
     assert "another setting of 'tau'" in capsys.readouterr().err
@@ -772,11 +813,11 @@ def test_bad_input_is_one_sentence_and_status_2(case, model, tmp_path, capsys, m
         status = left.code
     said = capsys.readouterr().err.strip()
     assert status == 2, said
-    assert said.startswith("Error: ") and "\n" not in said and len(said) < 600 and part in said, said
+    assert_refused(said, part)
     assert not Path("out").exists()
 
 
 def test_defaults_of_the_model():
-    settings = ExportSettings.for_model(PIPE, steps=None, crf=False)
+    settings = ExportSettings.for_model(OVAM(PIPE), steps=None, crf=False)
     assert (settings.steps, settings.width, settings.batch_size, settings.crf) == (30, 128, 1, False)
     assert settings.threads == cores()

@@ -13,85 +13,50 @@ from PIL import Image
 
 import tabs.export as tab
 from ovam_core.data.prompts import Prompt
-from tabs.beside import beside
+from ovam_core.errors import InputError
 from tabs.export import OWN, TEMPLATE, bar, prompts_of, within
-from tabs.jobs import HOSTED, LOCAL, Jobs, Limits, limits
+from tabs.session import Limits
+from tabs.worker import in_thread
 
 
-def test_beside_hands_on_reports_then_the_result():
+def test_a_worker_hands_on_reports_then_the_result():
     def work(report):
         for number in range(3):
             report(number)
             time.sleep(0.05)
         return "done"
 
-    seen = list(beside(work, 0.01))
+    seen = list(in_thread(work, 0.01))
     assert [one for reports, _ in seen for one in reports] == [0, 1, 2]
-    assert [result for _, result in seen][-1] == "done" and all(result is None for _, result in seen[:-1])
+    assert [result for _, result in seen][-1] == "done"
+    assert all(result is None for _, result in seen[:-1])
 
 
-def test_beside_raises_what_the_work_raises():
-    def work(report):
+def test_a_worker_raises_what_the_work_raises():
+    def work(_):
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        list(beside(work, 0.01))
-
-
-def test_jobs_go_on_in_the_same_folder_and_free_the_disk():
-    now = [0.0]
-    jobs = Jobs(keep=100.0, clock=lambda: now[0])
-    first = jobs.folder("ann", "one")
-    first.mkdir()
-    (first / "file").write_text("kept")
-    assert jobs.folder("ann", "one") == first and (first / "file").exists()
-    other = jobs.folder("bob", "one")
-    assert other != first
-    second = jobs.folder("ann", "two")
-    assert second != first and not first.exists()
-    now[0] = 101.0
-    jobs.sweep()
-    assert not second.parent.exists() and not other.parent.exists()
-    third = jobs.folder("ann", "two")
-    jobs.drop_owner("ann")
-    assert not third.parent.exists()
-
-
-def test_on_ones_own_machine_an_export_outlives_its_page(tmp_path):
-    jobs = Jobs(keep=100.0, shared=True)
-    first = jobs.folder("ann", "one")
-    first.mkdir()
-    (first / "file").write_text("kept")
-    other = jobs.folder("ann", "two")
-    jobs.drop_owner("ann")
-    assert jobs.folder("the page after a reload", "one") == first and (first / "file").exists()
-    assert other.parent.exists()
-    with zipfile.ZipFile(jobs.pack(first)) as packed:
-        assert packed.read("file") == b"kept"
-
-
-def test_a_hosted_page_is_bounded_more_tightly(monkeypatch):
-    monkeypatch.delenv("SPACE_ID", raising=False)
-    assert limits() is LOCAL
-    monkeypatch.setenv("SPACE_ID", "someone/ovam")
-    assert limits() is HOSTED and HOSTED.images < LOCAL.images
+        list(in_thread(work, 0.01))
 
 
 def test_bounds():
     small = Limits(prompts=2, images=3, megabytes=1, seconds=1)
     within(small, [Prompt("a cat")], 3)
-    with pytest.raises(ValueError, match="3 prompts are too many"):
+    with pytest.raises(InputError, match="3 prompts are too many"):
         within(small, [Prompt("a cat")] * 3, 1)
-    with pytest.raises(ValueError, match="4 images are too many"):
+    with pytest.raises(InputError, match="4 images are too many"):
         within(small, [Prompt("a cat")] * 2, 2)
 
 
 def test_prompts_by_each_way(tmp_path):
     prompts, classes = prompts_of(TEMPLATE, "a {}", ["cat", "dog"], "ignored", None)
-    assert [one.text for one in prompts] == ["a cat", "a dog"] and classes == ("cat", "dog")
+    assert [one.text for one in prompts] == ["a cat", "a dog"]
+    assert classes == ("cat", "dog")
     assert len(prompts_of(TEMPLATE, "a {}", [], "", None)[0]) == 20
     prompts, classes = prompts_of(OWN, "", [], "a cat\n\na dog", None)
-    assert [one.text for one in prompts] == ["a cat", "a dog"] and classes is None
+    assert [one.text for one in prompts] == ["a cat", "a dog"]
+    assert classes is None
     table = tmp_path / "prompts.csv"
     table.write_text("prompt,classes\na kitten,cat\n")
     assert prompts_of(OWN, "", [], "", str(table))[0][0].classes == ("cat",)
@@ -107,7 +72,7 @@ def test_prompts_by_each_way(tmp_path):
     ],
 )
 def test_bad_prompts(way, template, names, text, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(InputError, match=said):
         prompts_of(way, template, names, text, None)
 
 
@@ -126,8 +91,10 @@ def open_tab(page) -> None:
 
 @pytest.fixture
 def waiting(monkeypatch):
-    """The first export goes on after its first image only when it is stopped: it may be over before a slow page shows it."""
-    real, begun = tab.export, []
+    """The first export goes on after its first image only when it is stopped: it may be over before a slow page shows
+    it.
+    """
+    real, begun = tab.export_dataset, []
 
     def export(*given, on_image, should_stop, **more):
         begun.append(1)
@@ -140,13 +107,14 @@ def waiting(monkeypatch):
 
         return real(*given, on_image=told, should_stop=should_stop, **more)
 
-    monkeypatch.setattr(tab, "export", export)
+    monkeypatch.setattr(tab, "export_dataset", export)
 
 
 def test_an_export_stopped_and_gone_on_with(visit, waiting, tmp_path):
     page = visit()
     open_tab(page)
-    assert page.is_disabled("#export-stop") and page.is_disabled("#export-download")
+    assert page.is_disabled("#export-stop")
+    assert page.is_disabled("#export-download")
     shoot(page, "export-empty", full=True)
     page.click("#export-more > button")
     set_number(page, "#export-steps", 12)
@@ -169,14 +137,16 @@ def test_an_export_stopped_and_gone_on_with(visit, waiting, tmp_path):
         page.click("#export-download")
     download.value.save_as(tmp_path / "data.zip")
     with zipfile.ZipFile(tmp_path / "data.zip") as archive:
-        assert archive.testzip() is None and not [name for name in archive.namelist() if name.startswith(".")]
+        assert archive.testzip() is None
+        assert not [name for name in archive.namelist() if name.startswith(".")]
         archive.extractall(tmp_path / "data")
     rows = [json.loads(line) for line in (tmp_path / "data" / "metadata.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ["A photograph of a cat"] * 4 + ["A photograph of a dog"] * 4
     for row in rows:
         assert Image.open(tmp_path / "data" / row["file_name"]).size == (128, 128)
         labels = Image.open(tmp_path / "data" / row["mask_file_name"])
-        assert labels.mode == "P" and set(np.unique(np.asarray(labels))) <= {0, *row["class_ids"]}
+        assert labels.mode == "P"
+        assert set(np.unique(np.asarray(labels))) <= {0, *row["class_ids"]}
 
 
 def test_own_prompts_and_a_mistake(visit):

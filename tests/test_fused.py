@@ -134,7 +134,8 @@ def test_however_the_queries_lie(monkeypatch, exact, order):
     sides = [2, 3, 70, 20]
     stored = draw(*(2 * sides[i] for i in order)).permute(*(order.index(i) for i in range(4)))
     queries = stored[1::2, 3:, 70:, ::2]
-    assert list(queries.shape) == sides and not queries.is_contiguous()
+    assert list(queries.shape) == sides
+    assert not queries.is_contiguous()
     layer = LayerQueries("layer", 7, 10, queries, nn.Identity(), 1.0)
     assert_same(both(monkeypatch, layer, draw_keys(3, 7, 20), [3, 4]), 1e-5)
 
@@ -218,14 +219,16 @@ def test_column_sums(monkeypatch, exact, heads, n, d, dtype, programs):
 
 def test_a_cpu_goes_the_plain_way():
     queries, keys = draw(1, 2, 9, 4, device="cpu"), draw(2, 3, 4, device="cpu")
-    assert not fused.serves(keys, queries, [3]) and not fused.serves_columns(queries[0], queries[0])
+    assert not fused.serves(keys, queries, [3])
+    assert not fused.serves_columns(queries[0], queries[0])
 
 
 @CUDA
 @KERNELS
 def test_what_the_kernels_take():
     queries, keys = draw(1, 2, 9, 64), draw(2, 3, 64)
-    assert fused.serves(keys, queries, [3]) and fused.serves(keys, queries.half(), None)
+    assert fused.serves(keys, queries, [3])
+    assert fused.serves(keys, queries.half(), None)
     assert not fused.serves(keys, queries.cpu(), [3])
     assert not fused.serves(keys.double(), queries, [3])
     assert not fused.serves(keys, queries, [129])

@@ -7,15 +7,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_pipe
 from einops import rearrange
+from pipelines import CROSS, make_pipe
 from reference import Spy, generate, probabilities
-from test_families import MAKERS
 
-from ovam_core import attribute_sentence, attribute_words, encode_padded, heatmaps, record, words_in_sentence
+from ovam_core import heatmaps, record
 from ovam_core.attention.goca import (
-    BLOCK_VALUES,
-    Parts,
+    ATTENTION_BLOCK,
+    GocaOptions,
     SelfLayer,
     aggregate,
     attribute_weighted,
@@ -34,13 +33,22 @@ from ovam_core.attention.goca import (
     resized_self_attention,
     token_scores,
 )
-from ovam_core.attention.heatmap import Attribution
+from ovam_core.attention.heatmap import AttributionPrompt
+from ovam_core.errors import InputError
 from ovam_core.hooks.goca_recorder import NOISE, record_goca, reference_layer
-from ovam_core.query import background_words, caption_words, listed_words
+from ovam_core.query import (
+    attribute_sentence,
+    attribute_words,
+    background_words,
+    caption_words,
+    encode_padded,
+    listed_words,
+    words_in_sentence,
+)
 
 PROMPT = "a photograph of the cat"
 SIZE = (16, 24)
-PLAIN = Parts(heads=False, layers=False, rescale=False, blur=0, propagations=0)
+PLAIN = GocaOptions(heads=False, layers=False, rescale=False, blur=0, propagations=0)
 
 
 def noise(*shape, seed=0):
@@ -105,7 +113,7 @@ def test_reference_affinity_is_the_formula():
 @pytest.mark.parametrize(("grid", "size"), [((4, 6), (2, 3)), ((2, 3), (4, 6)), ((3, 5), (3, 5)), ((5, 3), (3, 2))])
 @pytest.mark.parametrize("block", [1, 1 << 20])
 def test_resized_self_attention(grid, size, block, monkeypatch):
-    monkeypatch.setitem(BLOCK_VALUES, "cpu", block)
+    monkeypatch.setitem(ATTENTION_BLOCK, "cpu", block)
     layer = make_self_layer(*grid)
     found = resized_self_attention(layer, size)
     attention = rearrange(full_attention(layer), "q (h w) -> q 1 h w", h=grid[0])
@@ -178,7 +186,7 @@ def test_blur_is_a_gaussian(size):
 def test_blur_follows_the_grid():
     assert [blur_size(5, side) for side in (8, 16, 32, 64, 96, 128)] == [1, 1, 3, 5, 7, 9]
     assert blur_size(0, 64) == 1
-    with pytest.raises(ValueError, match="odd"):
+    with pytest.raises(InputError, match="odd"):
         gaussian_blur(noise(1, 4, 4), 4)
 
 
@@ -191,7 +199,7 @@ def test_min_max():
 
 @pytest.mark.parametrize("block", [1, 1 << 20])
 def test_propagate_multiplies_by_the_mean_attention(block, monkeypatch):
-    monkeypatch.setitem(BLOCK_VALUES, "cpu", block)
+    monkeypatch.setitem(ATTENTION_BLOCK, "cpu", block)
     layers = [make_self_layer(3, 4, seed=seed) for seed in (1, 2)]
     maps = noise(2, 3, 4).abs()
     mean = (full_attention(layers[0]) + full_attention(layers[1])) / 2
@@ -250,9 +258,14 @@ class Projected:
 @pytest.fixture(scope="module", params=["sd1", "sd2"])
 def run(request):
     pipe = make_pipe(request.param)
-    with Spy(pipe) as cross, Spy(pipe, "attn1") as own, Projected(pipe) as projected:
-        with record(pipe) as r, record_goca(pipe, step=1) as g:
-            image = generate(pipe)
+    with (
+        Spy(pipe) as cross,
+        Spy(pipe, "attn1") as own,
+        Projected(pipe) as projected,
+        record(pipe) as r,
+        record_goca(pipe, step=1) as g,
+    ):
+        image = generate(pipe)
     return pipe, r.recordings[0], g.recordings[0], cross, own, projected, image
 
 
@@ -269,7 +282,7 @@ def head_parts(module, pixels, text):
 
 @torch.no_grad()
 def test_contributions_of_heads_sum_to_the_layers_output(run):
-    pipe, _, seen, cross, _, projected, _ = run
+    _, _, seen, cross, _, projected, _ = run
     assert [x.layer.name for x in seen.layers] == list(cross.modules)
     for one in seen.layers:
         module = cross.modules[one.layer.name]
@@ -367,13 +380,14 @@ def test_without_its_parts_it_is_ovam(tiny):
 
 def test_words_that_are_not_in_the_caption(run):
     pipe, _, seen, *_ = run
-    with pytest.raises(ValueError, match="does not stand"):
+    with pytest.raises(InputError, match="does not stand"):
         caption_words(pipe, PROMPT, ["bus"])
     joint = goca(seen, listed_words(pipe, PROMPT, ["red bus", "car", "cat"]))
     alone = goca(seen, attribute_words(pipe, ["red bus", "car", "cat"]))
     for maps in (joint, alone):
         assert maps.shape == (3, *SIZE)
-        assert torch.equal(maps.amin(dim=(1, 2)), torch.zeros(3)) and torch.equal(maps.amax(dim=(1, 2)), torch.ones(3))
+        assert torch.equal(maps.amin(dim=(1, 2)), torch.zeros(3))
+        assert torch.equal(maps.amax(dim=(1, 2)), torch.ones(3))
     asked = attribute_words(pipe, ["red bus", "car"])
     scores = [token_scores(seen, one.embedding) for one in asked]
     expected = torch.stack([x[list(one.groups[0])].mean(dim=0) for x, one in zip(scores, asked, strict=True)])
@@ -383,10 +397,10 @@ def test_words_that_are_not_in_the_caption(run):
 def test_a_token_and_its_background(run):
     """Both rows of a token are content: their scores sum to one before they are rescaled."""
     _, _, seen, *_ = run
-    token = Attribution(noise(2, 32), ("cat", "background"), ((1,), (0,)))
-    whole, unscaled = (goca(seen, token, Parts(rescale=rescaled)) for rescaled in (True, False))
+    token = AttributionPrompt(noise(2, 32), ("cat", "background"), ((1,), (0,)))
+    whole, unscaled = (goca(seen, token, GocaOptions(rescale=rescaled)) for rescaled in (True, False))
     torch.testing.assert_close(whole, unscaled, atol=1e-4, rtol=0)
-    cat = attribute_weighted(seen, Attribution(token.embedding, ("cat",), ((1,),)))
+    cat = attribute_weighted(seen, AttributionPrompt(token.embedding, ("cat",), ((1,),)))
     torch.testing.assert_close(cat[0], token_scores(seen, token.embedding)[1])
 
 
@@ -422,12 +436,16 @@ def test_image_is_unchanged(shape, guidance):
 
 def test_hooks_are_gone_after_an_exception(fresh):
     recorder = record_goca(fresh)
-    with pytest.raises(RuntimeError, match="stop"), recorder:
+
+    def stopped():
         assert hooks_of(fresh) > 0
         raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"), recorder:
+        stopped()
     assert hooks_of(fresh) == 0
     assert recorder.recordings == []
-    with pytest.raises(ValueError, match="already in use"), recorder, recorder:
+    with pytest.raises(InputError, match="already in use"), recorder, recorder:
         pass
     assert hooks_of(fresh) == 0
 
@@ -490,7 +508,8 @@ def test_half_precision(fresh, dtype):
     assert seen.layers[0].layer.queries.dtype == seen.finest[0].keys.dtype == dtype
     assert seen.layers[0].heads.dtype == torch.float32
     maps = goca(seen, caption_words(fresh, PROMPT, ["cat", "photograph"]))
-    assert maps.dtype == torch.float32 and maps.isfinite().all()
+    assert maps.dtype == torch.float32
+    assert maps.isfinite().all()
 
 
 @torch.no_grad()
@@ -543,7 +562,7 @@ def test_reference_layers_of_the_paper(tiny):
 @pytest.mark.parametrize(("family", "size"), [("sdxl", (8, 12)), ("pixart-alpha", (8, 12))])
 @torch.no_grad()
 def test_other_families(family, size):
-    pipe = MAKERS[family]()
+    pipe = CROSS[family]()
     pipe.set_progress_bar_config(disable=True)
     options = {"use_resolution_binning": False} if family.startswith("pixart") else {}
     plain = generate(pipe, **options)
@@ -563,8 +582,8 @@ def test_other_families(family, size):
 
 @pytest.mark.parametrize("family", ["sana", "hunyuan"])
 def test_families_without_goca(family):
-    with pytest.raises(ValueError, match="GoCA is not there for .* or take OVAM"):
-        record_goca(MAKERS[family]())
+    with pytest.raises(InputError, match=r"GoCA is not there for .* or take OVAM"):
+        record_goca(CROSS[family]())
 
 
 # Refusals
@@ -580,20 +599,20 @@ def test_what_cannot_be_recorded_or_asked(tiny, run):
         down_block_types=("DownBlock2D",) * 2,
         up_block_types=("UpBlock2D",) * 2,
     )
-    with pytest.raises(ValueError, match="not a text-to-image pipeline"):
+    with pytest.raises(InputError, match="not a text-to-image pipeline"):
         record_goca(DDPMPipeline(unet, DDIMScheduler()))
-    with pytest.raises(ValueError, match="branch is"):
+    with pytest.raises(InputError, match="branch is"):
         record_goca(tiny, branch="both")
-    with pytest.raises(ValueError, match="No layer matches nowhere"):
+    with pytest.raises(InputError, match="No layer matches nowhere"):
         record_goca(tiny, layers="nowhere")
-    with pytest.raises(ValueError, match="wanted call was not among them"), record_goca(tiny, step=9):
+    with pytest.raises(InputError, match="wanted call was not among them"), record_goca(tiny, step=9):
         generate(tiny, steps=2)
     pipe, _, seen, *_ = run
-    with pytest.raises(ValueError, match="compares words"):
+    with pytest.raises(InputError, match="compares words"):
         goca(seen, words_in_sentence(pipe, "the cat", ["cat"]))
-    with pytest.raises(ValueError, match="no word"):
+    with pytest.raises(InputError, match="no word"):
         goca(seen, [])
-    with pytest.raises(ValueError, match=r"takes \[tokens, 32\]"):
-        goca(seen, Attribution(noise(2, 31), ("a", "b"), ((0,), (1,))))
+    with pytest.raises(InputError, match=r"takes \[tokens, 32\]"):
+        goca(seen, AttributionPrompt(noise(2, 31), ("a", "b"), ((0,), (1,))))
     sentence = attribute_sentence(pipe, "the cat")
     torch.testing.assert_close(token_scores(seen, sentence.embedding).sum(dim=0), torch.ones(SIZE), atol=1e-5, rtol=0)

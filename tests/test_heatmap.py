@@ -7,8 +7,11 @@ import torch
 import torch.nn.functional as F
 from reference import generate
 
-from ovam_core import Attribution, attribute, attribute_sentence, attribute_words, heatmaps, record, resize
+from ovam_core import heatmaps, record
 from ovam_core.attention import heatmap
+from ovam_core.attention.heatmap import AttributionPrompt, attribute, resize
+from ovam_core.errors import InputError
+from ovam_core.query import attribute_sentence, attribute_words
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +100,7 @@ def test_autocast_around_it_changes_nothing(recording):
 
 @pytest.mark.parametrize("shape", [(3, 16), (32,), (1, 3, 32), (0, 32)])
 def test_embeddings_of_another_model_are_refused(recording, shape):
-    with pytest.raises(ValueError, match=r"this model takes \[tokens, 32\]"):
+    with pytest.raises(InputError, match=r"this model takes \[tokens, 32\]"):
         heatmaps(recording, torch.zeros(shape))
 
 
@@ -112,7 +115,7 @@ def test_words_asked_together_are_those_asked_alone(tiny, recording):
 
 
 def test_two_token_prompts_together(recording):
-    prompts = [Attribution(embedding_of(2, seed), ("background", "cat"), ((0,), (1,))) for seed in range(3)]
+    prompts = [AttributionPrompt(embedding_of(2, seed), ("background", "cat"), ((0,), (1,))) for seed in range(3)]
     maps = attribute(recording, prompts)
     expected = torch.cat([plain(recording, x.embedding) for x in prompts])
     torch.testing.assert_close(maps, expected, atol=1e-5, rtol=0)
@@ -123,7 +126,7 @@ def test_maps_of_a_sentence_sum_to_one(tiny, recording):
     maps = attribute(recording, sentence)
     assert len(maps) == len(sentence.labels) == 8
     torch.testing.assert_close(maps.sum(dim=0), torch.ones(16, 24), atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="no word"):
+    with pytest.raises(InputError, match="no word"):
         attribute(recording, [])
 
 

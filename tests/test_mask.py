@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -11,17 +12,11 @@ import torch
 from PIL import Image
 from reference import generate
 
-from ovam_core import (
-    attribute,
-    attribute_words,
-    binary_masks,
-    densecrf,
-    label_map,
-    make_masks,
-    record,
-    resize,
-    self_attention_map,
-)
+from ovam_core import record
+from ovam_core.attention.heatmap import attribute, resize
+from ovam_core.attention.mask import binary_masks, crf_available, densecrf, label_map, make_masks, self_attention_map
+from ovam_core.errors import InputError
+from ovam_core.query import attribute_words
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +54,7 @@ def test_self_attention_map_without_effect_or_without_data(recording):
     assert torch.equal(self_attention_map(recording, 1.0), torch.ones(16, 24))
     bare = replace(recording, column_sums=())
     assert torch.equal(self_attention_map(bare, 1), torch.ones(16, 24))
-    with pytest.raises(ValueError, match="no self-attention"):
+    with pytest.raises(InputError, match="no self-attention"):
         self_attention_map(bare, 0.85)
     flat = replace(
         recording, column_sums=tuple(replace(x, sums=torch.ones_like(x.sums)) for x in recording.column_sums)
@@ -86,9 +81,9 @@ def test_threshold_is_eq_9():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -0.1, 1.1, "0.4", None])
 def test_tau_and_alpha_must_be_fractions(recording, bad):
-    with pytest.raises(ValueError, match="tau is .* between 0 and 1"):
+    with pytest.raises(InputError, match=r"tau is .* between 0 and 1"):
         binary_masks(torch.ones(1, 2, 2), bad)
-    with pytest.raises(ValueError, match="alpha is .* between 0 and 1"):
+    with pytest.raises(InputError, match=r"alpha is .* between 0 and 1"):
         self_attention_map(recording, bad)
 
 
@@ -105,8 +100,18 @@ def test_densecrf_leaves_empty_and_full_masks(square):
     image = square[0]
     for mask in (np.zeros((64, 80), bool), np.ones((64, 80), bool)):
         assert np.array_equal(densecrf(mask, image), mask)
-    with pytest.raises(ValueError, match=r"give \[H, W\] and \[H, W, 3\]"):
+    with pytest.raises(InputError, match=r"give \[H, W\] and \[H, W, 3\]"):
         densecrf(np.zeros((64, 64), bool), image)
+
+
+def test_without_simplecrf_there_is_one_sentence(square, monkeypatch):
+    image, _, shifted = square
+    assert crf_available()
+    monkeypatch.setitem(sys.modules, "denseCRF", None)
+    assert not crf_available()
+    for mask in (shifted, np.zeros_like(shifted)):
+        with pytest.raises(InputError, match=r"pip install 'ovam\[crf\]'.*or switch the dense CRF off"):
+            densecrf(mask, image)
 
 
 def test_densecrf_takes_any_memory_layout(square):
@@ -142,7 +147,7 @@ def test_label_map():
 def test_label_map_refusals():
     maps, masks = np.ones((2, 1, 1)), np.ones((2, 1, 1), bool)
     for ids in ([0, 1], [1, 256]):
-        with pytest.raises(ValueError, match="between 1 and 255"):
+        with pytest.raises(InputError, match="between 1 and 255"):
             label_map(maps, masks, ids)
-    with pytest.raises(ValueError, match="do not go together"):
+    with pytest.raises(InputError, match="do not go together"):
         label_map(maps, masks, [1])

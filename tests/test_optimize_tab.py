@@ -12,12 +12,9 @@ from page import set_number, shoot, sources, until, upload_mask
 from PIL import Image, ImageDraw
 
 import tabs.optimize as tab
-from ovam_core import tokens
+from ovam_core import OVAM, InputError, Token
 from ovam_core.io.masks import IGNORE
-from ovam_core.optimization import optimize
 from tabs.optimize import (
-    BACKGROUND,
-    OBJECT,
     PAINT,
     STROKES,
     UPLOAD,
@@ -26,7 +23,7 @@ from tabs.optimize import (
     read_any,
     search_settings,
 )
-from tabs.shelf import PER_VISITOR, Shelf
+from tabs.render import BACKGROUND, OBJECT
 
 IMAGE = {
     "prompt": "A photograph of a cat",
@@ -61,23 +58,32 @@ def test_a_painted_mask_has_the_true_size_and_place():
     labels = painted_mask([layer(((100, 200, 299, 399), OBJECT))], PAINT, (128, 128))
     expected = np.zeros((128, 128), np.uint8)
     expected[50:100, 25:75] = 1
-    assert labels.dtype == np.uint8 and np.array_equal(labels, expected)
+    assert labels.dtype == np.uint8
+    assert np.array_equal(labels, expected)
 
 
 def test_any_colour_paints_the_object_and_layers_add_up():
     labels = painted_mask([layer(((0, 0, 3, 3), OBJECT)), layer(((8, 0, 11, 3), BACKGROUND))], PAINT, (128, 128))
-    assert labels[0, 0] == 1 and labels[0, 2] == 1 and labels.sum() == 2
+    assert labels[0, 0] == 1
+    assert labels[0, 2] == 1
+    assert labels.sum() == 2
 
 
 def test_an_image_that_is_not_square():
     labels = painted_mask([layer(((0, 0, 255, 383), OBJECT), size=(512, 384))], PAINT, (96, 128))
-    assert labels.shape == (96, 128) and labels[:, :64].all() and not labels[:, 64:].any()
+    assert labels.shape == (96, 128)
+    assert labels[:, :64].all()
+    assert not labels[:, 64:].any()
 
 
 def test_strokes_leave_the_rest_out():
     labels = painted_mask([layer(((0, 0, 39, 39), OBJECT), ((400, 400, 439, 479), BACKGROUND))], STROKES, (128, 128))
-    assert (labels == 1).sum() == 100 and (labels == 0).sum() == 200 and (labels == IGNORE).sum() == 128 * 128 - 300
-    assert labels[0, 0] == 1 and labels[100, 100] == 0 and labels[64, 64] == IGNORE
+    assert (labels == 1).sum() == 100
+    assert (labels == 0).sum() == 200
+    assert (labels == IGNORE).sum() == 128 * 128 - 300
+    assert labels[0, 0] == 1
+    assert labels[100, 100] == 0
+    assert labels[64, 64] == IGNORE
 
 
 @pytest.mark.parametrize(
@@ -92,20 +98,20 @@ def test_strokes_leave_the_rest_out():
     ],
 )
 def test_bad_paint(layers, way, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(InputError, match=said):
         painted_mask(layers, way, (128, 128))
 
 
 def test_no_file_and_no_canvas():
-    with pytest.raises(ValueError, match="upload one"):
-        read_any(UPLOAD, None, None, (128, 128))
-    with pytest.raises(ValueError, match="Nothing is painted"):
-        read_any(PAINT, None, None, (128, 128))
+    with pytest.raises(InputError, match="upload one"):
+        read_any(UPLOAD, [], None, (128, 128))
+    with pytest.raises(InputError, match="Nothing is painted"):
+        read_any(PAINT, [], None, (128, 128))
 
 
 @pytest.mark.parametrize("name", ["", "   ", "cat, dog", "x" * 61])
 def test_bad_class_names(name):
-    with pytest.raises(ValueError, match="name"):
+    with pytest.raises(InputError, match="name"):
         class_name(name)
 
 
@@ -121,43 +127,8 @@ def test_bad_class_names(name):
     ],
 )
 def test_bad_search_settings(recipe, epochs, rate):
-    with pytest.raises(ValueError, match="choose|number"):
+    with pytest.raises(InputError, match=r"choose|number"):
         search_settings(recipe, epochs, rate)
-
-
-# ----------------------------------------------------------------------------------------------- the shelf
-
-
-def a_token(name: str = "cat", width: int = 256) -> tokens.Token:
-    import torch
-
-    return tokens.Token(torch.ones(2, width), (tokens.BACKGROUND, name), "emoji-voc")
-
-
-def test_a_visitor_has_own_tokens_and_no_one_elses():
-    shelf = Shelf("emoji-voc")
-    name = shelf.add("ann", a_token("red cat"))
-    path = shelf.path("ann", name)
-    assert name in shelf.names("ann") and name not in shelf.names("bob")
-    assert tokens.load(path).names == ("red cat",)
-    for stranger in (name, "../../etc/passwd", str(path), None):
-        with pytest.raises(ValueError, match="There is no token"):
-            shelf.path("bob", stranger)
-    shelf.drop_owner("ann")
-    assert not path.exists() and name not in shelf.names("ann")
-
-
-def test_a_second_token_of_a_class_replaces_the_first_and_the_shelf_is_bounded():
-    shelf = Shelf("emoji-voc")
-    assert shelf.add("ann", a_token("cat")) == shelf.add("ann", a_token("cat"))
-    assert shelf.add("ann", a_token("../cat")) != shelf.add("ann", a_token("..cat"))
-    for number in range(PER_VISITOR - 3):
-        shelf.add("ann", a_token(f"cat {number}"))
-    with pytest.raises(ValueError, match=f"{PER_VISITOR} tokens"):
-        shelf.add("ann", a_token("one more"))
-    folder = shelf.path("ann", "cat · yours").parent
-    assert len(list(folder.iterdir())) == PER_VISITOR
-    shelf.drop_owner("ann")
 
 
 # ------------------------------------------------------------------------------------------------- the API
@@ -177,12 +148,14 @@ def ask(client, mask, **changed):
 
 def test_a_token_by_the_api(client, tmp_path):
     file, facts = ask(client, square_mask(tmp_path))
-    token = tokens.load(file)
-    assert (
-        token.names == ("cat",) and token.prompt == IMAGE["prompt"] and token.seed == 1 and token.model == "emoji-voc"
-    )
+    token = Token.load(file)
+    assert token.names == ("cat",)
+    assert token.prompt == IMAGE["prompt"]
+    assert token.seed == 1
+    assert token.model == "emoji-voc"
     first, best = (float(facts.split()[index]) for index in (1, 3))
-    assert best < first and abs(token.loss - best) < 1e-3
+    assert best < first
+    assert abs(token.loss - best) < 1e-3
     shown = client.predict("cat", tokens=["cat · yours"], api_name="/attribute")[2]
     assert shown["words"] == ["cat", "cat (token)"]
 
@@ -192,8 +165,11 @@ def test_a_token_by_the_api(client, tmp_path):
     [
         ({"name": ""}, "name"),
         ({"name": "?!"}, "."),
-        ({"epochs": 0}, "minimum"),
-        ({"epochs": 100_000}, "maximum"),
+        ({"epochs": 0}, "epochs is 0; choose a whole number from 1 to 500"),
+        ({"epochs": 100_000}, "epochs is 100000; choose"),
+        ({"epochs": "NaN"}, "Epochs is NaN; give a number"),
+        ({"rate": "much"}, "Learning rate is much; give a number"),
+        ({"rate": None}, "learning rate is not a number"),
         ({"recipe": "slow"}, "slow"),
         ({"file": None}, "mask"),
     ],
@@ -257,22 +233,24 @@ def stroke(page, left: float, top: float, right: float, bottom: float) -> None:
 
 @pytest.fixture
 def searches(monkeypatch):
-    """What the server's optimize() was given."""
+    """What the server's model was given to learn."""
     seen = []
-    real = tab.optimize
+    real = OVAM.learn
 
-    def spy(recordings, targets, *others):
+    def spy(ovam, pictures, targets, *others, **more):
         seen.append(targets[0])
-        return real(recordings, targets, *others)
+        return real(ovam, pictures, targets, *others, **more)
 
-    monkeypatch.setattr(tab, "optimize", spy)
+    monkeypatch.setattr(OVAM, "learn", spy)
     return seen
 
 
 def test_the_whole_way(visit, searches, tmp_path):
     page = visit()
     open_tab(page)
-    assert page.is_disabled("#learn") and page.is_disabled("#learn-stop") and page.is_disabled("#try")
+    assert page.is_disabled("#learn")
+    assert page.is_disabled("#learn-stop")
+    assert page.is_disabled("#try")
     shoot(page, "token-empty", full=True)
     draw_picture(page)
     stroke(page, 0.3, 0.3, 0.6, 0.7)
@@ -283,26 +261,31 @@ def test_the_whole_way(visit, searches, tmp_path):
     shoot(page, "token", full=True)
 
     target = searches[0]
-    assert target.shape == (128, 128) and set(np.unique(target)) == {0, 1}  # the image's true size, whatever the canvas
+    assert target.shape == (128, 128)
+    assert set(np.unique(target)) == {0, 1}
     rows, columns = np.nonzero(target)
     # Pixels are compared above; here the editor's zoom decides, but what is painted must lie where it was.
-    assert columns.mean() / 128 == pytest.approx(0.45, abs=0.08) and rows.mean() / 128 == pytest.approx(0.5, abs=0.08)
+    assert columns.mean() / 128 == pytest.approx(0.45, abs=0.08)
+    assert rows.mean() / 128 == pytest.approx(0.5, abs=0.08)
     assert 0.02 < target.mean() < 0.4
-    assert "loss" in page.inner_text("#verdict") and "IoU with your mask" in page.inner_text("#verdict")
+    assert "loss" in page.inner_text("#verdict")
+    assert "IoU with your mask" in page.inner_text("#verdict")
     assert page.locator("#curve svg polyline").count() == 1
-    assert len(sources(page, "#heat-slider")) == 2 and len(sources(page, "#mask-slider")) == 2
+    assert len(sources(page, "#heat-slider")) == 2
+    assert len(sources(page, "#mask-slider")) == 2
 
     with page.expect_download() as download:
         page.click("#learn-download")
     download.value.save_as(tmp_path / "cat.safetensors")
-    assert tokens.load(tmp_path / "cat.safetensors").names == ("cat",)
+    assert Token.load(tmp_path / "cat.safetensors").names == ("cat",)
 
     for number in (7, 8, 9):  # none of which may cost the visitor the picture above
         set_number(page, "#try-seed", number)
         before = sources(page, "#tried")
         page.click("#try")
         page.wait_for_function(
-            "(before) => { const all = [...document.querySelectorAll('#tried img')].map((x) => x.src); return all.length == 5 && all.join() != before.join(); }",
+            "(before) => { const all = [...document.querySelectorAll('#tried img')].map((x) => x.src);"
+            "return all.length == 5 && all.join() != before.join(); }",
             arg=before,
         )
     page.click("#learn")
@@ -319,20 +302,22 @@ def test_the_whole_way(visit, searches, tmp_path):
     shoot(page, "with-token", full=True)
 
 
-def test_stop_keeps_the_best(visit, searches, monkeypatch):
-    def slowly(recordings, targets, start, settings, report, should_stop):
+def test_stop_keeps_the_best(visit, monkeypatch):
+    real = OVAM.learn
+
+    def slowly(*given, on_epoch, should_stop):
         """500 epochs of the embedded model may be over before the button is reached: after 20 they wait for it."""
 
         def told(epoch):
-            report(epoch)
+            on_epoch(epoch)
             deadline = time.monotonic() + 60
             while epoch.number > 20 and not should_stop() and time.monotonic() < deadline:
                 time.sleep(0.05)
 
-        return optimize(recordings, targets, start, settings, told, should_stop)
+        return real(*given, on_epoch=told, should_stop=should_stop)
 
     monkeypatch.setattr(tab, "SHOW_EVERY", 0.1)
-    monkeypatch.setattr(tab, "optimize", slowly)
+    monkeypatch.setattr(OVAM, "learn", slowly)
     page = visit()
     open_tab(page)
     draw_picture(page)

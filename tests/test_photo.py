@@ -10,22 +10,27 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_pipe
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from PIL import Image
-from reference import Spy, triple_loop
+from pipelines import make_pipe
+from reference import Spy, assert_refused, triple_loop
 
-from ovam_core import attribute, attribute_words, initial_embedding, make_masks, read_mask, record, tokens
 from ovam_core import ovam as generate_module
-from ovam_core.__main__ import main
+from ovam_core import record
+from ovam_core.attention.heatmap import attribute
+from ovam_core.attention.mask import make_masks
+from ovam_core.cli import main
 from ovam_core.data.annotated import Example, learn, photo_settings, read_folder
+from ovam_core.errors import InputError
 from ovam_core.hooks.photograph import denoise, fitted_size, noised, prepare, record_image, record_images
+from ovam_core.io.masks import read_mask
 from ovam_core.io.pictures import read_photo
-from ovam_core.optimization import OptimizeSettings, optimize
-from ovam_core.ovam import ask, photograph
+from ovam_core.optimization import OptimizeSettings, initial_embedding, optimize
+from ovam_core.ovam import OVAM
 from ovam_core.picture import load_settings
-from ovam_core.query import caption_of
-from ovam_core.settings import MapSettings, PhotoSettings
+from ovam_core.query import attribute_words, caption_of
+from ovam_core.settings import PhotoSettings, SegmentSettings
+from ovam_core.tokens import Token
 
 CAPTION = "a photograph of the cat"
 FEW = OptimizeSettings(epochs=3)
@@ -59,7 +64,8 @@ def test_exif_turns_the_picture_upright(orientation, tmp_path):
     exif[0x0112] = orientation
     Image.fromarray(stored).save(tmp_path / "x.png", exif=exif)
     read = read_photo(tmp_path / "x.png")
-    assert read.mode == "RGB" and np.array_equal(np.asarray(read), UPRIGHT[orientation](stored))
+    assert read.mode == "RGB"
+    assert np.array_equal(np.asarray(read), UPRIGHT[orientation](stored))
     assert np.array_equal(np.asarray(read_photo(read)), np.asarray(read))  # not turned a second time
 
 
@@ -73,7 +79,8 @@ def test_every_mode_becomes_rgb():
     assert np.array_equal(np.asarray(read_photo(palette)), np.asarray(palette.convert("RGB")))
     hidden = np.dstack([rgb, np.where(np.arange(50) < 20, 0, 255)[None].repeat(40, 0).astype(np.uint8)])
     seen = np.asarray(read_photo(Image.fromarray(hidden)))
-    assert (seen[:, :20] == 255).all() and np.array_equal(seen[:, 20:], rgb[:, 20:])
+    assert (seen[:, :20] == 255).all()
+    assert np.array_equal(seen[:, 20:], rgb[:, 20:])
 
 
 def bomb(side: int) -> bytes:
@@ -95,23 +102,22 @@ BAD_PICTURES = {
 def test_what_is_no_picture(case, tmp_path, recwarn):
     content, part = BAD_PICTURES[case]
     (tmp_path / "x.png").write_bytes(content)
-    with pytest.raises(ValueError, match=part) as caught:
+    with pytest.raises(InputError, match=part) as caught:
         read_photo(tmp_path / "x.png")
-    assert "\n" not in str(caught.value) and not [
-        one for one in recwarn if one.category is Image.DecompressionBombWarning
-    ]
+    assert "\n" not in str(caught.value)
+    assert not [one for one in recwarn if one.category is Image.DecompressionBombWarning]
 
 
 def test_what_cannot_be_opened(tmp_path):
-    with pytest.raises(ValueError, match="There is no picture"):
+    with pytest.raises(InputError, match="There is no picture"):
         read_photo(tmp_path / "none.jpg")
     for path in (tmp_path, "a\0b"):
-        with pytest.raises(ValueError, match="not a picture"):
+        with pytest.raises(InputError, match="not a picture"):
             read_photo(path)
     picture(300, 300).save(tmp_path / "x.jpg")
     whole = (tmp_path / "x.jpg").read_bytes()
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="not whole"):
+    with pytest.raises(InputError, match="not whole"):
         read_photo(tmp_path / "cut.jpg")
 
 
@@ -144,7 +150,7 @@ def test_the_model_sees_its_own_area():
     [((20, 400), "each side needs 32"), ((40, 161), "more than 4 times the other"), ((170, 40), "crop it")],
 )
 def test_shapes_that_are_refused(tiny, shape, part):
-    with pytest.raises(ValueError, match=part):
+    with pytest.raises(InputError, match=part):
         record_image(tiny, picture(*shape), CAPTION)
 
 
@@ -217,12 +223,13 @@ def test_several_photographs_in_one_batch(tiny):
     together = record_images(tiny, images, captions, (50, 200), seed=4, self_attention=True)
     for n, recording in enumerate(together):
         alone = record_image(tiny, images[n], captions[n], (50, 200), seed=4 + n)
-        assert recording.timesteps == alone.timesteps and len(recording.column_sums) == len(alone.column_sums)
+        assert recording.timesteps == alone.timesteps
+        assert len(recording.column_sums) == len(alone.column_sums)
         for ours, theirs in zip(recording.layers, alone.layers, strict=True):
             torch.testing.assert_close(ours.queries, theirs.queries, atol=1e-4, rtol=1e-3)
-    with pytest.raises(ValueError, match="differ in shape"):
+    with pytest.raises(InputError, match="differ in shape"):
         record_images(tiny, [images[0], picture(50, 50)], captions)
-    with pytest.raises(ValueError, match="Some captions are empty"):
+    with pytest.raises(InputError, match="Some captions are empty"):
         record_images(tiny, images, ["", CAPTION])
 
 
@@ -241,7 +248,9 @@ def test_what_record_takes_is_handed_on_and_other_recorders_listen(tiny):
     recording = record_image(
         tiny, picture(40, 40), CAPTION, (100,), size=(24, 48), resolutions=[24], self_attention=False
     )
-    assert recording.image_size == (24, 48) and recording.resolutions == (24,) and not recording.column_sums
+    assert recording.image_size == (24, 48)
+    assert recording.resolutions == (24,)
+    assert not recording.column_sums
     noisy = prepare(tiny, [picture(40, 40)], [CAPTION], (100,), size=(24, 48))
     with record(tiny, branch="all") as recorder:
         denoise(tiny, noisy)
@@ -267,14 +276,14 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_settings_that_are_refused(tiny, case):
     change, part = BAD[case]
-    with pytest.raises(ValueError, match=part) as caught:
+    with pytest.raises(InputError, match=part) as caught:
         record_image(tiny, picture(40, 40), **{"caption": CAPTION, **change})
     assert "\n" not in str(caught.value)
 
 
 def test_models_that_are_refused():
     pipe = SimpleNamespace(unet=object(), vae=object(), text_encoder_2=object())
-    with pytest.raises(ValueError, match="not a text-to-image pipeline of a family"):
+    with pytest.raises(InputError, match="not a text-to-image pipeline of a family"):
         record_image(pipe, picture(40, 40), CAPTION)
 
 
@@ -293,19 +302,20 @@ def test_the_figures_record_as_photographs(tiny):
 
 
 def test_ask_answers_at_the_photographs_size(tiny, monkeypatch):
-    made = photograph(tiny, picture(61, 90), PhotoSettings(CAPTION, (100, 200)))
-    asked = MapSettings(("cat", "car"), steps=(1,), crf=False)
-    answer = ask(tiny, made, asked)
+    made = OVAM(tiny).look_at(picture(61, 90), PhotoSettings(CAPTION, (100, 200)))
+    asked = SegmentSettings(("cat", "car"), step_indices=(1,), crf=False)
+    answer = OVAM(tiny).answer(made, asked)
     assert answer.heatmaps.shape == answer.masks.shape == (2, 61, 90)
     maps = attribute(made.recording.select(steps=[1]), attribute_words(tiny, ["cat", "car"]))
     expected = make_masks(made.recording.select(steps=[1]), maps, made.image, crf=False)
     assert np.array_equal(answer.masks, expected)
     monkeypatch.setattr(generate_module, "MAX_WORK_PIXELS", 61 * 90 // 4)  # as for a photograph of many megapixels
-    coarse = ask(tiny, made, asked).masks
-    assert coarse.shape == (2, 61, 90) and 0 < (coarse != expected).mean() < 0.1
+    coarse = OVAM(tiny).answer(made, asked).masks
+    assert coarse.shape == (2, 61, 90)
+    assert 0 < (coarse != expected).mean() < 0.1
     monkeypatch.setattr(generate_module, "MAX_ANSWER", 61 * 90)
-    with pytest.raises(ValueError, match="2 words on a picture of 90x61"):
-        ask(tiny, made, asked)
+    with pytest.raises(InputError, match="2 words on a picture of 90x61"):
+        OVAM(tiny).answer(made, asked)
 
 
 @pytest.fixture
@@ -324,7 +334,7 @@ def example(folder, name, **more) -> Example:
 
 
 def test_learning_is_recording_and_optimising(tiny, photos):
-    token, found = learn(tiny, [example(photos, "a"), example(photos, "b", timesteps=[200], seed=3)], FEW, tau=0.6)
+    token, _ = learn(OVAM(tiny), [example(photos, "a"), example(photos, "b", timesteps=[200], seed=3)], FEW, tau=0.6)
     recordings, targets = [], []
     for name, timesteps, seed in (("a", (100,), 0), ("b", (200,), 3)):
         image = Image.open(photos / f"{name}.png")
@@ -336,14 +346,17 @@ def test_learning_is_recording_and_optimising(tiny, photos):
     torch.testing.assert_close(token.embedding, expected.embedding)
     assert (token.prompt, token.steps, token.seed, token.branch) == ("A photograph of a cat", None, 0, "conditional")
     about = json.loads(token.settings)
-    assert about["photo"]["timesteps"] == [100] and about["optimization"]["images"] == 2 and token.tau == 0.6
+    assert about["photo"]["timesteps"] == [100]
+    assert about["optimization"]["images"] == 2
+    assert token.tau == 0.6
 
 
 def test_the_other_half_has_no_caption(tiny, photos):
-    token, _ = learn(tiny, [example(photos, "a")], FEW, branch="unconditional")
-    assert token.branch == "unconditional" and token.prompt == ""
-    with pytest.raises(ValueError, match="Some captions are empty"):
-        learn(tiny, [example(photos, "a"), example(photos, "b", caption="")], FEW)
+    token, _ = learn(OVAM(tiny), [example(photos, "a")], FEW, branch="unconditional")
+    assert token.branch == "unconditional"
+    assert token.prompt == ""
+    with pytest.raises(InputError, match="Some captions are empty"):
+        learn(OVAM(tiny), [example(photos, "a"), example(photos, "b", caption="")], FEW)
 
 
 def write_rows(folder, *rows) -> None:
@@ -356,8 +369,9 @@ def test_rows_of_photographs(tiny, photos):
         {"photo": "a.png", "mask": "a-mask.png", "class": "cat"},
         {"photo": "b.png", "mask": "b-mask.png", "class": "cat", "caption": "a cat", "timesteps": [50, 100], "seed": 3},
     )
-    first, second = read_folder(photos, tiny)
-    assert first == example(photos, "a") and first.image.caption == "A photograph of a cat"
+    first, second = read_folder(photos, OVAM(tiny))
+    assert first == example(photos, "a")
+    assert first.image.caption == "A photograph of a cat"
     assert second == example(photos, "b", caption="a cat", timesteps=(50, 100), seed=3)
     for change, part in (
         ({"photo": "../a.png"}, "outside of the folder"),
@@ -368,8 +382,8 @@ def test_rows_of_photographs(tiny, photos):
         ({"mask": None}, "wrong kind"),
     ):
         write_rows(photos, {"photo": "a.png", "mask": "a-mask.png", "class": "cat"} | change)
-        with pytest.raises(ValueError, match=part):
-            read_folder(photos, tiny)
+        with pytest.raises(InputError, match=part):
+            read_folder(photos, OVAM(tiny))
 
 
 # ------------------------------------------------------------------------------------------ the command line
@@ -394,19 +408,20 @@ def test_the_photo_command(folder, photos, tmp_path, capsys):
     asked = ["--words", "cat", "red bus", "--timesteps", "100,300", "--seed", "4", "--no-crf"]
     assert main(["photo", str(photos / "turned.jpg"), *asked, "--out", str(out), *common]) == 0
     said = capsys.readouterr().out
-    assert "cat: peak" in said and "'A photograph of a cat and a red bus', seen as 26x40" in said
+    assert "cat: peak" in said
+    assert "'A photograph of a cat and a red bus', seen as 26x40" in said
     names = {"image.png", "heatmaps.npz", "labels.png", "settings.json"}
     names |= {f"{kind}_{word}.png" for kind in ("overlay", "mask") for word in ("cat", "red-bus")}
     assert set(files_of(out)) == names
     assert {Image.open(path).size for path in out.glob("*.png")} == {(60, 90)}
     with np.load(out / "heatmaps.npz", allow_pickle=False) as file:
-        assert file["maps"].shape == (2, 90, 60) and file["words"].tolist() == ["cat", "red bus"]
+        assert file["maps"].shape == (2, 90, 60)
+        assert file["words"].tolist() == ["cat", "red bus"]
     made, maps, model, _ = load_settings(out / "settings.json", PhotoSettings)
-    assert made == PhotoSettings("A photograph of a cat and a red bus", [100, 300], 4) and maps.words == (
-        "cat",
-        "red bus",
-    )
-    assert json.loads((out / "settings.json").read_text())["format"] == "ovam-photo/1" and model == folder
+    assert made == PhotoSettings("A photograph of a cat and a red bus", (100, 300), 4)
+    assert maps.words == ("cat", "red bus")
+    assert json.loads((out / "settings.json").read_text())["format"] == "ovam-photo/1"
+    assert model == folder
 
     again = tmp_path / "again"  # the upright picture that was saved is the photograph
     assert main(["photo", str(out / "image.png"), "--settings", str(out / "settings.json"), "--out", str(again)]) == 0
@@ -428,8 +443,9 @@ def test_a_token_from_a_photograph(folder, photos, tmp_path, capsys):
         "100,200",
     ]
     assert main(["optimize", *about, "--epochs", "2", "--out", str(file), *common]) == 0
-    token = tokens.load(file)
-    assert token.prompt == "A photograph of a cat" and json.loads(token.settings)["photo"]["timesteps"] == [100, 200]
+    token = Token.load(file)
+    assert token.prompt == "A photograph of a cat"
+    assert json.loads(token.settings)["photo"]["timesteps"] == [100, 200]
     write_rows(photos, {"photo": "a.png", "mask": "a-mask.png", "class": "cat", "timesteps": [100, 200]})
     assert (
         main(
@@ -437,10 +453,11 @@ def test_a_token_from_a_photograph(folder, photos, tmp_path, capsys):
         )
         == 0
     )
-    assert torch.equal(tokens.load(tmp_path / "b.safetensors").embedding, token.embedding)
+    assert torch.equal(Token.load(tmp_path / "b.safetensors").embedding, token.embedding)
     out = tmp_path / "out"
     assert main(["photo", str(photos / "b.png"), "--token", str(file), "--no-crf", "--out", str(out), *common]) == 0
-    assert "'A photograph of a cat'" in capsys.readouterr().out and (out / "mask_cat.png").exists()
+    assert "'A photograph of a cat'" in capsys.readouterr().out
+    assert (out / "mask_cat.png").exists()
 
 
 def test_a_token_of_the_other_half(folder, photos, tmp_path, capsys):
@@ -513,5 +530,5 @@ def test_bad_input_is_one_sentence_and_status_2(case, folder, photos, capsys, mo
     picture(40, 300).save(photos / "strip.png")
     assert main([*command, "--out", "result/x", "--model", folder, "--device", "cpu"]) == 2
     said = capsys.readouterr().err.strip()
-    assert said.startswith("Error: ") and "\n" not in said and len(said) < 400 and part in said, said
+    assert_refused(said, part)
     assert not (photos / "result" / "x" / "settings.json").exists()

@@ -1,4 +1,4 @@
-"""Photographs on each family: the denoiser is given what its pipeline gives it, and what it then attends to is recorded."""
+"""Photographs on each family: the denoiser is given what its pipeline gives it; what it attends to is recorded."""
 
 from __future__ import annotations
 
@@ -12,29 +12,27 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
-    PixArtAlphaPipeline,
-    PixArtTransformer2DModel,
 )
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
 from einops import rearrange
 from PIL import Image
-from test_families import ALL, MAKERS, PROMPT, SIZES, AttentionSpy, attended, make_pixart, pipe_of
-from test_joint import ALL as JOINT
+from pipelines import CROSS, JOINT, make_pixart_1024, make_sdxl_without_zeros, pipe_of
+from test_families import ALL, PROMPT, SIZES, AttentionSpy, attended
 from test_joint import GRID, IMAGE, SD3, Spy
-from test_joint import MAKERS as JOINT_MAKERS
-from test_joint import pipe_of as joint_pipe_of
 
-from ovam_core import encode_padded, heatmaps
+from ovam_core import heatmaps
 from ovam_core.data.annotated import Example, learn, photo_settings
+from ovam_core.errors import InputError
 from ovam_core.hooks.goca_recorder import record_goca
 from ovam_core.hooks.photograph import Noisy, check_kind, denoise, fitted_size, noised, record_image, record_images
-from ovam_core.models.families import FAMILIES, family_of
+from ovam_core.models.registry import ADAPTERS, adapter_of
 from ovam_core.optimization import OptimizeSettings
-from ovam_core.ovam import ask, photograph
-from ovam_core.settings import MapSettings, PhotoSettings
+from ovam_core.ovam import OVAM
+from ovam_core.query import encode_padded
+from ovam_core.settings import PhotoSettings, SegmentSettings
 
-# A photograph of 90 x 45 pixels at the area of the model's own images, in multiples of a latent or a patch (Sana: of 32).
+# 90 x 45 pixels at the area of the model's own images, in multiples of a latent or a patch (Sana: of 32).
 SEEN = {
     "sd": (22, 46),
     "sdxl": (22, 46),
@@ -53,19 +51,6 @@ def picture(height: int = 45, width: int = 90, seed: int = 0) -> Image.Image:
 # ------------------------------------------------------------------------- what the pipeline gives the denoiser
 
 
-def make_pixart_1024():
-    """PixArt-Alpha of 1024 pixels is told the image's size and shape; here the model of that kind draws small ones."""
-    pipe = make_pixart(PixArtAlphaPipeline)
-    pipe.transformer = PixArtTransformer2DModel.from_config(pipe.transformer.config, sample_size=128).eval()
-    return pipe
-
-
-def make_sdxl_without_zeros():
-    pipe = MAKERS["sdxl"]()
-    pipe.register_to_config(force_zeros_for_empty_prompt=False)
-    return pipe
-
-
 @functools.cache
 def pipe_of_kind(kind: str):
     others = {"pixart-1024": make_pixart_1024, "sdxl-without-zeros": make_sdxl_without_zeros}
@@ -73,8 +58,8 @@ def pipe_of_kind(kind: str):
 
 
 def calls_of(pipe, run) -> list[dict]:
-    """The arguments of each call of the denoiser in `run()`, by name; those that are left out, None or {} are not there."""
-    model, found = family_of(pipe).denoiser, []
+    """The arguments of each call of the denoiser in `run()`, by name; without those left out, None or {}."""
+    model, found = adapter_of(pipe).denoiser, []
     names = inspect.signature(model.forward)
 
     def listen(module, args, kwargs):
@@ -94,7 +79,7 @@ def passes_like(pipe, theirs: list[dict], captions: list[str], size) -> list[dic
     """Our calls of the denoiser for the latents and timesteps of the pipeline's run."""
     latents = torch.stack([x["hidden_states" if "hidden_states" in x else "sample"] for x in theirs])
     at = tuple(pipe.scheduler.timesteps.tolist())
-    noisy = Noisy(latents, at, family_of(pipe).condition(captions, size), "conditional")
+    noisy = Noisy(latents, at, adapter_of(pipe).condition(captions, size), "conditional")
     return calls_of(pipe, lambda: denoise(pipe, noisy))
 
 
@@ -104,7 +89,9 @@ def assert_same(ours: list[dict], theirs: list[dict]) -> None:
         own["timestep"] = torch.as_tensor(own["timestep"])
         assert own.keys() == their.keys()
         for name in own:
-            torch.testing.assert_close(own[name], their[name], atol=0, rtol=0, msg=lambda text: f"{name}: {text}")
+            torch.testing.assert_close(
+                own[name], their[name], atol=0, rtol=0, msg=functools.partial("{}: {}".format, name)
+            )
 
 
 @torch.no_grad()
@@ -137,8 +124,8 @@ def test_the_denoiser_is_given_what_its_pipeline_gives_it(kind):
 @pytest.mark.parametrize("prompt", [PROMPT, ""])
 def test_a_denoiser_with_joint_attention_is_given_what_its_pipeline_gives_it(name, prompt):
     """At the family's usual guidance. Stable Diffusion 3 has a guided batch; Flux has one caption an image."""
-    pipe = joint_pipe_of(name)
-    guidance = family_of(pipe).guidance
+    pipe = pipe_of(name)
+    guidance = adapter_of(pipe).guidance
     plain = {"num_inference_steps": 2, "height": IMAGE[0], "width": IMAGE[1], "output_type": "latent"}
     theirs = calls_of(pipe, lambda: pipe(prompt=prompt, guidance_scale=guidance, **plain))
     assert len(theirs) == 2
@@ -151,10 +138,10 @@ def test_a_denoiser_with_joint_attention_is_given_what_its_pipeline_gives_it(nam
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["flux-dev", "flux-schnell", "flux-2"])
 def test_a_denoiser_in_half_precision_is_given_what_its_pipeline_gives_it(name):
-    pipe = JOINT_MAKERS[name]().to(torch.bfloat16)
+    pipe = JOINT[name]().to(torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
     run = {"num_inference_steps": 2, "height": IMAGE[0], "width": IMAGE[1], "output_type": "latent"}
-    theirs = calls_of(pipe, lambda: pipe(prompt=PROMPT, guidance_scale=family_of(pipe).guidance, **run))
+    theirs = calls_of(pipe, lambda: pipe(prompt=PROMPT, guidance_scale=adapter_of(pipe).guidance, **run))
     assert_same(passes_like(pipe, theirs, [PROMPT], IMAGE), theirs)
     recording = record_image(pipe, picture(), PROMPT, (700, 300, 999), size=IMAGE, steps=[0, 2])
     assert recording.timesteps == (700, 999)  # as asked for, where bfloat16 knows 699.2 and 1000
@@ -284,7 +271,7 @@ def joint_latents(pipe, image: Image.Image, timesteps, seed: int) -> list[torch.
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["sd3", "flux-dev", "flux-2"])
 def test_latents_of_a_photograph_for_joint_attention(name):
-    pipe, timesteps = JOINT_MAKERS[name](), (100, 300, 0)
+    pipe, timesteps = JOINT[name](), (100, 300, 0)
     if name == "flux-2":
         pipe.vae.bn.running_mean.normal_()
         pipe.vae.bn.running_var.uniform_(0.5, 2)
@@ -298,23 +285,24 @@ def test_latents_of_a_photograph_for_joint_attention(name):
 @pytest.mark.parametrize("name", JOINT)
 @pytest.mark.parametrize("caption", [PROMPT, ""])
 def test_maps_of_a_photograph_are_the_joint_attention_of_the_pass(name, caption, monkeypatch):
-    pipe, spy = joint_pipe_of(name), Spy(name, monkeypatch)
+    pipe, spy = pipe_of(name), Spy(name, monkeypatch)
     recording = record_image(pipe, picture(), caption, (100, 300), size=IMAGE)
     spy.stop()
-    assert (recording.height, recording.width) == GRID and recording.image_size == IMAGE
+    assert (recording.height, recording.width) == GRID
+    assert recording.image_size == IMAGE
     assert (recording.timesteps, recording.step_indices) == ((100, 300), (0, 1))
     assert recording.branch == ("conditional" if caption else "unconditional")
     maps = heatmaps(recording, encode_padded(pipe, caption or PROMPT))
     if caption:
         torch.testing.assert_close(maps, spy.model_maps(0), atol=2e-6, rtol=1e-3)
-    words = torch.randn(3, family_of(pipe).embed_dim, generator=torch.Generator().manual_seed(1))
+    words = torch.randn(3, adapter_of(pipe).embed_dim, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(heatmaps(recording, words), spy.maps_of(0, words), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["sd3.5", "flux-dev", "flux-2"])
 def test_several_photographs_with_joint_attention(name):
-    pipe, images, captions = joint_pipe_of(name), [picture(seed=1), picture(50, 100, seed=2)], [PROMPT, "a red bus"]
-    words = torch.randn(2, family_of(pipe).embed_dim, generator=torch.Generator().manual_seed(1))
+    pipe, images, captions = pipe_of(name), [picture(seed=1), picture(50, 100, seed=2)], [PROMPT, "a red bus"]
+    words = torch.randn(2, adapter_of(pipe).embed_dim, generator=torch.Generator().manual_seed(1))
     together = record_images(pipe, images, captions, (50, 200), seed=4, size=IMAGE)
     assert len(together) == 2
     found = [heatmaps(x, words) for x in together]
@@ -327,9 +315,9 @@ def test_several_photographs_with_joint_attention(name):
 @pytest.mark.parametrize("name", ["sd3", "flux-schnell", "flux-2"])
 def test_words_are_answered_at_the_photographs_size_with_joint_attention(name):
     size = {} if name == "sd3" else {"width": 64, "height": 32}
-    made = photograph(joint_pipe_of(name), picture(), PhotoSettings(PROMPT, **size))
+    made = OVAM(pipe_of(name)).look_at(picture(), PhotoSettings(PROMPT, **size))
     assert made.recording.image_size == ((32, 64) if size else (48, 88))
-    found = ask(joint_pipe_of(name), made, MapSettings(("cat", "zebra"), crf=False))
+    found = OVAM(pipe_of(name)).answer(made, SegmentSettings(("cat", "zebra"), crf=False))
     assert found.heatmaps.shape == found.masks.shape == (2, 45, 90)
     assert (found.heatmaps.std(axis=(1, 2)) > 0).all()
 
@@ -350,9 +338,9 @@ def test_several_photographs_in_one_batch(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_words_are_answered_at_the_photographs_size(name):
-    made = photograph(pipe_of(name), picture(), PhotoSettings(PROMPT))
+    made = OVAM(pipe_of(name)).look_at(picture(), PhotoSettings(PROMPT))
     assert (made.dtype, made.recording.image_size) == ("float32", SEEN[name])
-    found = ask(pipe_of(name), made, MapSettings(("cat", "zebra"), crf=False))
+    found = OVAM(pipe_of(name)).answer(made, SegmentSettings(("cat", "zebra"), crf=False))
     assert found.heatmaps.shape == found.masks.shape == (2, 45, 90)
     assert (found.heatmaps.std(axis=(1, 2)) > 0).all()
 
@@ -364,9 +352,9 @@ def test_a_token_is_learned_from_a_photograph(name, tmp_path):
     mask[10:30, 20:60] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
     example = Example(photo_settings(("cat",)), tmp_path / "mask.png", ("cat",), tmp_path / "a.png")
-    token, found = learn(pipe_of(name), [example], OptimizeSettings(epochs=2, method="adam", rate=0.01))
+    token, found = learn(OVAM(pipe_of(name)), [example], OptimizeSettings(epochs=2, method="adam", rate=0.01))
     assert found.losses[1] < found.losses[0]
-    assert token.embedding.shape == (2, family_of(pipe_of(name)).embed_dim)
+    assert token.embedding.shape == (2, adapter_of(pipe_of(name)).embed_dim)
 
 
 # ---------------------------------------------------------------------------------------------------------- GoCA
@@ -376,7 +364,7 @@ def test_a_token_is_learned_from_a_photograph(name, tmp_path):
 @pytest.mark.parametrize("name", ["sdxl", "pixart-alpha", "pixart-sigma"])
 def test_goca_sees_the_pass_that_is_nearest_to_the_papers(name):
     pipe = pipe_of(name)
-    made = photograph(pipe, picture(), PhotoSettings(PROMPT, (300, 90), seed=2), with_goca=True)
+    made = OVAM(pipe).look_at(picture(), PhotoSettings(PROMPT, (300, 90), seed=2), with_goca=True)
     latents = noisy_latents(name, picture(), SEEN[name], (300, 90), 2)[1]
     with record_goca(pipe, branch="all") as recorder:
         call_by_hand(name, latents, 90, PROMPT, SEEN[name])
@@ -386,7 +374,7 @@ def test_goca_sees_the_pass_that_is_nearest_to_the_papers(name):
         torch.testing.assert_close(ours.layer.queries, theirs.layer.queries, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(ours.heads, theirs.heads, atol=1e-3, rtol=1e-3)
         assert ours.weight == pytest.approx(theirs.weight, abs=1e-5)
-    found = ask(pipe, made, MapSettings(("cat", "photograph"), method="GoCA"))
+    found = OVAM(pipe).answer(made, SegmentSettings(("cat", "photograph"), method="GoCA"))
     assert found.heatmaps.shape == found.masks.shape == (2, 45, 90)
 
 
@@ -394,7 +382,7 @@ def test_goca_sees_the_pass_that_is_nearest_to_the_papers(name):
 
 
 def test_sanas_noise_is_the_timesteps_share_whatever_the_flow_shift():
-    pipe, latents, timesteps = MAKERS["sana"](), torch.randn(4, 3, 5), (0, 100, 999)
+    pipe, latents, timesteps = CROSS["sana"](), torch.randn(4, 3, 5), (0, 100, 999)
     noise = torch.randn(3, 4, 3, 5, generator=torch.Generator().manual_seed(3))
     sigma = torch.tensor([0, 0.1, 0.999])[:, None, None, None]
     solver = DPMSolverMultistepScheduler(
@@ -419,26 +407,27 @@ def test_the_sides_of_what_is_seen(name, multiple, size):
     for shape in ((61, 90), (100, 40), (77, 77)):
         assert all(side % multiple == 0 for side in fitted_size(pipe, picture(*shape)))
     assert record_image(pipe, picture(), PROMPT, size=size).image_size == size
-    with pytest.raises(ValueError, match=f"width is {size[1] - 1} pixels, which is not a multiple of {multiple};"):
+    with pytest.raises(InputError, match=f"width is {size[1] - 1} pixels, which is not a multiple of {multiple};"):
         record_image(pipe, picture(), PROMPT, size=(size[0], size[1] - 1))
 
 
 @pytest.mark.parametrize("name", [*ALL, "sd3", "flux-dev", "flux-2"])
 def test_models_that_see_more_than_an_image_and_a_text_are_refused(name):
-    pipe = (MAKERS | JOINT_MAKERS)[name]()
+    pipe = (CROSS | JOINT)[name]()
     check_kind(pipe)
-    family_of(pipe).denoiser.register_to_config(in_channels=9)  # as of an inpainting model
-    with pytest.raises(ValueError, match="takes more than an image and a text; load") as caught:
+    adapter_of(pipe).denoiser.register_to_config(in_channels=9)  # as of an inpainting model
+    with pytest.raises(InputError, match="takes more than an image and a text; load") as caught:
         record_image(pipe, picture(), PROMPT)
-    assert "\n" not in str(caught.value) and all(x.name in str(caught.value) for x in FAMILIES)
+    assert "\n" not in str(caught.value)
+    assert all(x.name in str(caught.value) for x in ADAPTERS)
 
 
 def test_the_refiner_and_unknown_noise_are_refused():
-    pipe = MAKERS["sdxl"]()
+    pipe = CROSS["sdxl"]()
     pipe.unet.register_to_config(projection_class_embeddings_input_dim=5 * 8 + 24)  # five sizes and scores, not six
-    with pytest.raises(ValueError, match="takes more than"):
+    with pytest.raises(InputError, match="takes more than"):
         check_kind(pipe)
-    pipe = MAKERS["sdxl"]()
+    pipe = CROSS["sdxl"]()
     pipe.scheduler = EDMEulerScheduler()
-    with pytest.raises(ValueError, match="EDMEulerScheduler .* does not tell the noise"):
+    with pytest.raises(InputError, match=r"EDMEulerScheduler .* does not tell the noise"):
         check_kind(pipe)

@@ -9,8 +9,10 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from ovam_core import EMBEDDED, KNOWN_MODELS, defaults_for, load_pipeline
+from ovam_core.errors import InputError
 from ovam_core.models import load as pipeline
+from ovam_core.models.load import load_pipeline
+from ovam_core.models.presets import EMBEDDED, KNOWN_MODELS, defaults_for
 
 
 @pytest.fixture(scope="module")
@@ -59,36 +61,36 @@ def test_embedded_folder_is_in_the_repository(monkeypatch):
 
 @pytest.mark.parametrize("model", ["no-such-model", "/no/such/folder", "./nowhere", "a/b/c", "../x", "~nobody/x", "\0"])
 def test_a_model_that_does_not_exist(model):
-    with pytest.raises(ValueError, match="There is no model"):
+    with pytest.raises(InputError, match="There is no model"):
         load_pipeline(model)
 
 
 def test_a_name_without_end():
-    with pytest.raises(ValueError, match="There is no model") as caught:
+    with pytest.raises(InputError, match="There is no model") as caught:
         load_pipeline("x" * 10_000)
     assert len(str(caught.value)) < 500
 
 
 def test_an_embedded_model_that_is_missing(monkeypatch, tmp_path):
     monkeypatch.setenv("OVAM_MODELS_DIR", str(tmp_path))
-    with pytest.raises(ValueError, match="There is no model 'emoji-voc'"):
+    with pytest.raises(InputError, match="There is no model 'emoji-voc'"):
         load_pipeline()
 
 
 def test_a_folder_without_a_pipeline(tmp_path):
-    with pytest.raises(ValueError, match="no model_index.json"):
+    with pytest.raises(InputError, match=r"no model_index\.json"):
         load_pipeline(str(tmp_path))
 
 
 def test_a_broken_folder(models, tmp_path):
     shutil.copytree(models / EMBEDDED, tmp_path / "broken")
     (tmp_path / "broken" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
-    with pytest.raises(ValueError, match=r"broken cannot be loaded: .+"):
+    with pytest.raises(InputError, match=r"broken cannot be loaded: .+"):
         load_pipeline(str(tmp_path / "broken"))
 
 
 def test_a_hub_model_without_a_network():
-    with pytest.raises(ValueError, match="the hub cannot be reached") as caught:
+    with pytest.raises(InputError, match="the hub cannot be reached") as caught:
         load_pipeline("nobody/no-such-model")
     assert "\n" not in str(caught.value)
 
@@ -100,7 +102,7 @@ def test_a_hub_model_that_does_not_exist(monkeypatch):
         raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)
 
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", missing)
-    with pytest.raises(ValueError, match="There is no model nobody/nothing on the hub"):
+    with pytest.raises(InputError, match="There is no model nobody/nothing on the hub"):
         load_pipeline("nobody/nothing")
 
 
@@ -115,13 +117,13 @@ def test_a_pipeline_of_another_kind(tmp_path):
         up_block_types=("UpBlock2D",) * 2,
     )
     DDPMPipeline(unet, DDIMScheduler()).save_pretrained(tmp_path / "ddpm")
-    with pytest.raises(ValueError, match="DDPMPipeline is not a text-to-image pipeline.*HunyuanDiT.*Flux or Flux 2"):
+    with pytest.raises(InputError, match=r"DDPMPipeline is not a text-to-image pipeline.*HunyuanDiT.*Flux or Flux 2"):
         load_pipeline(str(tmp_path / "ddpm"))
 
 
 def test_an_index_without_its_class(tmp_path):
     (tmp_path / "model_index.json").write_text('{"a": 1}')
-    with pytest.raises(ValueError, match="lacks '_class_name': save the pipeline again"):
+    with pytest.raises(InputError, match="lacks '_class_name': save the pipeline again"):
         load_pipeline(str(tmp_path), "cpu")
 
 
@@ -129,7 +131,7 @@ def test_an_index_without_its_class(tmp_path):
 def test_a_device_that_is_not_there(monkeypatch, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="device"):
+    with pytest.raises(InputError, match="device"):
         load_pipeline(EMBEDDED, device=device)
 
 

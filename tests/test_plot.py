@@ -8,6 +8,7 @@ from PIL import Image
 
 from ovam_core import plot
 from ovam_core.data.voc import VOC_CLASSES
+from ovam_core.errors import InputError
 
 
 @pytest.fixture
@@ -18,8 +19,10 @@ def photo() -> Image.Image:
 def test_palette_is_vocs():
     triples = np.reshape(plot.VOC_PALETTE, (256, 3)).tolist()
     assert triples[:4] == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]]
-    assert triples[20] == [0, 64, 128] and triples[255] == [224, 224, 192]
-    assert len(VOC_CLASSES) == 20 and VOC_CLASSES[14] == "person"
+    assert triples[20] == [0, 64, 128]
+    assert triples[255] == [224, 224, 192]
+    assert len(VOC_CLASSES) == 20
+    assert VOC_CLASSES[14] == "person"
 
 
 def test_same_scale_means_same_colour():
@@ -33,7 +36,8 @@ def test_same_scale_means_same_colour():
 def test_maps_without_a_peak_have_the_bottom_colour(heatmap):
     with np.errstate(all="ignore"):
         colours = plot.colorize(heatmap, 0.0)
-    assert colours.shape == (3, 5, 3) and (colours == colours[0, 0]).all()
+    assert colours.shape == (3, 5, 3)
+    assert (colours == colours[0, 0]).all()
 
 
 def test_overlay_has_the_size_of_the_picture_and_follows_the_map(photo):
@@ -48,7 +52,7 @@ def test_overlay_has_the_size_of_the_picture_and_follows_the_map(photo):
 
 
 def test_overlay_refuses_an_opacity_that_is_none(photo):
-    with pytest.raises(ValueError, match="opacity"):
+    with pytest.raises(InputError, match="opacity"):
         plot.overlay(photo, np.zeros((2, 2)), opacity=float("nan"))
 
 
@@ -58,7 +62,7 @@ def test_mask_overlay_paints_inside_only(photo):
     painted = np.asarray(plot.mask_overlay(photo, mask, "#0072B2", opacity=1.0))
     assert (painted[6, 6] == [0x00, 0x72, 0xB2]).all()
     assert (painted[~mask] == np.rint(0.6 * np.asarray(photo)[~mask].astype(np.float32))).all()
-    with pytest.raises(ValueError, match="40x24"):
+    with pytest.raises(InputError, match="40x24"):
         plot.mask_overlay(photo, mask[:5])
 
 
@@ -66,9 +70,10 @@ def test_label_image_keeps_ids(tmp_path):
     labels = np.array([[0, 1], [20, 255]], dtype=np.uint8)
     plot.label_image(labels).save(tmp_path / "labels.png")
     again = Image.open(tmp_path / "labels.png")
-    assert again.mode == "P" and np.array_equal(np.asarray(again), labels)
+    assert again.mode == "P"
+    assert np.array_equal(np.asarray(again), labels)
     assert again.convert("RGB").getpixel((1, 0)) == (128, 0, 0)
-    with pytest.raises(ValueError, match="uint8"):
+    with pytest.raises(InputError, match="uint8"):
         plot.label_image(labels.astype(int))
 
 

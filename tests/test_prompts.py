@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import EMBED, make_tokenizer
 from PIL import Image
+from pipelines import EMBED, make_tokenizer
 
-from ovam_core.data.filters import ClipScorer, Filters, judge, reason_kinds
+from ovam_core.data.filters import ClipScorer, Filters, judge, reasons
 from ovam_core.data.prompts import (
     Prompt,
     class_list,
@@ -20,6 +20,7 @@ from ovam_core.data.prompts import (
     work_list,
 )
 from ovam_core.data.voc import VOC_CLASSES
+from ovam_core.errors import InputError
 
 
 def test_lines():
@@ -37,7 +38,7 @@ def test_csv_and_tsv(tmp_path):
     (tmp_path / "p.csv").write_text("classes,prompt\ncat\ndog,a dog\n")  # a short row has no prompt, and is skipped
     assert [one.text for one in read_prompts(tmp_path / "p.csv")] == ["", "a dog"]
     (tmp_path / "p.csv").write_text(",\n ,\n")
-    with pytest.raises(ValueError, match="no column 'prompt'"):
+    with pytest.raises(InputError, match="no column 'prompt'"):
         read_prompts(tmp_path / "p.csv")
     (tmp_path / "p.tsv").write_text("seed\tprompt\n7\ta cat, alone\n")
     assert read_prompts(tmp_path / "p.tsv")[0].text == "a cat, alone"
@@ -64,7 +65,7 @@ def test_jsonl():
         '{"prompt": "x", "seed": 1.5}',
         '{"prompt": "x", "classes": [1]}',
     ):
-        with pytest.raises(ValueError):
+        with pytest.raises(InputError):
             parse_prompts(bad, "jsonl") and work_list(parse_prompts(bad, "jsonl"), ("x",))
 
 
@@ -76,7 +77,8 @@ def test_coco_captions():
     made = parse_prompts(json.dumps(about), "json")
     assert [one.text for one in made] == ["Two men on motorcycles.", "a couch"]
     work = work_list(made)
-    assert [item.classes for item in work.items] == [("motorbike", "person"), ("sofa",)] and work.classes == VOC_CLASSES
+    assert [item.classes for item in work.items] == [("motorbike", "person"), ("sofa",)]
+    assert work.classes == VOC_CLASSES
 
 
 @pytest.mark.parametrize(
@@ -97,11 +99,14 @@ def test_classes_in_captions(caption, classes):
 
 
 def test_class_names():
-    assert class_list("voc") == VOC_CLASSES and class_list("cat, red  bus,Cat") == ("cat", "red bus")
-    assert match_class("TV-monitor", VOC_CLASSES) == "tv" and match_class("diningtable", VOC_CLASSES) == "dining table"
-    assert match_class("zebra", VOC_CLASSES) is None and match_class("hot dog", VOC_CLASSES) is None
+    assert class_list("voc") == VOC_CLASSES
+    assert class_list("cat, red  bus,Cat") == ("cat", "red bus")
+    assert match_class("TV-monitor", VOC_CLASSES) == "tv"
+    assert match_class("diningtable", VOC_CLASSES) == "dining table"
+    assert match_class("zebra", VOC_CLASSES) is None
+    assert match_class("hot dog", VOC_CLASSES) is None
     for bad in ("", ",", "background", "x" * 200):
-        with pytest.raises(ValueError):
+        with pytest.raises(InputError):
             class_list(bad)
 
 
@@ -118,15 +123,18 @@ def test_work_list_is_numbered_and_seeded():
 def test_skipped_prompts_are_listed():
     def check(prompt, negative):
         if "long" in prompt:
-            raise ValueError("It is too long.")
+            raise InputError("It is too long.")
 
     work = work_list(
         [Prompt("a cat"), Prompt("a long cat", source="line 2"), Prompt("a \ud800 cat"), Prompt("a tree")],
         ("cat",),
         check=check,
     )
-    assert len(work.items) == 1 and work.skipped[0].source == "line 2" and work.skipped[0].reason == "It is too long."
-    assert len(work.skipped) == 3 and all(one.prompt.encode() for one in work.skipped)
+    assert len(work.items) == 1
+    assert work.skipped[0].source == "line 2"
+    assert work.skipped[0].reason == "It is too long."
+    assert len(work.skipped) == 3
+    assert all(one.prompt.encode() for one in work.skipped)
 
 
 # ------------------------------------------------------------------------------------------------ filters
@@ -137,21 +145,25 @@ def row(classes, coverage=0.5, scores=None):
 
 
 def test_coverage():
-    judged = judge([row("a", share) for share in (0.0, 0.049, 0.05, 0.95, 0.951)], Filters())
+    rows = [row("a", share) for share in (0.0, 0.049, 0.05, 0.95, 0.951)]
+    judged = judge(rows, Filters())
     assert [one["kept"] for one in judged] == [False, False, True, True, False]
-    assert [reason_kinds(one["reason"]) for one in judged] == [["small"], ["small"], [], [], ["large"]]
+    kinds = [[reason.kind for reason in why] for why in reasons(rows, Filters())]
+    assert kinds == [["small"], ["small"], [], [], ["large"]]
 
 
 def test_the_lowest_of_each_class_go():
     rows = [row("a", scores=[n / 10]) for n in range(10)] + [row("b", scores=[n / 100]) for n in range(7)]
     judged = judge(rows, Filters())
     assert [n for n, one in enumerate(judged) if not one["kept"]] == [0, 1, 2, 10, 11]
-    assert reason_kinds(judged[0]["reason"]) == ["clip"] and "of a" in judged[0]["reason"]
+    assert [reason.kind for reason in reasons(rows, Filters())[0]] == ["clip"]
+    assert "of a" in judged[0]["reason"]
     assert [n for n, one in enumerate(judge([row("a", scores=[0.5])] * 4, Filters())) if not one["kept"]] == [
         3
     ]  # of equals the last
     both = judge([row("ab", scores=[0.9, 0.1]), *[row("ab", scores=[0.5, 0.5])] * 3], Filters())
-    assert not both[0]["kept"] and "of b" in both[0]["reason"]
+    assert not both[0]["kept"]
+    assert "of b" in both[0]["reason"]
     assert all(one["kept"] for one in judge([row("a")] * 10, Filters()))  # no CLIP, no such filter
 
 
@@ -173,7 +185,8 @@ def test_clip_scorer(tmp_path):
     scorer = ClipScorer(str(tmp_path))
     images = [Image.new("RGB", (64, 48), color) for color in ("red", "blue")]
     scores = scorer.scores(images, [("cat", "car"), ("car",)])
-    assert [len(own) for own in scores] == [2, 1] and all(-1 <= one <= 1 for own in scores for one in own)
+    assert [len(own) for own in scores] == [2, 1]
+    assert all(-1 <= one <= 1 for own in scores for one in own)
     assert scorer.scores(images[1:], [("car",)])[0][0] == pytest.approx(scores[1][0], abs=1e-5)
-    with pytest.raises(ValueError, match="cannot be loaded"):
+    with pytest.raises(InputError, match="cannot be loaded"):
         ClipScorer(str(tmp_path / "nowhere"))

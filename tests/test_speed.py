@@ -11,15 +11,22 @@ import torch
 from diffusers import UNet2DConditionModel
 from reference import generate
 
-from benchmarks import speed
+from benchmarks.speed import __main__ as command
+from benchmarks.speed import page
+from benchmarks.speed.common import PEAK_RESET, Bench, Line, NotOnThisDevice, peak_bytes, race, ratios
+from benchmarks.speed.heatmap import plain_heatmaps
+from benchmarks.speed.recording import SD15, SDXL, recording_sdxl
+from benchmarks.speed.self_attention import by_gradient, by_two_passes, materialised
+from benchmarks.speed.sizes import CPU, SMOKE
+from benchmarks.speed.synthetic import random_embedding, synthetic_recording
+from benchmarks.speed.token import plain_losses
 from ovam_core.attention import heatmap
 from ovam_core.attention.heatmap import heatmaps
 from ovam_core.attention.self_attention import column_sums
 from ovam_core.hooks.recorder import record
 from ovam_core.optimization import RECIPES, optimize
 
-BENCH = speed.Bench(torch.device("cpu"), speed.SMOKE)
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+BENCH = Bench(torch.device("cpu"), SMOKE)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +65,7 @@ def test_fused_maps_and_gradients_are_those_of_autograd(recording, monkeypatch, 
     monkeypatch.setattr(heatmap, "KEPT_VALUES", kept)
     weight = draw(tokens, 16, 24, seed=1) / (16 * 24)
     results = []
-    for function in (heatmaps, speed.plain_heatmaps):
+    for function in (heatmaps, plain_heatmaps):
         embedding = embedding_of(tokens).requires_grad_()
         maps = function(recording, embedding)
         (maps * weight).sum().backward()
@@ -75,13 +82,13 @@ def test_half_precision_queries_count_as_what_they_are(recording, dtype, tokens)
         layers = tuple(replace(x, queries=x.queries.to(dtype).to(kind)) for x in recording.layers)
         return replace(recording, layers=layers)
 
-    found = []
+    results = []
     for kind in (dtype, torch.float32):
         embedding = embedding_of(tokens).requires_grad_()
         maps = heatmaps(stored(kind), embedding)
         maps[-1].mean().backward()
-        found.append((maps.detach(), embedding.grad))
-    for half, full in zip(*found, strict=True):
+        results.append((maps.detach(), embedding.grad))
+    for half, full in zip(*results, strict=True):
         torch.testing.assert_close(half, full, atol=1e-6, rtol=1e-5)
 
 
@@ -99,22 +106,23 @@ def saved_for_backward(recording, tokens) -> int:
 
 
 def test_memory_of_a_gradient_does_not_grow_with_the_steps(recording, monkeypatch):
-    one = recording.select(steps=[0])
+    first_step = recording.select(steps=[0])
     probabilities = 5 * sum(x.queries.shape[1] * x.queries.shape[2] * 4 for x in recording.layers)  # of one step
-    few = saved_for_backward(one, 5)
+    few = saved_for_backward(first_step, 5)
     assert saved_for_backward(recording, 5) >= few + 2 * probabilities  # kept while they are few
     monkeypatch.setattr(heatmap, "KEPT_VALUES", 0)
-    assert saved_for_backward(recording, 5) == saved_for_backward(one, 5) <= few - probabilities
+    assert saved_for_backward(recording, 5) == saved_for_backward(first_step, 5) <= few - probabilities
 
 
-@CUDA
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("tokens", [2, 8, 77])
 def test_maps_and_gradients_on_cuda(tokens):
-    bench = speed.Bench(torch.device("cuda"), speed.SMOKE)
-    recording, _ = speed.synthetic(bench, 3, 128)
+    bench = Bench(torch.device("cuda"), SMOKE)
+    recording, _ = synthetic_recording(bench, 3, 128)
     results = []
-    for function in (heatmaps, speed.plain_heatmaps):
-        embedding = speed.embedding(bench, tokens).requires_grad_()
+    for function in (heatmaps, plain_heatmaps):
+        embedding = random_embedding(bench, tokens).requires_grad_()
         maps = function(recording, embedding)
         maps[-1].mean().backward()
         results.append((maps.detach(), embedding.grad))
@@ -126,13 +134,13 @@ def test_maps_and_gradients_on_cuda(tokens):
 
 
 @pytest.mark.parametrize("loud", [1, 4], ids=["even", "peaked"])
-@pytest.mark.parametrize("way", [column_sums, speed.by_gradient, speed.by_two_passes])
+@pytest.mark.parametrize("way", [column_sums, by_gradient, by_two_passes])
 def test_ways_to_column_sums(way, loud):
     query, key = draw(2, 96, 40) * loud, draw(2, 96, 40, seed=1) * loud
-    expected = speed.materialised(query, key, 40**-0.5)
+    expected = materialised(query, key, 40**-0.5)
     torch.testing.assert_close(way(query, key, 40**-0.5), expected, rtol=1e-4, atol=1e-4)
     half = query.half(), key.half()
-    expected = speed.materialised(*half, 40**-0.5)
+    expected = materialised(*half, 40**-0.5)
     torch.testing.assert_close(way(*half, 40**-0.5), expected, rtol=1e-2, atol=1e-2)
 
 
@@ -140,7 +148,7 @@ def test_ways_to_column_sums(way, loud):
 
 
 def test_synthetic_recordings_hold_what_they_say():
-    recording, labels = speed.synthetic(BENCH, 2, 64)
+    recording, labels = synthetic_recording(BENCH, 2, 64)
     assert [x.queries.shape for x in recording.layers[::5]] == [
         (2, 8, 64, 40),
         (2, 8, 16, 80),
@@ -148,10 +156,11 @@ def test_synthetic_recordings_hold_what_they_say():
     ]
     assert len(recording.layers) == 15
     assert recording.nbytes == 2 * 5 * 8 * 4 * (64 * 40 + 16 * 80 + 4 * 160)
-    assert labels.shape == (64, 64) and set(np.unique(labels)) == {0, 1}
+    assert labels.shape == (64, 64)
+    assert set(np.unique(labels)) == {0, 1}
 
 
-@pytest.mark.parametrize(("config", "parameters"), [(speed.SD15, 859_520_964), (speed.SDXL, 2_567_463_684)])
+@pytest.mark.parametrize(("config", "parameters"), [(SD15, 859_520_964), (SDXL, 2_567_463_684)])
 def test_the_architectures_are_the_published_ones(config, parameters):
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config)
@@ -159,21 +168,23 @@ def test_the_architectures_are_the_published_ones(config, parameters):
 
 
 def test_the_plain_loop_learns_as_optimize_does():
-    recording, labels = speed.synthetic(BENCH, 1, 64)
-    start, few = speed.embedding(BENCH, 2), replace(RECIPES["paper"], epochs=5, decay_every=2)
-    found = optimize([recording], [labels], start, few)
-    plain = speed.plain_losses(recording, labels, start, 5, few)
-    np.testing.assert_allclose(found.losses, plain, rtol=1e-4)
+    recording, labels = synthetic_recording(BENCH, 1, 64)
+    start, few = random_embedding(BENCH, 2), replace(RECIPES["paper"], epochs=5, decay_every=2)
+    optimized = optimize([recording], [labels], start, few)
+    plain = plain_losses(recording, labels, start, 5, few)
+    np.testing.assert_allclose(optimized.losses, plain, rtol=1e-4)
     assert min(plain) < plain[0]
 
 
+@pytest.mark.slow
 def test_smoke_run(tmp_path, capsys):
-    assert speed.main(["--smoke", "--device", "cpu", "--rows", "1", "2", "3", "4", "6", "--out", str(tmp_path)]) == 0
+    assert command.main(["--smoke", "--device", "cpu", "--rows", "1", "2", "3", "4", "6", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     figures = json.loads((tmp_path / "smoke-cpu.json").read_text())
     assert (tmp_path / "smoke-cpu.md").read_text() == printed
     assert {line["row"] for line in figures["lines"]} == {1, 2, 3, 4, 6}
-    assert not figures["failed"] and not figures["not here"]
+    assert not figures["failed"]
+    assert not figures["not here"]
     for line in figures["lines"]:
         assert min(line["values"]) <= line["median"] <= max(line["values"])
         assert min(line["values"]) > 0
@@ -184,41 +195,48 @@ def test_smoke_run(tmp_path, capsys):
     assert {line.count("|") for line in rows} == {8}
 
 
+@pytest.mark.slow
 def test_the_server_of_row_5():
-    (line,) = speed.app_word(speed.Bench(torch.device("cpu"), replace(speed.SMOKE, rounds=1)))
-    assert line.row == 5 and len(line.values) == 1
+    (line,) = page.page_words(Bench(torch.device("cpu"), replace(SMOKE, rounds=1)))
+    assert line.row == 5
+    assert len(line.values) == 1
+
+
+@pytest.mark.slow
+def test_what_the_start_of_the_server_is_compared_with():
+    assert page.bare_start(BENCH) > 0
 
 
 def test_a_row_that_fails_or_is_not_for_this_device_leaves_the_others(monkeypatch, tmp_path, capsys):
-    def absent(bench):
-        raise speed.NotHere("It needs a larger house.")
+    def absent(_bench):
+        raise NotOnThisDevice("It needs a larger house.")
 
-    def broken(bench):
+    def broken(_bench):
         raise RuntimeError("two\nlines | of text")
 
-    def whole(bench):
-        return [speed.Line(4, "whole", "a / b", [1.0, 3.0, 2.0], "2")]
+    def whole(_bench):
+        return [Line(4, "whole", "a / b", [1.0, 3.0, 2.0], "2")]
 
-    monkeypatch.setattr(speed, "ROWS", {4: (absent, broken, whole)})
-    assert speed.main(["--device", "cpu", "--smoke", "--out", str(tmp_path)]) == 1
+    monkeypatch.setattr(command, "ROWS", {4: (absent, broken, whole)})
+    assert command.main(["--device", "cpu", "--smoke", "--out", str(tmp_path)]) == 1
     printed = capsys.readouterr().out
     assert "| 4 | absent | not on this device |  |  |  | It needs a larger house. |" in printed
     assert "RuntimeError: two lines / of text" in printed
     assert "| 4 | whole | a / b | 2 | 1 to 3 | 2 |  |" in printed
-    with pytest.raises(speed.NotHere, match="SDXL"):
-        speed.recording_sdxl(speed.Bench(torch.device("cpu"), speed.CPU))
+    with pytest.raises(NotOnThisDevice, match="SDXL"):
+        recording_sdxl(Bench(torch.device("cpu"), CPU))
 
 
 def test_a_race_takes_turns():
     turns = []
     ways = {"a": lambda: turns.append("a"), "b": lambda: turns.append("b")}
-    times = speed.race(BENCH, ways, rounds=3, least=0)
+    times = race(BENCH, ways, rounds=3, least=0)
     assert "".join(turns) == "ab" * 3
     assert [len(x) for x in times.values()] == [3, 3]
-    assert speed.over({"a": [2.0, 9.0], "b": [1.0, 3.0]}, "a", "b") == [2.0, 3.0]
+    assert ratios({"a": [2.0, 9.0], "b": [1.0, 3.0]}, "a", "b") == [2.0, 3.0]
 
 
-@pytest.mark.skipif(not speed.Path("/proc/self/clear_refs").exists(), reason="this system tells no peak")
+@pytest.mark.skipif(not PEAK_RESET.exists(), reason="this system tells no peak")
 def test_peak_memory_is_seen():
-    held = speed.peak_bytes(BENCH, lambda: torch.ones(1 << 24))
+    held = peak_bytes(BENCH, lambda: torch.ones(1 << 24))
     assert 64e6 < held < 80e6

@@ -15,8 +15,10 @@ import torch
 from reference import generate
 from safetensors.torch import save_file
 
-from ovam_core import attribute, heatmaps, record, tokens
-from ovam_core.query import attribute_sentence
+from ovam_core import heatmaps, record, tokens
+from ovam_core.attention.heatmap import attribute
+from ovam_core.errors import InputError
+from ovam_core.query import attribute_sentence, token_prompt
 from ovam_core.tokens import Token
 
 CAT = Token(
@@ -37,7 +39,7 @@ CAT = Token(
 
 @pytest.fixture
 def cat(tmp_path):
-    return tokens.save(tmp_path / "cat.safetensors", CAT)
+    return CAT.save(tmp_path / "cat.safetensors")
 
 
 @pytest.fixture
@@ -63,15 +65,16 @@ def published(path, protocol=4):
 
 
 def test_round_trip_is_exact(cat):
-    again = tokens.load(cat)
+    again = Token.load(cat)
     assert torch.equal(again.embedding, CAT.embedding)
     assert again.embedding.dtype == torch.float32
-    assert replace(again, embedding=CAT.embedding).__dict__ == CAT.__dict__
+    assert again.source == again.to_bytes() == cat.read_bytes()
+    assert replace(again, embedding=CAT.embedding, source=None).__dict__ == CAT.__dict__
 
 
 def test_a_token_that_says_little(tmp_path):
     bare = Token(torch.ones(1, 8), ("cat",), "m")
-    again = tokens.load(tokens.save(tmp_path / "x.safetensors", bare))
+    again = Token.load(bare.save(tmp_path / "x.safetensors"))
     assert (again.steps, again.seed, again.loss, again.tau, again.alpha) == (None, None, None, 0.8, 0.95)
     assert again.names == ("cat",)
 
@@ -80,7 +83,8 @@ def test_the_file_is_plain_safetensors_with_strings(cat):
     data = cat.read_bytes()
     header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
     about = header["__metadata__"]
-    assert header["embedding"]["shape"] == [2, 32] and header["embedding"]["dtype"] == "F32"
+    assert header["embedding"]["shape"] == [2, 32]
+    assert header["embedding"]["dtype"] == "F32"
     assert all(isinstance(value, str) for value in about.values())
     assert json.loads(about["classes"]) == ["background", "cat"]
     assert {
@@ -101,7 +105,7 @@ def test_the_file_is_plain_safetensors_with_strings(cat):
 
 def broken(path, **changes):
     about = {
-        "format": tokens.FORMAT,
+        "format": tokens.TOKEN_FORMAT,
         "model": "m",
         "classes": '["background", "cat"]',
         "branch": "conditional",
@@ -134,8 +138,8 @@ def broken(path, **changes):
     ],
 )
 def test_files_that_are_no_token(tmp_path, changes, part):
-    with pytest.raises(ValueError, match=part) as caught:
-        tokens.load(broken(tmp_path / "x.safetensors", **changes))
+    with pytest.raises(InputError, match=part) as caught:
+        Token.load(broken(tmp_path / "x.safetensors", **changes))
     assert "\n" not in str(caught.value)
 
 
@@ -143,29 +147,29 @@ def test_truncated_strange_missing_and_huge_files(cat, tmp_path):
     data = cat.read_bytes()
     for cut in (0, 4, 40, len(data) - 1):
         (tmp_path / "cut.safetensors").write_bytes(data[:cut])
-        with pytest.raises(ValueError, match="not a whole safetensors file"):
-            tokens.load(tmp_path / "cut.safetensors")
+        with pytest.raises(InputError, match="not a whole safetensors file"):
+            Token.load(tmp_path / "cut.safetensors")
     (tmp_path / "pickle.safetensors").write_bytes(pickle.dumps({"a": 1}))
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
-        tokens.load(tmp_path / "pickle.safetensors")
+    with pytest.raises(InputError, match="not a whole safetensors file"):
+        Token.load(tmp_path / "pickle.safetensors")
     save_file({"weights": torch.ones(3)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="not a token"):
-        tokens.load(tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="not a token"):
+        Token.load(tmp_path / "model.safetensors")
     with open(tmp_path / "huge.safetensors", "wb") as file:
         file.truncate(1 << 40)  # a sparse file: its size is looked at before its content
-    with pytest.raises(ValueError, match="bytes; a token has at most"):
-        tokens.load(tmp_path / "huge.safetensors")
+    with pytest.raises(InputError, match="bytes; a token has at most"):
+        Token.load(tmp_path / "huge.safetensors")
     for path in (tmp_path / "none.safetensors", tmp_path, "x\0y", "/dev/zero"):
-        with pytest.raises(ValueError, match="no token file"):
-            tokens.load(path)
+        with pytest.raises(InputError, match="no token file"):
+            Token.load(path)
 
 
 def test_a_file_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="Cannot write"):
-        tokens.save(tmp_path / "file" / "cat.safetensors", CAT)
-    with pytest.raises(ValueError, match="not finite"):
-        tokens.save(tmp_path / "x.safetensors", replace(CAT, embedding=CAT.embedding * float("inf")))
+    with pytest.raises(InputError, match="Cannot write"):
+        CAT.save(tmp_path / "file" / "cat.safetensors")
+    with pytest.raises(InputError, match="not finite"):
+        replace(CAT, embedding=CAT.embedding * float("inf")).save(tmp_path / "x.safetensors")
     assert not (tmp_path / "x.safetensors").exists()
 
 
@@ -176,20 +180,23 @@ def test_library(tmp_path, monkeypatch):
     assert folder == tmp_path / "model" == tokens.folder_for("/somewhere/else/model/")
     for name in ("potted plant", "aeroplane"):
         token = replace(CAT, classes=("background", name))
-        tokens.save(folder / tokens.file_name(token.names), token)
+        token.save(folder / tokens.file_name(token.names))
     (folder / "broken.safetensors").write_bytes(b"no")
     with pytest.warns(UserWarning, match="broken"):
         found = tokens.library("owner/model")
     assert list(found) == ["aeroplane", "potted plant"]
-    assert found["potted plant"] == folder / "potted-plant.safetensors"
+    assert found["potted plant"].source == (folder / "potted-plant.safetensors").read_bytes()
+    assert found["potted plant"].names == ("potted plant",)
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/", "...", "C:\\x", "", "猫", "a" * 500])
 def test_names_cannot_leave_the_folder(name):
-    assert "/" not in tokens.file_name([name]) and "\\" not in tokens.file_name([name])
+    assert "/" not in tokens.file_name([name])
+    assert "\\" not in tokens.file_name([name])
     assert len(tokens.file_name([name])) < 120
     folder = tokens.folder_for(name)
-    assert folder.parent == tokens.FOLDER and folder.name not in ("", ".", "..")
+    assert folder.parent == tokens.FOLDER
+    assert folder.name not in ("", ".", "..")
 
 
 # -------------------------------------------------------------------------------------------------- use
@@ -199,26 +206,27 @@ def test_a_token_asks_for_its_classes_only(named):
     with record(named) as recorder:
         generate(named, steps=2)
     three = replace(CAT, embedding=torch.randn(3, 32), classes=("background", "cat", "dog"))
-    asked = tokens.attribution(named, three)
+    asked = token_prompt(named, three)
     assert asked.labels == ("cat", "dog")
     assert torch.equal(attribute(recorder.recordings[0], asked), heatmaps(recorder.recordings[0], three.embedding)[1:])
 
 
 def test_a_row_alone_gets_the_encoders_start_as_background(named):
-    asked = tokens.attribution(named, Token(torch.ones(1, 32), ("cat",), "tiny"))
+    asked = token_prompt(named, Token(torch.ones(1, 32), ("cat",), "tiny"))
     start = attribute_sentence(named, "the red bus").embedding[0]
     torch.testing.assert_close(asked.embedding, torch.stack([start, torch.ones(32)]))
-    assert asked.groups == ((1,),) and asked.labels == ("cat",)
+    assert asked.groups == ((1,),)
+    assert asked.labels == ("cat",)
 
 
 def test_another_width_is_refused_and_another_model_warned_about(named):
-    with pytest.raises(ValueError, match="is 8 wide and this model takes 32"):
-        tokens.attribution(named, Token(torch.ones(2, 8), ("background", "cat"), "tiny"))
+    with pytest.raises(InputError, match="is 8 wide and this model takes 32"):
+        token_prompt(named, Token(torch.ones(2, 8), ("background", "cat"), "tiny"))
     with pytest.warns(UserWarning, match="made with other"):
-        tokens.attribution(named, replace(CAT, model="other"))
+        token_prompt(named, replace(CAT, model="other"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tokens.attribution(named, replace(CAT, model="somebody/tiny"))  # a fork keeps the last part of the name
+        token_prompt(named, replace(CAT, model="somebody/tiny"))  # a fork keeps the last part of the name
 
 
 # ------------------------------------------------------------------------------------ import and export
@@ -229,7 +237,8 @@ def test_the_published_structure(tmp_path, protocol):
     content = published(tmp_path / "tokens_VOC.npy", protocol)
     made = tokens.import_file(tmp_path / "tokens_VOC.npy", "owner/sd", branch="unconditional")
     assert [token.classes for token in made][:3] == [("potted plant",), ("dining table",), ("tv",)]
-    assert len(made) == 20 and all(token.branch == "unconditional" for token in made)
+    assert len(made) == 20
+    assert all(token.branch == "unconditional" for token in made)
     for token, values in zip(made, content.values(), strict=True):
         assert np.array_equal(token.embedding.numpy(), values[None])
         assert (token.tau, token.alpha, token.model) == (0.8, 0.95, "owner/sd")
@@ -239,13 +248,15 @@ def test_numpys_own_way_of_saving(tmp_path):
     content = {"cat": np.arange(6, dtype=">f8").reshape(2, 3, order="F"), "dog": np.ones((1, 3), np.float16)}
     np.save(tmp_path / "two.npy", content, allow_pickle=True)
     cat, dog = tokens.import_file(tmp_path / "two.npy", "m")
-    assert cat.classes == ("background", "cat") and cat.embedding.tolist() == [[0, 2, 4], [1, 3, 5]]
-    assert dog.classes == ("dog",) and dog.embedding.tolist() == [[1, 1, 1]]
+    assert cat.classes == ("background", "cat")
+    assert cat.embedding.tolist() == [[0, 2, 4], [1, 3, 5]]
+    assert dog.classes == ("dog",)
+    assert dog.embedding.tolist() == [[1, 1, 1]]
     np.save(tmp_path / "dining-table.npy", np.ones((2, 5)))
     (table,) = tokens.import_file(tmp_path / "dining-table.npy", "m")
     assert table.classes == ("background", "dining table")
     np.save(tmp_path / "x.npy", np.ones((3, 5), np.float32))
-    with pytest.raises(ValueError, match="3 rows but 2"):
+    with pytest.raises(InputError, match="3 rows but 2"):
         tokens.import_file(tmp_path / "x.npy", "m")
     (both,) = tokens.import_file(tmp_path / "x.npy", "m", classes=["cat", "dog"])
     assert both.classes == ("background", "cat", "dog")
@@ -298,7 +309,7 @@ MALICIOUS = {
 @pytest.mark.parametrize("case", MALICIOUS)
 def test_pickles_that_hold_anything_else_are_refused_before_they_run(tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(InputError) as caught:
         tokens.import_file(pickled(tmp_path / "x.npy", MALICIOUS[case]), "m")
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("pwned*"))
@@ -321,7 +332,7 @@ def test_the_unpickler_would_have_been_fooled_otherwise(tmp_path, monkeypatch):
 )
 def test_files_that_are_not_numpys(tmp_path, data, part):
     (tmp_path / "x.npy").write_bytes(data)
-    with pytest.raises(ValueError, match=part):
+    with pytest.raises(InputError, match=part):
         tokens.import_file(tmp_path / "x.npy", "m")
 
 
@@ -333,26 +344,28 @@ def test_plain_arrays_that_are_no_token(tmp_path):
         (np.full((2, 4), np.nan), "not finite"),
     ]:
         np.save(tmp_path / "x.npy", array)
-        with pytest.raises(ValueError, match=part):
+        with pytest.raises(InputError, match=part):
             tokens.import_file(tmp_path / "x.npy", "m")
     with open(tmp_path / "liar.npy", "wb") as file:  # promises a terabyte
         np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": (2, 10**11)})
         file.write(b"0" * 64)
-    with pytest.raises(ValueError, match="not whole"):
+    with pytest.raises(InputError, match="not whole"):
         tokens.import_file(tmp_path / "liar.npy", "m")
 
 
 def test_export_for_other_scripts(tmp_path):
     tokens.export_npy(CAT, tmp_path / "cat.npy")
     array = np.load(tmp_path / "cat.npy", allow_pickle=False)
-    assert array.shape == (1, 32) and array.dtype == np.float32
+    assert array.shape == (1, 32)
+    assert array.dtype == np.float32
     assert np.array_equal(array[0], CAT.embedding[1].numpy())
     (again,) = tokens.import_file(tmp_path / "cat.npy", "tiny")
-    assert again.classes == ("cat",) and torch.equal(again.embedding, CAT.embedding[1:])
+    assert again.classes == ("cat",)
+    assert torch.equal(again.embedding, CAT.embedding[1:])
     two = replace(CAT, embedding=torch.randn(3, 32), classes=("background", "cat", "dog"))
-    with pytest.raises(ValueError, match="say which"):
+    with pytest.raises(InputError, match="say which"):
         tokens.export_npy(two, tmp_path / "x.npy")
-    with pytest.raises(ValueError, match="no class 'cow'"):
+    with pytest.raises(InputError, match="no class 'cow'"):
         tokens.export_npy(two, tmp_path / "x.npy", "cow")
     tokens.export_npy(two, tmp_path / "x.npy", "dog")
     assert np.array_equal(np.load(tmp_path / "x.npy")[0], two.embedding[2].numpy())
@@ -361,18 +374,21 @@ def test_export_for_other_scripts(tmp_path):
 def test_fetch(tmp_path, monkeypatch):
     published(tmp_path / "served.npy")
     url = (tmp_path / "served.npy").as_uri()
-    with pytest.raises(ValueError, match="not the file that was published"):
+    with pytest.raises(InputError, match="not the file that was published"):
         tokens.fetch_voc_sd15(tmp_path / "out", url)
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(tokens, "VOC_SD15_SHA256", hashlib.sha256((tmp_path / "served.npy").read_bytes()).hexdigest())
     files = tokens.fetch_voc_sd15(tmp_path / "out", url)
-    assert len(files) == 20 and (tmp_path / "out" / "potted-plant.safetensors") in files
-    token = tokens.load(tmp_path / "out" / "tv.safetensors")
-    assert token.branch == "unconditional" and token.steps == 30 and token.classes == ("tv",)
+    assert len(files) == 20
+    assert (tmp_path / "out" / "potted-plant.safetensors") in files
+    token = Token.load(tmp_path / "out" / "tv.safetensors")
+    assert token.branch == "unconditional"
+    assert token.steps == 30
+    assert token.classes == ("tv",)
     assert token.model == "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/x", "file:///no/such/file", "nonsense"])
 def test_fetch_without_a_network(tmp_path, url):
-    with pytest.raises(ValueError, match="is there a network"):
+    with pytest.raises(InputError, match="is there a network"):
         tokens.fetch_voc_sd15(tmp_path / "out", url)

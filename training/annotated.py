@@ -1,10 +1,10 @@
-"""Makes tokens/emoji-voc: one generated image and one mask a class, then `ovam_core optimize` on that folder.
+"""Makes tokens/emoji-voc: one generated image and one mask a class, then a token a class from that folder.
 
     python -m training.annotated                        # writes outputs/annotated and tokens/emoji-voc
 
-For each class the first seed of SEEDS is taken at which the annotator finds the class as the largest one, over 5 to 80 %
-of the image. The quality table uses none of these seeds. A token's own image says what its class is, the other classes'
-images what it is not (`--apart`).
+For each class the first seed of SEEDS is taken at which the annotator finds the class as the largest one, over 5 to 80
+% of the image. The quality table uses none of these seeds. A token's own image says what its class is, the other
+classes' images what it is not (`--contrast`).
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from ovam_core.__main__ import main as command
+from ovam_core import OVAM
 from ovam_core.attention.recording import Recording
-from ovam_core.data.annotated import METADATA
+from ovam_core.data.annotated import METADATA, by_class, learn, learn_contrasting, read_folder
 from ovam_core.hooks.recorder import record
-from ovam_core.models.load import load_pipeline
 from ovam_core.models.presets import EMBEDDED
 from ovam_core.optimization import RECIPES
 from ovam_core.settings import GenerateSettings
@@ -34,9 +34,10 @@ from training.nouns import VOC_CLASSES
 SEEDS = range(1, 61)  # for tokens alone
 COVERAGE = (0.05, 0.8)
 
-# Chosen on ten classes' images of other seeds: with `apart` a token no longer loses to the name among several objects, and
-# a stronger `stay` than the recipe's 0.003 keeps what it has among single ones.
-STAY, APART = 0.1, 1.0
+# Chosen on ten classes' images of other seeds: with `contrast` a token no longer loses to the name among several
+# objects, and
+# a stronger `proximity` than the recipe's 0.003 keeps what it has among single ones.
+PROXIMITY, CONTRAST = 0.1, 1.0
 
 
 def generations(
@@ -79,7 +80,7 @@ def find(pipe, network, name: str, steps: int | None = None, seeds: Sequence[int
 
 
 def write_folder(pipe, network, folder: Path, classes: Sequence[str] = VOC_CLASSES, steps: int | None = None) -> None:
-    """Image, mask and metadata.jsonl in the layout of `ovam_core optimize --annotated`."""
+    """Image, mask and metadata.jsonl in the layout of `ovam optimize --annotated`."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for name in classes:
@@ -113,35 +114,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="denoising steps (the model's own)")
     parser.add_argument("--recipe", choices=list(RECIPES), default="fast")
     parser.add_argument("--epochs", type=int)
-    parser.add_argument("--stay", type=float, default=STAY)
-    parser.add_argument("--apart", type=float, default=APART)
+    parser.add_argument("--proximity", type=float, default=PROXIMITY)
+    parser.add_argument("--contrast", type=float, default=CONTRAST)
     parser.add_argument("--tau", type=float)
     parser.add_argument("--alpha", type=float)
     parser.add_argument("--keep", action="store_true", help="take the folder as it is: only make the tokens")
     options = parser.parse_args(arguments)
+    ovam = OVAM.from_pretrained(EMBEDDED, "cpu")
     if not options.keep:
-        pipe = load_pipeline(EMBEDDED, "cpu")
-        write_folder(pipe, annotator.load(), options.folder, options.classes, options.steps)
-    asked = ["--recipe", options.recipe]
-    if len(options.classes) == 1:
-        options.apart = None  # there is nothing to keep it apart from
-    for name in ("epochs", "stay", "apart", "tau", "alpha"):
-        if getattr(options, name) is not None:
-            asked += [f"--{name}", str(getattr(options, name))]
-    return command(
-        [
-            "optimize",
-            "--model",
-            EMBEDDED,
-            "--device",
-            "cpu",
-            "--annotated",
-            str(options.folder),
-            "--out",
-            str(options.out),
-            *asked,
-        ]
-    )
+        write_folder(ovam.pipe, annotator.load(), options.folder, options.classes, options.steps)
+    recipe = RECIPES[options.recipe]
+    settings = replace(recipe, epochs=options.epochs or recipe.epochs, proximity=options.proximity)
+    groups = by_class(read_folder(options.folder, ovam))
+    cuts = {"tau": options.tau, "alpha": options.alpha}
+    if len(groups) > 1:
+        learned = learn_contrasting(ovam, groups, settings, options.contrast, **cuts)
+    else:  # there is nothing to keep it apart from
+        learned = ((name, *learn(ovam, examples, settings, **cuts)) for name, examples in groups.items())
+    for name, token, search in learned:
+        path = token.save(options.out / file_name([name]))
+        print(f"{name}: loss {search.loss:.4f} after {search.epochs} epochs: {path}", flush=True)
+    return 0
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ FOLDER = Path(__file__).parent / "annotator"
 
 
 def build() -> UNet2DModel:
-    """A convolutional U-Net of diffusers' own blocks, used without its time input; its first level sees single pixels."""
+    """A convolutional U-Net of diffusers' own blocks, used without its time input; its first level sees single
+    pixels.
+    """
     return UNet2DModel(
         in_channels=3,
         out_channels=CLASSES,
@@ -48,7 +50,9 @@ def border(labels: torch.Tensor) -> torch.Tensor:
 
 
 def without_borders(labels: np.ndarray) -> np.ndarray:
-    """Label maps uint8 [N, H, W] with the pixel on either side of a border VOID, as VOC leaves out its objects' outlines."""
+    """Label maps uint8 [N, H, W] with the pixel on either side of a border VOID, as VOC leaves out its objects'
+    outlines.
+    """
     return np.where(border(torch.from_numpy(labels)).numpy(), VOID, labels).astype(np.uint8)
 
 

@@ -26,7 +26,9 @@ def _noise(size: int, rng: np.random.Generator, cells: tuple[int, int], octaves:
 
 
 def _mix(first, second, share: np.ndarray) -> np.ndarray:
-    """Two colours (or pictures [S, S, 3], 0 to 255) by a share [S, S] of the second, cut to 0 to 1: float32 [S, S, 3]."""
+    """Two colours (or pictures [S, S, 3], 0 to 255) by a share [S, S] of the second, cut to 0 to 1: float32 [S, S,
+    3].
+    """
     share = np.clip(share, 0, 1)[..., None]
     return np.asarray(first, np.float32) * (1 - share) + np.asarray(second, np.float32) * share
 
@@ -64,6 +66,10 @@ def _road(size, rng):
     line = rng.uniform(0.55, 0.8)
     dashes = (np.abs(_rows(size) - line) < 0.018) & ((_rows(size).T * 5 + rng.uniform()) % 1 < 0.55)
     return _mix(asphalt, (238, 232, 205), dashes.astype(np.float32))
+
+
+def _haze(size, _rng):
+    return _mix((160, 206, 240), (214, 234, 246), _rows(size))
 
 
 def _night(size, rng):
@@ -120,7 +126,6 @@ _field = _texture((212, 178, 66), (238, 212, 112), (6, 30), 2)
 _carpet = _texture((150, 40, 62), (176, 62, 82), (30, 30), 1)
 _wall = _texture((214, 206, 190), (226, 220, 208), (3, 3), 2)
 _water = _texture((20, 92, 150), (58, 150, 196), (20, 4), 2)
-_haze: Painter = lambda size, rng: _mix((160, 206, 240), (214, 234, 246), _rows(size))
 
 # name -> (how a caption says it, painter)
 BACKGROUNDS: dict[str, tuple[str, Painter]] = {

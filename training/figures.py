@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,8 +22,9 @@ from ovam_core.attention.recording import Recording
 from ovam_core.hooks import photograph as photo
 from ovam_core.hooks.recorder import record
 from ovam_core.models.load import load_pipeline
-from ovam_core.models.presets import EMBEDDED, defaults_for, own_choice
-from ovam_core.query import encode_padded, words_in_sentence
+from ovam_core.models.presets import EMBEDDED, defaults_for, recommended_part
+from ovam_core.models.registry import adapter_of
+from ovam_core.query import caption_of, encode_padded, words_in_sentence
 from training import annotator, world
 from training.nouns import VOC_CLASSES, VOC_NOUNS
 from training.recipes import RECIPES
@@ -50,9 +52,11 @@ def record_scene(pipe, image: np.ndarray, caption: str, times=TIMES, seed: int =
 
 
 def word_maps(pipe, recordings: list[Recording], words: list[str], size: int) -> np.ndarray:
-    """OVAM maps float32 [words, size, size] of the model's own grids, mean over the recordings; a prompt for each word."""
+    """OVAM maps float32 [words, size, size] of the model's own grids, mean over the recordings; a prompt for each
+    word.
+    """
     asked = [words_in_sentence(pipe, prompt_for(word), [word]) for word in words]
-    maps = torch.stack([attribute(own_choice(pipe, one), asked) for one in recordings]).mean(0)
+    maps = torch.stack([attribute(recommended_part(pipe, one), asked) for one in recordings]).mean(0)
     return resize(maps, (size, size)).cpu().numpy()
 
 
@@ -87,6 +91,42 @@ def which_of_two(pipe, scenes: int) -> dict[str, float]:
         overlaps.append((cut & masks).sum((2, 3)) / (cut | masks).sum((2, 3)))
     mean = np.concatenate(overlaps, axis=1).mean(1)
     return {"which_of_two": right / pixels, "iou": mean.max(), "iou_threshold": THRESHOLDS[mean.argmax()]}
+
+
+def ceiling(side: int, scenes: int, size: int = 128, tau: float = 0.8) -> float:
+    """mIoU of perfect maps: the exact mask of each object averaged over a grid of `side` pixels, brought back, cut at
+    `tau`.
+    """
+    overlaps: dict[str, list[int]] = {}
+    for made in two_object_scenes(scenes, size):
+        for name in made.nouns:
+            mask = torch.from_numpy(made.labels == world.LABELS[name])
+            coarse = torch.nn.functional.adaptive_avg_pool2d(mask[None].float(), side)
+            cut = resize(coarse, (size, size))[0] >= tau * coarse.max()
+            both, either = overlaps.setdefault(name, [0, 0])
+            overlaps[name] = [both + int((cut & mask).sum()), either + int((cut | mask).sum())]
+    return float(np.mean([both / either for both, either in overlaps.values()]))
+
+
+SHOWN = 0.01  # share of the picture that a class must cover to count as found
+
+
+def three_found(pipe, network, prompts: int, batch: int = 4) -> float:
+    """Share of prompts of three objects in whose picture the annotator finds all three. Seeds from 0."""
+    settings, rng = defaults_for(pipe), np.random.default_rng(0)
+    names = [rng.choice(VOC_CLASSES, 3, replace=False) for _ in range(prompts)]
+    found = 0
+    for first in range(0, prompts, batch):
+        part = names[first : first + batch]
+        images = pipe(
+            [caption_of(list(three)) for three in part],
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            generator=[torch.Generator().manual_seed(first + number) for number in range(len(part))],
+        ).images
+        for three, labels in zip(part, annotator.annotate(network, images), strict=True):
+            found += all((labels == VOC_CLASSES.index(name) + 1).mean() >= SHOWN for name in three)
+    return found / prompts
 
 
 def received_attention(pipe, scenes: int) -> dict[str, float]:
@@ -217,30 +257,45 @@ Weights and code: MIT. The pictures it was trained on are rendered from Noto Col
 """
 
 
+def measure(pipe, network, seeds: int, scenes: int, prompts: int, sheet: Path) -> dict[str, float | dict]:
+    """All figures of one model but those of its training."""
+    size = image_side(pipe)
+    finest = size // min(defaults_for(pipe).strides or adapter_of(pipe).strides)
+    figures = which_of_two(pipe, scenes) | received_attention(pipe, scenes)
+    figures |= {"grid": finest, "ceiling": ceiling(finest, scenes, size)}
+    print({name: round(float(value), 3) for name, value in figures.items()}, flush=True)
+    figures |= {"three_found": three_found(pipe, network, prompts), "three_prompts": prompts}
+    figures |= drawn(pipe, network, seeds, sheet)
+    return {name: value if isinstance(value, dict | int) else float(value) for name, value in figures.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=10, help="pictures of each class")
     parser.add_argument("--scenes", type=int, default=200)
+    parser.add_argument("--prompts", type=int, default=100, help="of three objects")
     parser.add_argument("--model", type=Path, default=CARD)
+    parser.add_argument("--beside", type=Path, metavar="FOLDER", help="another edition, measured on the same scenes")
     options = parser.parse_args()
     torch.set_num_threads(2)
+    if not annotator.FOLDER.exists():
+        parser.exit(2, "The figures need the annotator in training/annotator: python -m training.train makes it.\n")
+    network, counts = annotator.load(), (options.seeds, options.scenes, options.prompts)
     pipe = load_pipeline(EMBEDDED if options.model == CARD else str(options.model), "cpu")
     figures = {"seeds": options.seeds, "scenes": options.scenes, "threads": torch.get_num_threads()}
-    figures |= which_of_two(pipe, options.scenes) | received_attention(pipe, options.scenes)
-    print({name: round(float(value), 3) for name, value in figures.items()}, flush=True)
-    if not annotator.FOLDER.exists():
-        parser.exit(
-            2, "The other figures need the annotator in training/annotator: python -m training.train makes it.\n"
-        )
-    figures |= drawn(pipe, annotator.load(), options.seeds, options.model / "contact-sheet.jpg")
-    figures = {name: value if isinstance(value, dict) else float(value) for name, value in figures.items()}
-    for name in ("seeds", "scenes", "threads"):
-        figures[name] = int(figures[name])
+    figures |= measure(pipe, network, *counts, options.model / "contact-sheet.jpg")
+    if options.beside is not None:
+        other = load_pipeline(str(options.beside), "cpu")
+        other.ovam_name = EMBEDDED  # its preset
+        with tempfile.TemporaryDirectory() as folder:
+            figures["beside"] = measure(other, network, *counts, Path(folder) / "sheet.jpg")
     training = json.loads((options.model / "training.json").read_text())
     marks = json.loads((annotator.FOLDER / "figures.json").read_text())
-    written = card(figures, training, marks)
+    named = options.model / "named.json"  # by a person who looked at the sheet without its rows' names
+    if named.exists():
+        figures["named"] = json.loads(named.read_text())
     (options.model / "figures.json").write_text(json.dumps(figures | {"annotator": marks}, indent=1) + "\n")
-    (options.model / "README.md").write_text(written)
+    (options.model / "README.md").write_text(card(figures, training, marks))
     print(json.dumps(figures, indent=1))
 
 

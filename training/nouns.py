@@ -4,28 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-VOC_CLASSES = (
-    "aeroplane",
-    "bicycle",
-    "bird",
-    "boat",
-    "bottle",
-    "bus",
-    "car",
-    "cat",
-    "chair",
-    "cow",
-    "dining table",
-    "dog",
-    "horse",
-    "motorbike",
-    "person",
-    "potted plant",
-    "sheep",
-    "sofa",
-    "train",
-    "tv",
-)
+from ovam_core.data.voc import VOC_CLASSES as VOC_CLASSES
 
 
 @dataclass(frozen=True)
@@ -39,7 +18,9 @@ class Noun:
 
 
 def _noun(name: str, emoji: str, synonyms: str = "", hypernyms: str = "") -> Noun:
-    split = lambda text: tuple(filter(None, (part.strip() for part in text.split(","))))
+    def split(text: str) -> tuple[str, ...]:
+        return tuple(filter(None, (part.strip() for part in text.split(","))))
+
     return Noun(name, tuple(emoji.split()), split(synonyms), split(hypernyms))
 
 

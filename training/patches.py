@@ -12,8 +12,8 @@ from torch import Tensor
 
 from training.recipes import Recipe
 
-LEVELLING = 0.75  # of the way to equal deviations, in exponents
-DEVIATION = 0.6  # of the latents over all
+LEVELLING = 0.5  # of the way to equal deviations, in exponents
+DEVIATION = 0.5  # of the latents over all
 
 
 @dataclass(frozen=True)

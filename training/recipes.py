@@ -17,9 +17,11 @@ class Recipe:
     size: int  # pixels
     vae_widths: tuple[int, ...]
     latent_channels: int
-    unet_widths: tuple[int, ...]  # one a resolution, cross-attention at each
+    unet_widths: tuple[int, ...]  # one a resolution
+    plain_levels: int  # the finest ones, that attend to the text alone and only on the way up
     unet_layers: int
     heads: int
+    time_width: int
     text_width: int
     max_tokens: int
     scenes: int  # latents made once
@@ -32,7 +34,6 @@ class Recipe:
     unet_rate: float
     annotator_scenes: int
     annotator_minutes: float
-    compiled: bool  # whether to compile the UNet
 
     @property
     def latent_size(self) -> int:
@@ -42,38 +43,41 @@ class Recipe:
 CPU = Recipe(
     name="cpu",
     nouns=VOC_NOUNS,
-    counts=(0.2, 0.45, 0.35),
+    counts=(0.35, 0.4, 0.25),
     size=128,
-    vae_widths=(16, 32, 64, 96),
+    vae_widths=(32, 64, 96),
     latent_channels=8,
-    unet_widths=(96, 160, 160),
+    unet_widths=(64, 96, 160, 160),
+    plain_levels=1,
     unet_layers=1,
     heads=4,
+    time_width=384,
     text_width=256,
     max_tokens=20,
     scenes=60_000,
-    vae_scenes=6_000,
-    vae_minutes=7,
+    vae_scenes=8_000,
+    vae_minutes=75,
     vae_batch=16,
     vae_rate=2e-3,
-    unet_minutes=150,
+    unet_minutes=240,
     unet_batch=32,
     unet_rate=8e-4,
     annotator_scenes=36_000,
     annotator_minutes=85,
-    compiled=True,
 )
 
 FULL = Recipe(
     name="full",
     nouns=NOUNS,
-    counts=(0.2, 0.4, 0.3, 0.1),
+    counts=(0.3, 0.35, 0.25, 0.1),
     size=256,
     vae_widths=(48, 96, 128, 128),
     latent_channels=16,
     unet_widths=(128, 192, 256),
+    plain_levels=0,
     unet_layers=1,
     heads=8,
+    time_width=512,
     text_width=384,
     max_tokens=28,
     scenes=150_000,
@@ -86,7 +90,6 @@ FULL = Recipe(
     unet_rate=6e-4,
     annotator_scenes=30_000,
     annotator_minutes=3,
-    compiled=False,
 )
 
 RECIPES = {recipe.name: recipe for recipe in (CPU, FULL)}

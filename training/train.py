@@ -1,38 +1,42 @@
-"""Make `models/emoji-voc` from nothing: `python -m training.train cpu` (or `full`, on a GPU).
+"""Make `models/emoji-voc` from nothing: `python -m training.train cpu` (or `full`, on a GPU; torch 2.9 or newer).
 
-Four stages, each resumed from its own checkpoint under `training/work/<recipe>`: latents, UNet with text
-encoder, autoencoder, annotator; then the pipeline folder is written. The latent space is a fixed linear one, the
-principal components of pixel patches, which the autoencoder learns to write and to read: so the UNet need not wait for
-it, and a decoder that sees noisy latents forgives the UNet small errors. `--minutes` and
-`--annotator-minutes` add to a budget on a later run; `--stop-after` ends a call cleanly before a time limit. No mask is ever seen by
-the diffusion model: only the annotator reads label maps.
+Four stages, each resumed from its own checkpoint under `training/work/<recipe>`: latents, UNet with text encoder,
+autoencoder, annotator; then the pipeline folder is written. The latent space is a fixed linear one, the principal
+components of pixel patches, which the autoencoder learns to write and to read: so the UNet need not wait for it, and a
+decoder that sees noisy latents forgives the UNet small errors. `--minutes` and `--annotator-minutes` add to a budget on
+a later run; `--stop-after` ends a call cleanly before a time limit. No mask is ever seen by the diffusion model or the
+autoencoder: only the annotator reads label maps.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
-from diffusers.training_utils import EMAModel
 from einops import rearrange
 from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPTokenizer
 
 from ovam_core.models.load import WORDS_FILE
 from training import annotator, common, model, world
+from training.masters import Masters
 from training.patches import DEVIATION, PatchSpace
 from training.recipes import RECIPES, Recipe
 
@@ -41,7 +45,12 @@ CHUNK = 2000  # scenes a latent file
 VAE_SEED, ANNOTATOR_SEED = world.HELD_OUT // 2, world.HELD_OUT // 4  # first seeds of their scenes
 LATENT_NOISE = 0.3 * DEVIATION  # at most
 CAPTION_DROP = 0.1
+# Weights that AdamW steps, and not Muon, whatever their shape.
+UNET_PLAIN = ("conv_in", "conv_out", "embeddings.", "final_layer_norm")
+VAE_PLAIN = ("conv_in", "conv_out", "quant_conv")
 RAMP = 100  # first steps of a call, at a rising rate: a run adopted from weights alone has no moments yet
+SAVE_EVERY = 120  # seconds
+FLOOR = 0.25  # of the loss weights: without it the first steps, which decide what stands where, weigh next to nothing
 
 
 class Clock:
@@ -70,7 +79,7 @@ def _render(seed: int, recipe: Recipe) -> tuple[np.ndarray, np.ndarray, str]:
 
 def render(seeds: range, recipe: Recipe, pool: ProcessPoolExecutor) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Images uint8 [N, S, S, 3], label maps uint8 [N, S, S] and captions of a range of seeds."""
-    images, labels, captions = zip(*pool.map(partial(_render, recipe=recipe), seeds, chunksize=64))
+    images, labels, captions = zip(*pool.map(partial(_render, recipe=recipe), seeds, chunksize=64), strict=True)
     return np.stack(images), np.stack(labels), list(captions)
 
 
@@ -114,24 +123,73 @@ def reconstruction_loss(made: torch.Tensor, image: torch.Tensor) -> torch.Tensor
     loss = F.l1_loss(made, image)
     for scale in (1, 2):
         pair = [F.avg_pool2d(picture, scale) if scale > 1 else picture for picture in (made, image)]
-        loss = loss + 0.5 * sum(F.l1_loss(ours, theirs) for ours, theirs in zip(edges(pair[0]), edges(pair[1])))
+        loss = loss + 0.5 * sum(
+            F.l1_loss(ours, theirs) for ours, theirs in zip(edges(pair[0]), edges(pair[1]), strict=True)
+        )
     return loss
 
 
-def rate_at(progress: float, warmup: float = 0.02, floor: float = 0.03) -> float:
+def cosine_rate(now: float, minutes: float, warmup: float = 0.02, floor: float = 0.03) -> float:
     """Linear warm-up, then a cosine to `floor`, as a factor of the peak rate."""
+    progress = now / minutes
     if progress < warmup:
         return progress / warmup
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
 def steady_rate(now: float, minutes: float, warmup: float = 0.01, floor: float = 0.05) -> float:
-    """Warm-up, a constant rate, and a linear fall over the last fifth, half an hour at most.
+    """Warm-up, a constant rate, and a linear fall over the last third, an hour at most.
 
     A run can go on from before the fall. `now` and `minutes` are of training, from its start to its end.
     """
-    left = (minutes - now) / min(0.2 * minutes, 30)
+    left = (minutes - now) / min(minutes / 3, 60)
     return max(floor, min(1.0, now / (warmup * minutes), left))
+
+
+class Training(Protocol):
+    """One of the three trainings, as `spend` runs it."""
+
+    name: str
+    minutes: float  # the budget, of all calls together
+    spent: float  # seconds, of all calls together
+    samples: int
+
+    def step(self, progress: float, factor: float, /) -> float:
+        """One step at `factor` times the rate; the loss. progress: share of the budget that is spent."""
+
+    def save(self) -> None:
+        """Writes the checkpoint."""
+
+
+def spend(training: Training, clock: Clock, rate: Callable[[float, float], float]) -> bool:
+    """The loop of all trainings: steps until the minutes are spent (True) or this call's time is over (False).
+
+    rate: (minutes spent, minutes in all) to the factor of the peak rate.
+    """
+    before, begun = training.spent, time.monotonic()
+    saved, losses = begun, []
+    for step in itertools.count():
+        training.spent = before + time.monotonic() - begun
+        done, over = training.spent >= training.minutes * 60, clock.over()  # asked once: what ends the call is saved
+        if done or over or time.monotonic() - saved > SAVE_EVERY:
+            saved = time.monotonic()
+            training.save()
+        if done or over:
+            return done
+        now = training.spent / 60
+        losses.append(training.step(now / training.minutes, rate(now, training.minutes) * min(1.0, (step + 1) / RAMP)))
+        if step % 100 == 99:
+            pace = training.samples / max(training.spent, 1)
+            about = f"{training.samples} samples, {pace:.1f}/s, loss {np.mean(losses[-100:]):.4f}"
+            print(f"{training.name} {now:5.1f} min {about}", flush=True)
+    raise AssertionError("count() has no end")
+
+
+def resumed(path: Path) -> dict:
+    """The checkpoint, or what stands for none."""
+    if path.exists():
+        return torch.load(path, weights_only=True, map_location=device())
+    return {"spent": 0.0, "samples": 0}
 
 
 def _render_latents(seed: int, recipe: Recipe, path: Path) -> tuple[np.ndarray, str]:
@@ -152,7 +210,9 @@ def make_latents(recipe: Recipe, work: Path, pool: ProcessPoolExecutor, clock: C
         if clock.over():
             return False
         seeds = range(first, first + CHUNK)
-        latents, captions = zip(*pool.map(partial(_render_latents, recipe=recipe, path=path), seeds, chunksize=64))
+        latents, captions = zip(
+            *pool.map(partial(_render_latents, recipe=recipe, path=path), seeds, chunksize=64), strict=True
+        )
         np.savez(chunk.with_suffix(".part.npz"), latents=np.stack(latents), captions=np.array(captions))
         chunk.with_suffix(".part.npz").replace(chunk)
         print(f"latents {first + CHUNK}/{recipe.scenes}", flush=True)
@@ -167,144 +227,117 @@ def load_latents(work: Path) -> tuple[torch.Tensor, list[str]]:
     ]
 
 
-def min_snr_weights(scheduler, limit: float = 5.0) -> torch.Tensor:
-    """Loss weights of v-prediction by time, float32 [T] with a mean of 1: min(SNR, limit) / (SNR + 1) (Hang et al., 2023)."""
+def loss_weights(scheduler, limit: float = 5.0, floor: float = FLOOR) -> torch.Tensor:
+    """Loss weights of v-prediction by time, float32 [T] with a mean of 1: min(SNR, limit) / (SNR + 1) (Hang et al.,
+    2023), and `floor` at least.
+    """
     signal = scheduler.alphas_cumprod
     ratio = signal / (1 - signal)
-    weights = ratio.clamp(max=limit) / (ratio + 1)
+    weights = (ratio.clamp(max=limit) / (ratio + 1)).clamp(min=floor)
     return (weights / weights.mean()).float()
 
 
-def velocity_loss(
-    unet, noisy: torch.Tensor, context: torch.Tensor, times: torch.Tensor, target: torch.Tensor
-) -> torch.Tensor:
-    """Squared error of the predicted velocity, mean over each sample: [N]."""
-    with autocast():
-        made = unet(noisy, times, context).sample
-    return (made.float() - target).square().mean(dim=(1, 2, 3))
+class UNetTraining:
+    """UNet and text encoder together, on latents and captions."""
+
+    name = "unet"
+
+    def __init__(self, recipe: Recipe, work: Path, minutes: float):
+        self.path, self.recipe, self.minutes = work / "unet.pt", recipe, minutes
+        self.scheduler = model.train_scheduler()
+        self.weights_of = loss_weights(self.scheduler).to(device())
+        latents, captions = load_latents(work)
+        self.latents = latents.to(device())
+        words = model.tokenizer(world.all_words(recipe.nouns), recipe.max_tokens)
+        read = partial(words, padding="max_length", truncation=True, return_tensors="pt")
+        self.tokens, self.empty = (read(text).input_ids.to(device()) for text in (captions, ""))
+        self.unet, self.encoder = build_unet(recipe, words)
+        self.masters = Masters([self.unet, self.encoder], recipe.unet_rate, plain=UNET_PLAIN)
+        state = resumed(self.path)
+        self.spent, self.samples = state["spent"], state["samples"]
+        if "masters" in state:
+            self.masters.load_state_dict(state["masters"])
+        self.order = batches(len(self.latents), recipe.unet_batch, self.samples)
+
+    def step(self, _progress: float, factor: float) -> float:
+        index = torch.from_numpy(next(self.order)).to(device())
+        ids = torch.where(torch.rand(len(index), 1, device=device()) < CAPTION_DROP, self.empty, self.tokens[index])
+        clean = self.latents[index].float()
+        noise = torch.randn_like(clean)
+        times = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(index),), device=device())
+        noisy = self.scheduler.add_noise(clean, noise, times)
+        target = self.scheduler.get_velocity(clean, noise, times)
+        made = self.unet(noisy.bfloat16(), times, self.encoder(ids)[0]).sample.float()
+        errors = (made - target).square().mean(dim=(1, 2, 3))
+        loss = (errors * self.weights_of[times]).mean()
+        self.masters.step(loss, factor)
+        self.samples += len(index)
+        return loss.item()
+
+    def save(self) -> None:
+        save(self.path, {"masters": self.masters.state_dict(), "spent": self.spent, "samples": self.samples})
 
 
-def unet_optimizer(weights: list[torch.nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
-    return torch.optim.AdamW(weights, lr=recipe.unet_rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
-
-
-def unet_average(weights: list[torch.nn.Parameter]) -> EMAModel:
-    return EMAModel(weights, decay=0.9995, use_ema_warmup=True, power=0.75)
-
-
-def train_unet(recipe: Recipe, work: Path, minutes: float, clock: Clock) -> bool:
-    """UNet and text encoder together, with an exponential moving average of both.
-
-    Compiled, where the recipe says so, the UNet starts two minutes later and trains 1.2 x as fast from then on.
-    """
-    path, scheduler = work / "unet.pt", model.train_scheduler()
-    weights_of = min_snr_weights(scheduler).to(device())
-    latents, captions = load_latents(work)
-    latents = latents.float().to(device())
-    words = model.tokenizer(world.all_words(recipe.nouns), recipe.max_tokens)
-    tokens = words(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device())
-    empty = words("", padding="max_length", return_tensors="pt").input_ids.to(device())
+def build_unet(recipe: Recipe, words: CLIPTokenizer) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """UNet and text encoder in float32 on the device."""
     unet, encoder = model.unet(recipe).to(device()), model.text_encoder(words, recipe.text_width).to(device())
     if device().type == "cpu":  # the backward pass of PyTorch's fused attention is slow there: a third of the rate
         unet.set_attn_processor(AttnProcessor())
-    predict = torch.compile(unet) if recipe.compiled else unet
-    weights = [*unet.parameters(), *encoder.parameters()]
-    optimizer, average = unet_optimizer(weights, recipe), unet_average(weights)
-    state = {"spent": 0.0, "samples": 0}
-    if path.exists():
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        unet.load_state_dict(state["unet"])
-        encoder.load_state_dict(state["encoder"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.load_state_dict(state["average"])
-    average.to(device())
-    spent, samples, losses = state["spent"], state["samples"], []
-    begun = saved = time.monotonic()
-    for step, batch in enumerate(batches(len(latents), recipe.unet_batch, samples)):
-        now = spent + time.monotonic() - begun
-        done, over = now >= minutes * 60, clock.over()  # asked once: what ends the call is saved
-        if done or over or time.monotonic() - saved > 120:
-            saved = time.monotonic()
-            save(
-                path,
-                {
-                    "unet": unet.state_dict(),
-                    "encoder": encoder.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "average": average.state_dict(),
-                    "spent": now,
-                    "samples": samples,
-                },
-            )
-        if done or over:
-            return done
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.unet_rate * steady_rate(now / 60, minutes) * min(1.0, (step + 1) / RAMP)
-        index = torch.from_numpy(batch).to(device())
-        ids = torch.where(torch.rand(len(batch), 1, device=device()) < CAPTION_DROP, empty, tokens[index])
-        clean = latents[index]
-        noise = torch.randn_like(clean)
-        times = torch.randint(0, scheduler.config.num_train_timesteps, (len(batch),), device=device())
-        noisy, target = scheduler.add_noise(clean, noise, times), scheduler.get_velocity(clean, noise, times)
-        loss = (velocity_loss(predict, noisy, encoder(ids)[0], times, target) * weights_of[times]).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        average.step(weights)
-        samples += len(batch)
-        losses.append(loss.item() if step % 10 == 0 else losses[-1])
-        if step % 200 == 199:
-            print(
-                f"unet {now / 60:5.1f} min {samples} samples {samples / max(now, 1):.1f}/s  loss {np.mean(losses[-200:]):.4f}",
-                flush=True,
-            )
-    raise AssertionError("batches() has no end")
+    return unet, encoder
+
+
+def train_unet(recipe: Recipe, work: Path, minutes: float, clock: Clock) -> bool:
+    """True when its minutes are spent."""
+    return spend(UNetTraining(recipe, work, minutes), clock, steady_rate)
+
+
+class AutoencoderTraining:
+    """Encoder to the patch components, decoder from noisy ones; no masks in its loss."""
+
+    name = "autoencoder"
+
+    def __init__(self, recipe: Recipe, work: Path, images: np.ndarray):
+        self.path, self.recipe, self.minutes, self.images = work / "vae.pt", recipe, recipe.vae_minutes, images
+        self.space, self.vae = load_space(work), model.autoencoder(recipe).to(device())
+        self.masters = Masters([self.vae], recipe.vae_rate, decay=0.998, plain=VAE_PLAIN)
+        state = resumed(self.path)
+        self.spent, self.samples = state["spent"], state["samples"]
+        if "masters" in state:
+            self.masters.load_state_dict(state["masters"])
+        self.order = batches(len(images), recipe.vae_batch, self.samples)
+        self.rng = np.random.default_rng(self.samples)
+
+    def step(self, progress: float, factor: float) -> float:
+        batch = next(self.order)
+        # Whole images at the end: group normalisation sees the statistics it will meet in use.
+        whole = progress > 0.85
+        pixels = (
+            self.images[batch[: len(batch) // 4]]
+            if whole
+            else crops(self.images[batch], self.recipe.size // 2, self.rng)
+        )
+        picture = to_tensor(pixels)
+        if self.rng.random() < 0.5:
+            picture = picture.flip(-1)
+        latents = self.space.encode(picture)
+        noise = LATENT_NOISE * torch.rand(len(latents), 1, 1, 1, device=latents.device) * torch.randn_like(latents)
+        encoded = self.vae.encode(picture.bfloat16()).latent_dist.mean.float()
+        made = self.vae.decode((latents + noise).bfloat16()).sample.float()
+        loss = reconstruction_loss(made, picture) + F.mse_loss(encoded, latents)
+        self.masters.step(loss, factor)
+        self.samples += len(picture)
+        return loss.item()
+
+    def save(self) -> None:
+        save(self.path, {"masters": self.masters.state_dict(), "spent": self.spent, "samples": self.samples})
 
 
 def train_autoencoder(recipe: Recipe, work: Path, pool: ProcessPoolExecutor, clock: Clock) -> bool:
-    """Encoder to the patch components, decoder from noisy ones. True when its minutes are spent."""
-    path, vae, space = work / "vae.pt", model.autoencoder(recipe).to(device()), load_space(work)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.vae_rate, betas=(0.9, 0.98), weight_decay=1e-4)
-    state = torch.load(path, weights_only=True, map_location="cpu") if path.exists() else {"spent": 0.0, "samples": 0}
-    if state["spent"] >= recipe.vae_minutes * 60:
+    """True when its minutes are spent."""
+    if resumed(work / "vae.pt")["spent"] >= recipe.vae_minutes * 60:
         return True
-    if "vae" in state:
-        vae.load_state_dict(state["vae"])
-        optimizer.load_state_dict(state["optimizer"])
     images = render(range(VAE_SEED, VAE_SEED + recipe.vae_scenes), recipe, pool)[0]
-    begun = saved = time.monotonic()
-    spent, samples = state["spent"], state["samples"]
-    rng = np.random.default_rng(samples)
-    for step, batch in enumerate(batches(len(images), recipe.vae_batch, samples)):
-        now = spent + time.monotonic() - begun
-        progress = now / (recipe.vae_minutes * 60)
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.vae_rate * rate_at(progress)
-        # Whole images at the end: group normalisation sees the statistics it will meet in use.
-        whole = progress > 0.8
-        picture = to_tensor(images[batch[: len(batch) // 4]] if whole else crops(images[batch], recipe.size // 2, rng))
-        latents = space.encode(picture)
-        noise = LATENT_NOISE * torch.rand(len(latents), 1, 1, 1, device=latents.device) * torch.randn_like(latents)
-        with autocast():
-            encoded = vae.encode(picture).latent_dist.mean.float()
-            made = vae.decode(latents + noise).sample.float()
-        loss = reconstruction_loss(made, picture) + F.mse_loss(encoded, latents)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        samples += len(batch)
-        done, over = now >= recipe.vae_minutes * 60, clock.over()
-        if step % 100 == 0:
-            error, apart = F.l1_loss(made, picture).item() * 127.5, F.mse_loss(encoded, latents).item()
-            print(f"vae {now / 60:5.1f} min {samples} images  L1 {error:.2f}/255  encoder {apart:.4f}", flush=True)
-        if done or over or time.monotonic() - saved > 120:
-            saved = time.monotonic()
-            save(path, {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "spent": now, "samples": samples})
-        if done or over:
-            return done
-    raise AssertionError("batches() has no end")
+    return spend(AutoencoderTraining(recipe, work, images), clock, cosine_rate)
 
 
 def load_space(work: Path) -> PatchSpace:
@@ -312,8 +345,11 @@ def load_space(work: Path) -> PatchSpace:
 
 
 def load_autoencoder(recipe: Recipe, work: Path) -> torch.nn.Module:
+    """The averaged autoencoder, float32 on the device."""
+    masters = Masters([model.autoencoder(recipe).to(device())], recipe.vae_rate, plain=VAE_PLAIN)
+    masters.load_state_dict(resumed(work / "vae.pt")["masters"])
     vae = model.autoencoder(recipe).to(device()).eval()
-    vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True, map_location="cpu")["vae"])
+    masters.averaged([vae])
     return vae
 
 
@@ -335,68 +371,70 @@ def voc_only(labels: np.ndarray) -> np.ndarray:
     return np.where(labels < annotator.CLASSES, labels, 0).astype(np.uint8)
 
 
-def annotator_optimizer(network: torch.nn.Module) -> torch.optim.AdamW:
-    return torch.optim.AdamW(network.parameters(), lr=annotator.RATE, weight_decay=1e-3, fused=True)
+class AnnotatorTraining:
+    """Supervised segmentation on exact label maps."""
+
+    name = "annotator"
+
+    def __init__(self, work: Path, minutes: float, images: np.ndarray, labels: np.ndarray):
+        self.path, self.minutes, self.images = work / "annotator.pt", minutes, images
+        self.labels = torch.from_numpy(labels).to(device())
+        self.network = annotator.build().to(device())
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=annotator.RATE, weight_decay=1e-3, fused=True)
+        state = resumed(self.path)
+        self.spent, self.samples = state["spent"], state["samples"]
+        if "network" in state:
+            self.network.load_state_dict(state["network"])
+        if "optimizer" in state:
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.order = batches(len(images), annotator.BATCH, self.samples)
+
+    def step(self, _progress: float, factor: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = annotator.RATE * factor
+        batch = next(self.order)
+        pictures, truth = annotator.mirror(
+            to_tensor(self.images[batch]), self.labels[torch.from_numpy(batch).to(device())]
+        )
+        with autocast():
+            scores = annotator.logits(self.network, annotator.vary(pictures))
+        loss = annotator.loss(scores.float(), truth.long())
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        self.samples += len(batch)
+        return loss.item()
+
+    def save(self) -> None:
+        state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        save(self.path, state | {"spent": self.spent, "samples": self.samples})
 
 
 def train_annotator(recipe: Recipe, work: Path, minutes: float, pool: ProcessPoolExecutor, clock: Clock) -> bool:
-    """Supervised segmentation on exact label maps. True when its minutes are spent; then its figures are written."""
-    folder, path = work / "annotator", work / "annotator.pt"
+    """True when its minutes are spent; then its figures are written."""
+    folder = work / "annotator"
     if (folder / "figures.json").exists() and json.loads((folder / "figures.json").read_text())["minutes"] >= minutes:
         return True
     vae, space = load_autoencoder(recipe, work), load_space(work)
-    network = annotator.build().to(device())
-    optimizer = annotator_optimizer(network)
-    state = torch.load(path, weights_only=True, map_location="cpu") if path.exists() else {"spent": 0.0, "samples": 0}
-    if "network" in state:
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
     images, labels, _ = render(range(ANNOTATOR_SEED, ANNOTATOR_SEED + recipe.annotator_scenes), recipe, pool)
     images = np.concatenate([images, generator_look(vae, space, images[: len(images) // 2], 2 * LATENT_NOISE)])
-    labels = torch.from_numpy(voc_only(np.concatenate([labels, labels[: len(labels) // 2]]))).to(device())
-    begun = saved = time.monotonic()
-    spent, samples, losses = state["spent"], state["samples"], []
-    for step, batch in enumerate(batches(len(images), annotator.BATCH, samples)):
-        now = spent + time.monotonic() - begun
-        done, over = now >= minutes * 60, clock.over()  # asked once: what ends the call is saved
-        if done or over or time.monotonic() - saved > 120:
-            saved = time.monotonic()
-            save(
-                path,
-                {
-                    "network": network.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "spent": now,
-                    "samples": samples,
-                },
-            )
-        if done:
-            break
-        if over:
-            return False
-        for group in optimizer.param_groups:
-            group["lr"] = annotator.RATE * steady_rate(now / 60, minutes) * min(1.0, (step + 1) / RAMP)
-        pictures, truth = annotator.mirror(to_tensor(images[batch]), labels[torch.from_numpy(batch).to(device())])
-        with autocast():
-            scores = annotator.logits(network, annotator.vary(pictures))
-        loss = annotator.loss(scores.float(), truth.long())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        samples += len(batch)
-        losses.append(loss.item() if step % 10 == 0 else losses[-1])
-        if step % 100 == 99:
-            print(f"annotator {now / 60:5.1f} min {samples} images  loss {np.mean(losses[-100:]):.4f}", flush=True)
-    figures = {"images": samples, "minutes": minutes, **measure_annotator(network, vae, space, recipe, pool)}
+    labels = voc_only(np.concatenate([labels, labels[: len(labels) // 2]]))
+    training = AnnotatorTraining(work, minutes, images, labels)
+    if not spend(training, clock, steady_rate):
+        return False
+    figures = {"images": training.samples, "minutes": minutes}
+    figures |= measure_annotator(training.network, vae, space, recipe, pool)
     print("annotator", figures, flush=True)
-    network.cpu().half().save_pretrained(folder)
+    training.network.cpu().half().save_pretrained(folder)
     (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     return True
 
 
 def measure_annotator(network, vae, space: PatchSpace, recipe: Recipe, pool: ProcessPoolExecutor) -> dict[str, float]:
-    """mIoU on 400 scenes that no training sees, as rendered and as the decoder shows them; and without objects' borders."""
+    """mIoU on 400 scenes that no training sees, as rendered and as the decoder shows them; and without objects'
+    borders.
+    """
     images, labels, _ = render(range(world.HELD_OUT, world.HELD_OUT + 400), recipe, pool)
     network.eval()
     figures = {}
@@ -410,77 +448,107 @@ def measure_annotator(network, vae, space: PatchSpace, recipe: Recipe, pool: Pro
     return figures
 
 
-def adopt(folder: Path, recipe: Recipe, work: Path) -> None:
-    """Checkpoints in `work`, where it has none, from the weights of a pipeline this script wrote, so that it can go on.
+def adopt(source: Path, recipe: Recipe, work: Path) -> None:
+    """Checkpoints in `work`, where it has none, from weights alone, so that a run can go on: the optimisers begin anew.
 
-    Weights alone: the optimizers begin anew. A pipeline holds the averaged weights of the end of a run, which the
-    first minutes at the full rate unsettle; a checkpoint from before the fall is the better start where there is one.
+    source: a pipeline folder that this script wrote; or a safetensors file of a UNet and its text encoder (keys `unet.`
+    and `text_encoder.`), beside which a facts.json may say how many samples and minutes they had, and a space.npz is
+    their latent space. Raises ValueError for what is neither, and for weights of another build than the recipe's.
     """
-    if not (folder / "training.json").is_file():
-        raise ValueError(f"'{folder}' is no folder that this script wrote: it has no training.json.")
+    words = model.tokenizer(world.all_words(recipe.nouns), recipe.max_tokens)
+    if source.is_file():
+        _adopt_weights(source, recipe, work, words)
+    elif (source / "training.json").is_file():
+        _adopt_pipeline(source, recipe, work, words)
+    else:
+        raise ValueError(f"'{source}' is no folder that this script wrote: it has no training.json.")
+
+
+def _adopt_weights(file: Path, recipe: Recipe, work: Path, words: CLIPTokenizer) -> None:
+    facts_file, space = file.with_name("facts.json"), file.with_name("space.npz")
+    facts = json.loads(facts_file.read_text()) if facts_file.exists() else {}
+    state = load_file(file)
+    parts = {
+        part: {name.removeprefix(f"{part}."): weight.float() for name, weight in state.items() if name.startswith(part)}
+        for part in ("unet", "text_encoder")
+    }
+    if space.exists() and not (work / "space.npz").exists():
+        shutil.copy(space, work / "space.npz")
+    _begin_from(
+        parts["unet"], parts["text_encoder"], recipe, work, words, facts.get("minutes", 0), facts.get("samples", 0)
+    )
+
+
+def _adopt_pipeline(folder: Path, recipe: Recipe, work: Path, words: CLIPTokenizer) -> None:
     facts = json.loads((folder / "training.json").read_text())
     if facts["recipe"] != recipe.name:
         raise ValueError(f"{folder} was made by the recipe {facts['recipe']}, not by {recipe.name}: name that recipe.")
     pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
-    words = model.tokenizer(world.all_words(recipe.nouns), recipe.max_tokens)
-    unet, encoder, vae = pipe.unet.float(), model.text_encoder(words, recipe.text_width), pipe.vae.float()
-    trained = {
+    table = {
         name: weight[: len(words)] if "token_embedding" in name else weight
-        for name, weight in pipe.text_encoder.state_dict().items()
+        for name, weight in pipe.text_encoder.float().state_dict().items()
     }
-    encoder.load_state_dict(trained)
-    weights = [*unet.parameters(), *encoder.parameters()]
-    if not (work / "unet.pt").exists():
-        save(
-            work / "unet.pt",
-            {
-                "unet": unet.state_dict(),
-                "encoder": encoder.state_dict(),
-                "optimizer": unet_optimizer(weights, recipe).state_dict(),
-                "average": unet_average(weights).state_dict(),
-                "spent": facts["unet_minutes"] * 60,
-                "samples": facts["unet_samples"],
-            },
-        )
+    _begin_from(
+        pipe.unet.float().state_dict(), table, recipe, work, words, facts["unet_minutes"], facts["unet_samples"]
+    )
     if not (work / "vae.pt").exists():
-        state = {"vae": vae.state_dict(), "spent": facts["vae_minutes"] * 60, "samples": facts["vae_images"]}
-        save(work / "vae.pt", state)
+        vae = model.autoencoder(recipe)
+        vae.load_state_dict(pipe.vae.float().state_dict())
+        masters = Masters([vae], recipe.vae_rate, decay=0.998, plain=VAE_PLAIN)
+        about = {"spent": facts["vae_minutes"] * 60, "samples": facts["vae_images"]}
+        save(work / "vae.pt", {"masters": masters.state_dict()} | about)
     if annotator.FOLDER.exists() and not (work / "annotator.pt").exists():
-        network, marks = annotator.load().float(), json.loads((annotator.FOLDER / "figures.json").read_text())
-        save(
-            work / "annotator.pt",
-            {
-                "network": network.state_dict(),
-                "optimizer": annotator_optimizer(network).state_dict(),
-                "spent": marks["minutes"] * 60,
-                "samples": marks["images"],
-            },
-        )
+        marks = json.loads((annotator.FOLDER / "figures.json").read_text())
+        network = annotator.load().float()
+        about = {"spent": marks["minutes"] * 60, "samples": marks["images"]}
+        save(work / "annotator.pt", {"network": network.state_dict()} | about)
         shutil.copytree(annotator.FOLDER, work / "annotator", dirs_exist_ok=True)
 
 
+def _begin_from(unet_state, encoder_state, recipe: Recipe, work: Path, words: CLIPTokenizer, minutes, samples) -> None:
+    """The UNet's checkpoint from weights. Raises ValueError where they do not fit the recipe."""
+    if (work / "unet.pt").exists():
+        return
+    unet, encoder = build_unet(recipe, words)
+    try:
+        unet.load_state_dict(unet_state)
+        encoder.load_state_dict(encoder_state)
+    except RuntimeError:
+        raise ValueError(f"These weights are of another build than the recipe {recipe.name}'s; begin anew.") from None
+    masters = Masters([unet, encoder], recipe.unet_rate, plain=UNET_PLAIN)
+    save(work / "unet.pt", {"masters": masters.state_dict(), "spent": minutes * 60, "samples": samples})
+
+
+def averaged_unet(recipe: Recipe, work: Path, words: CLIPTokenizer) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The averaged UNet and text encoder of the checkpoint, float32 on the device."""
+    masters = Masters(build_unet(recipe, words), recipe.unet_rate, plain=UNET_PLAIN)
+    masters.load_state_dict(resumed(work / "unet.pt")["masters"])
+    unet, encoder = build_unet(recipe, words)
+    masters.averaged([unet, encoder])
+    return unet, encoder
+
+
 def write_pipeline(recipe: Recipe, work: Path, out: Path) -> None:
-    """The averaged weights as an ordinary diffusers folder, float16, no file above 9 MB: the hub takes 10 without more ado."""
-    state = torch.load(work / "unet.pt", weights_only=True, map_location="cpu")
+    """The averaged weights as an ordinary diffusers folder, float16, no file above 9 MB: the hub takes 10 without more
+    ado.
+    """
     words = model.tokenizer(world.all_words(recipe.nouns), recipe.max_tokens)
-    unet, encoder = model.unet(recipe), model.text_encoder(words, recipe.text_width)
-    average = EMAModel([*unet.parameters(), *encoder.parameters()])
-    average.load_state_dict(state["average"])
-    average.copy_to([*unet.parameters(), *encoder.parameters()])
+    unet, encoder = (part.cpu() for part in averaged_unet(recipe, work, words))
     vae = load_autoencoder(recipe, work).cpu()
     vae.register_to_config(scaling_factor=1.0)  # PatchSpace has scaled the latents already
-    for part, name in ((vae, "vae"), (unet, "unet")):
+    for name in ("vae", "unet"):
         shutil.rmtree(out / name, ignore_errors=True)
     # transformers loads weights in the type they are stored in, diffusers in float32: the small one stays float32.
     further = sorted({*common.WORDS, *world.all_words()})
     pipe = model.pipeline(vae.half(), *reversed(model.with_common_words(words, encoder, further)), unet.half())
     pipe.save_pretrained(out, max_shard_size="9MB")
+    trained, autoencoder = resumed(work / "unet.pt"), resumed(work / "vae.pt")
     facts = {
         "recipe": recipe.name,
-        "unet_samples": state["samples"],
-        "unet_minutes": round(state["spent"] / 60, 1),
-        "vae_images": torch.load(work / "vae.pt", weights_only=True, map_location="cpu")["samples"],
-        "vae_minutes": recipe.vae_minutes,
+        "unet_samples": trained["samples"],
+        "unet_minutes": round(trained["spent"] / 60, 1),
+        "vae_images": autoencoder["samples"],
+        "vae_minutes": round(autoencoder["spent"] / 60, 1),
         "scenes": recipe.scenes,
         "size": recipe.size,
         "attention_grids": [recipe.latent_size // 2**level for level in range(len(recipe.unet_widths))],

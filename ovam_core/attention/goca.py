@@ -1,4 +1,9 @@
-"""TODO: what this module is."""
+"""GoCA's maths: one pass's attention to one map a label (arXiv 2603.06178).
+
+Heads weigh by what they add to their layer's output (step 1), layers by how their self-attention agrees with a
+reference (step 2), scores are rescaled at each pixel (step 3), and maps are propagated along the self-attention
+(step 4). What is recorded of the pass: hooks/goca_recorder.py.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +15,13 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor
 
-from ovam_core.attention.heatmap import Attribution, layer_keys, resize
+from ovam_core.attention.heatmap import AttributionPrompt, layer_keys, resize, summed
 from ovam_core.attention.recording import LayerQueries
 from ovam_core.errors import InputError
 
 PAPER_GRID = 64  # attention grid of the paper's models, for which its blur is meant
-
 # Attention values (float32) made at once, all heads together.
-BLOCK_VALUES = {"cpu": 1 << 20, "other": 1 << 26}
+ATTENTION_BLOCK = {"cpu": 1 << 20, "other": 1 << 26}
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +89,8 @@ class GocaRecording:
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Which parts of GoCA are in use; the defaults are the paper's for Stable Diffusion.
+class GocaOptions:
+    """Which steps of GoCA are in use; the defaults are the paper's for Stable Diffusion.
 
     heads, layers: the automatic weights; without them plain means. rescale: divide by the sum over content
     tokens. blur: side of the Gaussian in pixels of the paper's grid of 64 x 64, taken to the recording's grid
@@ -100,37 +104,44 @@ class Parts:
     propagations: int = 2
 
 
-# ---------------------------------------------------------------------------------------- from a recording to maps
-
-
 @torch.no_grad()
-def goca(recording: GocaRecording, asked: Attribution | Sequence[Attribution], parts: Parts | None = None) -> Tensor:
+def goca(
+    recording: GocaRecording,
+    prompts: AttributionPrompt | Sequence[AttributionPrompt],
+    options: GocaOptions | None = None,
+) -> Tensor:
     """All steps of GoCA: one map a label, float32 `[labels, recording.height, recording.width]`, from 0 to 1.
 
-    asked: what is compared at each pixel, objects and background nouns alike; labels of all attributions in
-    their order. The paper's: one attribution of the caption (`caption_words`). The extension: any other, such
+    prompts: what is compared at each pixel, objects and background nouns alike; labels of all prompts in
+    their order. The paper's: one prompt of the caption (`caption_words`). The extension: any other, such
     as `listed_words`. A label of several tokens has the mean of their rescaled scores; the tokens of all
-    labels are the content tokens. Raises InputError for nothing asked, for an embedding of another width, and
+    labels are the content tokens. Raises InputError for no prompt, for an embedding of another width, and
     for rescaling with one content token, which would be one everywhere.
     """
-    asked = [asked] if isinstance(asked, Attribution) else list(asked)
-    parts = parts or Parts()
-    content = [_content(one) for one in asked]
-    if parts.rescale and sum(map(len, content)) == 1:
+    prompts = [prompts] if isinstance(prompts, AttributionPrompt) else list(prompts)
+    options = options or GocaOptions()
+    content = [_content(prompt) for prompt in prompts]
+    if options.rescale and sum(map(len, content)) == 1:
         raise InputError("GoCA compares words at each pixel: ask for two or more, such as an object and a background.")
-    scores = [scores[rows] for scores, rows in zip(_scores(recording, asked, parts), content, strict=True)]
-    if parts.rescale:
-        scores = rescale(torch.cat(scores)).split([len(rows) for rows in content])
+    scores = [scores[rows] for scores, rows in zip(_scores(recording, prompts, options), content, strict=True)]
+    if options.rescale:
+        scores = list(rescale(torch.cat(scores)).split([len(rows) for rows in content]))
     maps = torch.stack(
-        [label for one, rows, own in zip(asked, content, scores, strict=True) for label in one.means(own, rows)]
+        [
+            label
+            for prompt, rows, prompt_scores in zip(prompts, content, scores, strict=True)
+            for label in prompt.means(prompt_scores, rows)
+        ]
     )
-    maps = min_max(gaussian_blur(maps, blur_size(parts.blur, max(maps.shape[1:]))))
-    return propagate(maps, recording.finest, parts.propagations) if parts.propagations else maps
+    maps = min_max(gaussian_blur(maps, blur_size(options.blur, max(maps.shape[1:]))))
+    return propagate(maps, recording.finest, options.propagations) if options.propagations else maps
 
 
 @torch.no_grad()
 def attribute_weighted(
-    recording: GocaRecording, asked: Attribution | Sequence[Attribution], parts: Parts | None = None
+    recording: GocaRecording,
+    prompts: AttributionPrompt | Sequence[AttributionPrompt],
+    options: GocaOptions | None = None,
 ) -> Tensor:
     """OVAM's heatmaps under GoCA's weights: `heatmap.attribute` of this one pass, but heads and layers weighted.
 
@@ -138,47 +149,42 @@ def attribute_weighted(
     recording.height, recording.width]` in [0, 1]: for each label the mean of its tokens' scores (steps 1 and
     2 alone).
     """
-    asked = [asked] if isinstance(asked, Attribution) else list(asked)
+    prompts = [prompts] if isinstance(prompts, AttributionPrompt) else list(prompts)
+    scores = _scores(recording, prompts, options or GocaOptions())
     return torch.stack(
-        [
-            label
-            for one, scores in zip(asked, _scores(recording, asked, parts or Parts()), strict=True)
-            for label in one.means(scores)
-        ]
+        [label for prompt, prompt_scores in zip(prompts, scores, strict=True) for label in prompt.means(prompt_scores)]
     )
 
 
-def _scores(recording: GocaRecording, asked: list[Attribution], parts: Parts) -> list[Tensor]:
-    if not asked:
+def _scores(recording: GocaRecording, prompts: list[AttributionPrompt], options: GocaOptions) -> list[Tensor]:
+    """`token_scores` of each prompt."""
+    if not prompts:
         raise InputError("There is no word to attribute: give at least one.")
-    return [token_scores(recording, one.embedding, parts) for one in asked]
+    return [token_scores(recording, prompt.embedding, options) for prompt in prompts]
 
 
-def _content(one: Attribution) -> list[int]:
+def _content(prompt: AttributionPrompt) -> list[int]:
     """The rows that some label stands on."""
-    return sorted({row for group in one.groups for row in group})
+    return sorted({row for group in prompt.groups for row in group})
 
 
-def token_scores(recording: GocaRecording, embedding: Tensor, parts: Parts | None = None) -> Tensor:
+def token_scores(recording: GocaRecording, embedding: Tensor, options: GocaOptions | None = None) -> Tensor:
     """Steps 1 and 2 for each token of an attribution prompt `[L, E]`.
 
     Returns float32 `[L, recording.height, recording.width]`, at each pixel one in sum over tokens.
     """
-    parts = parts or Parts()
+    options = options or GocaOptions()
     if embedding.ndim != 2 or embedding.shape[1] != recording.embed_dim or len(embedding) == 0:
         raise InputError(
             f"The embedding has shape {list(embedding.shape)}, but this model takes [tokens, {recording.embed_dim}]."
         )
     maps = []
-    for one in recording.layers:
-        heads = one.heads if parts.heads else torch.full_like(one.heads, 1 / len(one.heads))
-        own = layer_map(cross_attention(one.layer, embedding), heads)
-        maps.append(rearrange(own, "l (h w) -> l h w", h=one.layer.height))
-    weights = [x.weight if parts.layers else 1 / len(maps) for x in recording.layers]
+    for weighted in recording.layers:
+        heads = weighted.heads if options.heads else torch.full_like(weighted.heads, 1 / len(weighted.heads))
+        pixels = layer_map(cross_attention(weighted.layer, embedding), heads)
+        maps.append(rearrange(pixels, "l (h w) -> l h w", h=weighted.layer.height))
+    weights = [x.weight if options.layers else 1 / len(maps) for x in recording.layers]
     return aggregate(maps, weights, (recording.height, recording.width))
-
-
-# ----------------------------------------------------------------------------------------------- step 1: heads
 
 
 def head_weights(hidden: Tensor, projections: Tensor) -> Tensor:
@@ -206,9 +212,6 @@ def cross_attention(layer: LayerQueries, embedding: Tensor) -> Tensor:
 def layer_map(attention: Tensor, weights: Tensor) -> Tensor:
     """The weighted sum of the heads' maps: `[heads, L, n]` and `[heads, n]` to `[L, n]`."""
     return torch.einsum("hln,hn->ln", attention, weights)
-
-
-# ---------------------------------------------------------------------------------------------- step 2: layers
 
 
 def reference_affinity(features: Tensor) -> Tensor:
@@ -251,11 +254,8 @@ def aggregate(maps: Sequence[Tensor], weights: Sequence[float], size: tuple[int,
     maps: `[L, h, w]` each, bilinear to `size`. Where no token is left above 0 they share alike. Returns float32
     `[L, *size]`.
     """
-    total = sum(weight * resize(own, size) for own, weight in zip(maps, weights, strict=True)).clamp(min=0)
-    return _shares(total)
-
-
-# -------------------------------------------------------------------- steps 3 and 4: rescaling, propagation, labels
+    weighted = summed(weight * resize(layer, size) for layer, weight in zip(maps, weights, strict=True))
+    return _shares(weighted.clamp(min=0))
 
 
 def rescale(scores: Tensor) -> Tensor:
@@ -274,7 +274,8 @@ def blur_size(blur: int, side: int) -> int:
 def gaussian_blur(maps: Tensor, size: int) -> Tensor:
     """A Gaussian of `size` x `size` pixels on maps `[L, H, W]`.
 
-    size: odd; sigma is 0.3 ((size - 1) / 2 - 1) + 0.8, as OpenCV has it. Edge pixels are repeated beyond the edge. Raises InputError for an even or negative size.
+    size: odd; sigma is 0.3 ((size - 1) / 2 - 1) + 0.8, as OpenCV has it. Edge pixels are repeated beyond the edge.
+    Raises InputError for an even or negative size.
     """
     if size < 1 or size % 2 == 0:
         raise InputError(f"The blur is {size} pixels wide: give an odd number, 1 for none.")
@@ -296,12 +297,12 @@ def min_max(maps: Tensor) -> Tensor:
 def propagate(maps: Tensor, layers: Sequence[SelfLayer], times: int) -> Tensor:
     """Maps `[L, H, W]` multiplied `times` times by the mean self-attention (of layers and heads), then min-max.
 
-    Made in blocks of rows, BLOCK_VALUES at a time: the `[n, n]` attention never exists.
+    Made in blocks of rows, ATTENTION_BLOCK at a time: the `[n, n]` attention never exists.
     """
     values = rearrange(maps, "l h w -> (h w) l").float()
     for _ in range(times):
-        parts = [torch.cat([rows @ values for rows in _self_attention(x, x.queries)]) for x in layers]
-        values = sum(parts) / len(parts)
+        products = [torch.cat([rows @ values for rows in _self_attention(x, x.queries)]) for x in layers]
+        values = summed(products) / len(products)
     return min_max(rearrange(values, "(h w) l -> l h w", h=maps.shape[1]))
 
 
@@ -317,14 +318,15 @@ def label_pixels(objects: Tensor, backgrounds: Tensor, offset: float = 0.0) -> T
 
 
 def _shares(scores: Tensor) -> Tensor:
-    total = scores.sum(dim=0, keepdim=True)
-    return torch.where(total > 0, scores / total, 1 / len(scores))
+    """Scores over their sum along the first dimension; alike where that is not above 0."""
+    sums = scores.sum(dim=0, keepdim=True)
+    return torch.where(sums > 0, scores / sums, 1 / len(scores))
 
 
 def _self_attention(layer: SelfLayer, queries: Tensor) -> Iterable[Tensor]:
-    """Head-averaged self-attention of some queries `[heads, m, d]` of the layer: blocks of rows, float32 `[rows, n]`."""
+    """Head-averaged self-attention of some queries `[heads, m, d]` of a layer: blocks of rows, float32 `[rows, n]`."""
     heads, n, _ = layer.keys.shape
     keys = rearrange(layer.keys.float() * layer.scale, "h n d -> h d n")
-    budget = BLOCK_VALUES["cpu" if keys.device.type == "cpu" else "other"]
+    budget = ATTENTION_BLOCK["cpu" if keys.device.type == "cpu" else "other"]
     for block in queries.split(max(1, budget // (heads * n)), dim=1):
         yield reduce((block.float() @ keys).softmax(dim=-1), "h m n -> m n", "mean")

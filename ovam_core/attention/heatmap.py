@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,6 @@ from ovam_core.errors import InputError
 # Values (float32) of one block of attention or of converted queries, whichever is more. On a CPU a block
 # should stay in cache between product, softmax and sum; on a GPU all steps of a layer go together.
 BLOCK_VALUES = {"cpu": 1 << 19, "other": 1 << 27}
-
 # Attention values of one layer that are kept for the gradient, 16 MiB; more than that are made again.
 KEPT_VALUES = 1 << 22
 
@@ -37,20 +36,20 @@ def heatmaps(recording: Recording, embedding: Tensor) -> Tensor:
     return _heatmaps(recording, [embedding])[0]
 
 
-def attribute(recording: Recording, attributions: Attribution | Sequence[Attribution]) -> Tensor:
-    """One heatmap a label: the mean of the maps of the label's words (`Attribution.means`). Labels of all attributions in their order.
+def attribute(recording: Recording, prompts: AttributionPrompt | Sequence[AttributionPrompt]) -> Tensor:
+    """One heatmap a label: the mean of the maps of the label's words (`AttributionPrompt.means`).
 
-    Returns float32 `[labels, recording.height, recording.width]` in [0, 1]. The queries are read once for all
-    attributions; each has its own softmax, so the map of a word does not depend on the others.
+    Returns float32 `[labels, recording.height, recording.width]` in [0, 1], the labels of all prompts in their order.
+    The queries are read once for all prompts; each has its own softmax, so the map of a word does not depend on the
+    others.
+    Raises InputError for no prompt and for an embedding of another width.
     """
-    if isinstance(attributions, Attribution):
-        attributions = [attributions]
-    if not attributions:
+    if isinstance(prompts, AttributionPrompt):
+        prompts = [prompts]
+    if not prompts:
         raise InputError("There is no word to attribute: give at least one.")
-    all_maps = _heatmaps(recording, [x.embedding for x in attributions])
-    return torch.stack(
-        [one for maps, attribution in zip(all_maps, attributions, strict=True) for one in attribution.means(maps)]
-    )
+    all_maps = _heatmaps(recording, [x.embedding for x in prompts])
+    return torch.stack([label for maps, prompt in zip(all_maps, prompts, strict=True) for label in prompt.means(maps)])
 
 
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -60,25 +59,34 @@ def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
 
 
+def summed(tensors: Iterable[Tensor]) -> Tensor:
+    """The sum of one or more tensors of one shape, in their order."""
+    return functools.reduce(torch.add, tensors)
+
+
 def _heatmaps(recording: Recording, embeddings: list[Tensor]) -> list[Tensor]:
-    """Eq. 5 for several prompts `[L, E]` at once: float32 `[L, H, W]` each, over every layer, step and head. Raises InputError for a shape."""
+    """Eq. 5 for several prompts `[L, E]` at once: float32 `[L, H, W]` each, over every layer, step and head.
+
+    Raises InputError for an embedding of another shape.
+    """
     for embedding in embeddings:
         if embedding.ndim != 2 or embedding.shape[1] != recording.embed_dim or len(embedding) == 0:
             raise InputError(
-                f"The embedding has shape {list(embedding.shape)}, but this model takes [tokens, {recording.embed_dim}]."
+                f"The embedding has shape {list(embedding.shape)}, "
+                f"but this model takes [tokens, {recording.embed_dim}]."
             )
     sizes = [len(x) for x in embeddings]
     device = _compute_device(recording, embeddings[0])
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in embeddings)
     with torch.set_grad_enabled(wants_grad), torch.autocast(device.type, enabled=False):
         stacked = torch.cat([x.to(device) for x in embeddings])
-        grids: dict[tuple[int, int], Tensor | int] = {}
+        grids: dict[tuple[int, int], Tensor] = {}
         for layer, keys in zip(recording.layers, _keys(recording, stacked, sizes), strict=True):
-            sums = _layer_sums(layer, keys, sizes)
+            maps = rearrange(_layer_sums(layer, keys, sizes), "l (h w) -> l h w", h=layer.height)
             grid = layer.height, layer.width
-            grids[grid] = grids.get(grid, 0) + rearrange(sums, "l (h w) -> l h w", h=layer.height)
+            grids[grid] = grids[grid] + maps if grid in grids else maps
         # Resizing is linear: once a grid, after the sum over layers, steps and heads.
-        total = sum(resize(maps, (recording.height, recording.width)) for maps in grids.values())
+        total = summed(resize(maps, (recording.height, recording.width)) for maps in grids.values())
         count = sum(x.queries.shape[0] * x.queries.shape[1] for x in recording.layers)
         return list((total / count).split(sizes))
 
@@ -90,6 +98,7 @@ def _compute_device(recording: Recording, embedding: Tensor) -> torch.device:
 
 def layer_keys(layer: LayerQueries, embedding: Tensor) -> Tensor:
     """Eq. 4: the layer's keys, float32 `[heads, L, d]`, times the softmax's scale, on the embedding's device."""
+    assert layer.keys is not None, "a layer of a text stream"
     keys = rearrange(call_frozen(layer.keys, embedding), "l (h d) -> h l d", h=layer.queries.shape[1])
     return _scaled(keys, layer, embedding)
 
@@ -119,12 +128,15 @@ def _layer_sums(layer: LayerQueries, keys: Tensor, sizes: list[int]) -> Tensor:
         second = _sums(keys, layer.queries, None, torch.sigmoid, _sigmoid_slopes)
         first = layer.queries.shape[0] * layer.queries.shape[1] - second
         return rearrange([first, second], "two words n -> (words two) n")
-    softmax, slopes = partial(_softmax_each, sizes=sizes), partial(_softmax_slopes, sizes=sizes)
+    softmax, slopes = functools.partial(_softmax_each, sizes=sizes), functools.partial(_softmax_slopes, sizes=sizes)
     return _sums(keys, layer.queries, sizes, softmax, slopes)
 
 
 def _sums(keys: Tensor, queries: Tensor, sizes: list[int] | None, normalise: Callable, slopes: Callable) -> Tensor:
-    """`_ProbabilitySums`, or its kernels where they run. sizes: rows over which `normalise` sums, None for each alone."""
+    """`_ProbabilitySums`, or its kernels where they run.
+
+    sizes: rows over which `normalise` sums, one prompt after the other; None where each row is on its own.
+    """
 
     def plain(keys: Tensor, queries: Tensor) -> Tensor:
         return _ProbabilitySums.apply(keys, queries, normalise, slopes)
@@ -167,8 +179,8 @@ class _ProbabilitySums(torch.autograd.Function):
         for number, (pixels, at, block) in enumerate(_blocks(ctx.queries, keys)):
             probabilities = kept[number] if kept else ctx.normalise(_products(_of_steps(keys, at), block))
             slopes = ctx.slopes(probabilities, gradient[:, pixels])
-            own = _of_steps(total, at)
-            own += (slopes @ block).sum_to_size(own.shape)
+            of_steps = _of_steps(total, at)
+            of_steps += (slopes @ block).sum_to_size(of_steps.shape)
         return total, None, None, None
 
 
@@ -213,18 +225,18 @@ def _softmax_each(products: Tensor, sizes: list[int]) -> Tensor:
 def _softmax_slopes(probabilities: Tensor, gradient: Tensor, sizes: list[int]) -> Tensor:
     """`p * (g - sum(p * g))` over the tokens of each prompt."""
     weighted = probabilities * gradient
-    for own, p in zip(weighted.split(sizes, dim=-2), probabilities.split(sizes, dim=-2), strict=True):
-        own.addcmul_(p, own.sum(dim=-2, keepdim=True), value=-1)
+    for slopes, p in zip(weighted.split(sizes, dim=-2), probabilities.split(sizes, dim=-2), strict=True):
+        slopes.addcmul_(p, slopes.sum(dim=-2, keepdim=True), value=-1)
     return weighted
 
 
 @dataclass(frozen=True, eq=False)
-class Attribution:
+class AttributionPrompt:
     """An attribution prompt, encoded.
 
     embedding: `[L, E]` in the text encoder's dtype, on its device, the special tokens included.
-    labels: what gets a map; groups: for each label the rows of `embedding` whose maps are averaged; shares: what each of
-    them counts for, one in sum, None where they count alike.
+    labels: what gets a map; groups: for each label the rows of `embedding` whose maps are averaged; shares: what each
+    of them counts for, one in sum, None where they count alike.
     """
 
     embedding: Tensor
@@ -233,7 +245,10 @@ class Attribution:
     shares: tuple[tuple[float, ...], ...] | None = None
 
     def means(self, maps: Tensor, rows: Sequence[int] | None = None) -> list[Tensor]:
-        """One map a label, `[...]` each, of one a row, `[L, ...]`; rows: those of `embedding` that `maps` holds, default all."""
+        """One map a label, `[...]` each, of one a row, `[L, ...]`.
+
+        rows: those of `embedding` that `maps` holds, in its order; None for all.
+        """
         if rows is not None:
             maps = maps[[rows.index(row) if row in rows else 0 for row in range(len(self.embedding))]]
         if self.shares is None:

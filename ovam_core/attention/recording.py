@@ -1,4 +1,4 @@
-"""TODO: what this module is."""
+"""What is kept of one generated image, or of a photograph's passes: enough for the heatmap of any word afterwards."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ovam_core.attention.text_stream import TextStream
 from ovam_core.errors import InputError
 
 Branch = Literal["conditional", "unconditional", "all"]
-
 BRANCHES = get_args(Branch)
 
 
@@ -24,8 +23,8 @@ class LayerQueries:
 
     queries: `[T, heads, n, d]`, n = height * width, row-major, in the storage dtype; normalised and rotated where the
     model does so.
-    keys: the model's own way from embedding to keys, `[L, embed_dim]` -> `[L, heads * d]` (`to_k` in a UNet); None where
-    they come from the recording's text stream.
+    keys: the model's own way from embedding to keys, `[L, embed_dim]` -> `[L, heads * d]` (`to_k` in a UNet); None
+    where they come from the recording's text stream.
     scale: factor of the products before the softmax, 1 / sqrt(d) (Eq. 3).
     """
 
@@ -33,7 +32,7 @@ class LayerQueries:
     height: int
     width: int
     queries: Tensor
-    keys: Callable[[Tensor], Tensor] | None
+    keys: nn.Module | None
     scale: float
 
     @property
@@ -77,15 +76,15 @@ class Recording:
     width: int
     image_size: tuple[int, int]
     embed_dim: int
-    branch: str
+    branch: Branch
     stream: TextStream | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes held by the queries, the column sums and the text stream."""
         tensors = [x.queries for x in self.layers] + [x.sums for x in self.column_sums]
-        own = sum(x.numel() * x.element_size() for x in tensors)
-        return own if self.stream is None else own + self.stream.nbytes
+        held = sum(x.numel() * x.element_size() for x in tensors)
+        return held if self.stream is None else held + self.stream.nbytes
 
     @property
     def resolutions(self) -> tuple[int, ...]:

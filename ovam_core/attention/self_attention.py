@@ -1,4 +1,4 @@
-"""TODO: what this module is."""
+"""Self-attention received by each pixel (the sums of Eq. 8), of softmax and of linear attention."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def _column_sums(query: Tensor, key: Tensor, scale: float) -> Tensor:
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         key = rearrange(key.float() * scale, "h n d -> h d n").contiguous()
         # A head at a time: a product of many rows of one head takes half the time of one of few rows of all of them.
-        for own, others in zip(query, key, strict=True):
-            for block in own.split(rows):
-                total += torch.softmax(block.float() @ others, dim=-1).sum(dim=0)
+        for queries, keys in zip(query, key, strict=True):
+            for block in queries.split(rows):
+                total += torch.softmax(block.float() @ keys, dim=-1).sum(dim=0)
     return total
 
 
@@ -48,5 +48,5 @@ def linear_column_sums(query: Tensor, key: Tensor) -> Tensor:
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         query, key = query.relu().float(), key.relu().float()
         norms = torch.einsum("h n d, h d -> h n", query, key.sum(dim=1))
-        asked = (query / (norms[..., None] + 1e-15)).sum(dim=1)
-        return torch.einsum("h n d, h d -> n", key, asked)
+        attending = (query / (norms[..., None] + 1e-15)).sum(dim=1)
+        return torch.einsum("h n d, h d -> n", key, attending)

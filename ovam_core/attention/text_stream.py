@@ -9,10 +9,10 @@ that the model makes of them at the prompt's place, before this image. Of the pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,29 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-Turn = tuple[Tensor, Tensor]  # cosines and sines `[n, d]` by which a rotary embedding turns queries and keys
+from ovam_core.attention.heads import Attention, Turn, by_head, rotated
+
+
+class JointAttention(Attention, Protocol):
+    """A joint attention of diffusers: the image's projections, and here the text's."""
+
+    add_q_proj: nn.Module
+    add_k_proj: nn.Module
+    add_v_proj: nn.Module
+    to_add_out: nn.Module
+    norm_added_q: nn.Module | None
+    norm_added_k: nn.Module | None
+
+
+class JointBlock(Protocol):
+    """A block of diffusers in which image and text attend to both, the text's half. The last one may lack what follows
+    the attention.
+    """
+
+    attn: JointAttention
+    norm1_context: nn.Module
+    norm2_context: nn.Module
+    ff_context: nn.Module
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +65,9 @@ class StreamBlock:
 
     def onwards(self, text: Tensor, modulation: Tensor, turn: Turn | None, sizes: Sequence[int]) -> Tensor:
         """The text `[T, L, C]` after this block; prompts of `sizes` tokens do not read one another."""
-        mask = _apart(sizes, self.image_keys.shape[2], text.device)
+        if self.carry is None or self.image_keys is None:
+            raise ValueError(f"The text ends in the block {self.name}.")
+        mask = _prompt_mask(sizes, self.image_keys.shape[2], text.device)
         return call_frozen(self.carry, text, modulation, turn, self.image_keys, self.image_values, mask)
 
 
@@ -103,7 +127,7 @@ class TextStream:
 
 def text_stream(
     embed: nn.Module,
-    blocks: dict[str, nn.Module],
+    blocks: Mapping[str, JointBlock],
     kept: dict[str, Tensor],
     rotary: Callable[[Tensor], Turn] | None = None,
 ) -> TextStream:
@@ -113,20 +137,17 @@ def text_stream(
     "modulation", and for every block but the last "<name>.keys" and "<name>.values".
     """
     *before, last = blocks
-    parts = [
+    carrying = [
         StreamBlock(x, TextKeys(blocks[x]), TextStep(blocks[x]), kept[f"{x}.keys"], kept[f"{x}.values"]) for x in before
     ]
     end = StreamBlock(last, TextKeys(blocks[last]), None, None, None)
-    return TextStream(embed, (*parts, end), kept["modulation"], rotary)
-
-
-# --------------------------------------------------------------------------------- the text's half of a block
+    return TextStream(embed, (*carrying, end), kept["modulation"], rotary)
 
 
 class TextKeys(nn.Module):
     """Text `[T, L, C]` and modulation `[T, C]` to its keys in one block, `[T, heads, L, d]`."""
 
-    def __init__(self, block: nn.Module):
+    def __init__(self, block: JointBlock):
         super().__init__()
         attention = block.attn
         self.norm = _adaptive_norm(block)
@@ -134,7 +155,7 @@ class TextKeys(nn.Module):
 
     def forward(self, text: Tensor, modulation: Tensor, turn: Turn | None) -> Tensor:
         normed = self.norm(text, modulation)[0]
-        return rotated(_by_head(self.project(normed), self.heads, self.norm_key), turn)
+        return rotated(by_head(self.project(normed), self.heads, self.norm_key), turn)
 
 
 class TextStep(nn.Module):
@@ -143,7 +164,7 @@ class TextStep(nn.Module):
     image_keys, image_values: `[T, heads, n, d]`. mask: bool `[L, L + n]`, what each token may read; None for all.
     """
 
-    def __init__(self, block: nn.Module):
+    def __init__(self, block: JointBlock):
         super().__init__()
         attention = block.attn
         self.norm = _adaptive_norm(block)
@@ -163,9 +184,9 @@ class TextStep(nn.Module):
         mask: Tensor | None,
     ) -> Tensor:
         normed, gate, shift, scale, gate_2 = self.norm(text, modulation)
-        query = rotated(_by_head(self.to_query(normed), self.heads, self.norm_query), turn)
-        key = rotated(_by_head(self.to_key(normed), self.heads, self.norm_key), turn)
-        value = _by_head(self.to_value(normed), self.heads, None)
+        query = rotated(by_head(self.to_query(normed), self.heads, self.norm_query), turn)
+        key = rotated(by_head(self.to_key(normed), self.heads, self.norm_key), turn)
+        value = by_head(self.to_value(normed), self.heads)
         keys, values = torch.cat([key, image_keys], dim=2), torch.cat([value, image_values], dim=2)
         read = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
         text = text + gate * self.to_out(rearrange(read, "t h l d -> t l (h d)"))
@@ -175,7 +196,7 @@ class TextStep(nn.Module):
 
 
 class _ModulatedNorm(nn.Module):
-    """The block's own norm: the text made ready for attention, and gate, shift, scale and gate `[T, 1, C]` for the rest."""
+    """The block's own norm: the text made ready for attention; gate, shift, scale and gate `[T, 1, C]` for the rest."""
 
     def __init__(self, norm: nn.Module):
         super().__init__()
@@ -194,14 +215,14 @@ class _LastNorm(_ModulatedNorm):
 
 
 class _SharedNorm(_ModulatedNorm):
-    """The same in Flux 2, where the modulation `[T, 6 C]` is made once for all blocks, and not from `[T, C]` in each."""
+    """The same in Flux 2, where the modulation `[T, 6 C]` is made once for all blocks, not from `[T, C]` in each."""
 
     def forward(self, text: Tensor, modulation: Tensor) -> tuple[Tensor, ...]:
         shift, scale, *rest = modulation[:, None].chunk(6, dim=-1)
         return self.norm(text) * (1 + scale) + shift, *rest
 
 
-def _adaptive_norm(block: nn.Module) -> _ModulatedNorm:
+def _adaptive_norm(block: JointBlock) -> _ModulatedNorm:
     if getattr(block, "context_pre_only", False):
         return _LastNorm(block.norm1_context)
     if isinstance(block.norm1_context, nn.LayerNorm):
@@ -209,27 +230,12 @@ def _adaptive_norm(block: nn.Module) -> _ModulatedNorm:
     return _ModulatedNorm(block.norm1_context)
 
 
-def _by_head(projected: Tensor, heads: int, norm: nn.Module | None) -> Tensor:
-    x = rearrange(projected, "t l (h d) -> t h l d", h=heads)
-    return x if norm is None else norm(x)
-
-
-def rotated(x: Tensor, turn: Turn | None) -> Tensor:
-    """Queries or keys `[b, heads, n, d]` turned by their position; None leaves them as they are."""
-    from diffusers.models.embeddings import apply_rotary_emb
-
-    return x if turn is None else apply_rotary_emb(x, turn)
-
-
-def _apart(sizes: Sequence[int], n: int, device: torch.device) -> Tensor | None:
-    """Which token may read which: those of its own prompt and all `n` pixels, bool `[L, L + n]`; None for one prompt."""
+def _prompt_mask(sizes: Sequence[int], n: int, device: torch.device) -> Tensor | None:
+    """What a token may read: those of its own prompt and all `n` pixels, bool `[L, L + n]`; None for one prompt."""
     if len(sizes) == 1:
         return None
     prompt = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(device)
     return F.pad(prompt[:, None] == prompt, (0, n), value=True)
-
-
-# ---------------------------------------------------------------------------------------- the model's own modules
 
 
 def call_frozen(module: nn.Module, *inputs: Any) -> Tensor:
@@ -247,8 +253,8 @@ def call_frozen(module: nn.Module, *inputs: Any) -> Tensor:
         x = x.to(weight.dtype) if x.is_floating_point() else x
         return x if weight.is_meta else x.to(weight.device)  # accelerate's hooks bring weights and input together
 
-    given = tuple(brought(x) for x in inputs)
+    arguments = tuple(brought(x) for x in inputs)
     if not torch.is_grad_enabled():
-        return module(*given)
+        return module(*arguments)
     frozen = {name: p.detach() for name, p in module.named_parameters()}
-    return torch.func.functional_call(module, frozen, given)
+    return torch.func.functional_call(module, frozen, arguments)

@@ -1,7 +1,8 @@
-"""From annotated images to token files: a folder of prompts, seeds and masks, or of photographs and masks, or one of each.
+"""From annotated images to token files: a folder of prompts, seeds and masks, or of photographs and masks, or one of
+each.
 
 The recording comes from generating, so an annotated image is kept as what makes it again, with the mask drawn on it; a
-photograph is kept itself, and is recorded in one forward pass (photo.py):
+photograph is kept itself, and is recorded in one forward pass (hooks/photograph.py):
 
     FOLDER/metadata.jsonl     one JSON object a line; of these keys only prompt, seed, mask and class are needed:
         {"prompt": "A photograph of a cat", "seed": 3, "mask": "cat.png", "class": "cat", "file_name": "cat.jpg",
@@ -18,32 +19,32 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from ovam_core.attention.recording import Branch
+from ovam_core.data.layout import METADATA
 from ovam_core.errors import InputError
 from ovam_core.hooks.photograph import fitted_size
 from ovam_core.io.masks import read_mask
-from ovam_core.io.pictures import read_photo
-from ovam_core.models.presets import defaults_for, own_choice
-from ovam_core.optimization import PROMPT, RECIPES, Epoch, Optimized, OptimizeSettings, initial_embedding, optimize
-from ovam_core.ovam import generate, photograph
-from ovam_core.picture import Generation
+from ovam_core.io.pictures import open_picture, read_photo
+from ovam_core.models.presets import recommended_part
+from ovam_core.optimization import RECIPES, Epoch, Optimized, OptimizeSettings, initial_embedding, optimize
+from ovam_core.ovam import OVAM
+from ovam_core.picture import Picture
 from ovam_core.query import caption_of
 from ovam_core.settings import GenerateSettings, PhotoSettings
-from ovam_core.tokens import BACKGROUND, Token
-
-METADATA = "metadata.jsonl"
+from ovam_core.tokens import Token
 
 MAX_METADATA = 64 << 20
 
 SAME_IMAGE = 8.0  # mean difference of 255: JPEG and other devices stay below, another picture does not
 
-SETTINGS = ("negative_prompt", "steps", "guidance", "width", "height")
+IMAGE_SETTINGS = ("negative_prompt", "steps", "guidance", "width", "height")
 
 PHOTO_SETTINGS = ("caption", "timesteps", "seed", "width", "height")
 
@@ -52,8 +53,8 @@ PHOTO_SETTINGS = ("caption", "timesteps", "seed", "width", "height")
 class Example:
     """One annotated image: its settings, the mask's file, its classes, and the image's file.
 
-    image: what makes the image, `file` then being None or the image if it is kept; or what a photograph is recorded with,
-    `file` then being the photograph.
+    image: what makes the image, `file` then being None or the image if it is kept; or what a photograph is recorded
+    with, `file` then being the photograph.
     """
 
     image: GenerateSettings | PhotoSettings
@@ -62,11 +63,14 @@ class Example:
     file: Path | None = None
 
     @property
-    def is_photo(self) -> bool:
-        return isinstance(self.image, PhotoSettings)
+    def photo(self) -> Path:
+        """The photograph. Raises InputError where there is none."""
+        if self.file is None:
+            raise InputError(f"The photograph of '{self.mask.name}' is not named.")
+        return self.file
 
 
-def read_folder(folder: str | Path, pipe: Any) -> list[Example]:
+def read_folder(folder: str | Path, ovam: OVAM) -> list[Example]:
     """The rows of FOLDER/metadata.jsonl, settings that a row leaves out being the model's own.
 
     Raises InputError, one sentence with the line's number, for rows that cannot be used.
@@ -83,7 +87,7 @@ def read_folder(folder: str | Path, pipe: Any) -> list[Example]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                found.append(_example(folder, json.loads(line), pipe))
+                found.append(_example(folder, json.loads(line), ovam))
             except (KeyError, TypeError, AttributeError) as error:
                 lacks = f"lacks {error}" if isinstance(error, KeyError) else "holds a value of the wrong kind"
                 raise InputError(f"Line {number} of {METADATA} {lacks}.") from None
@@ -94,14 +98,18 @@ def read_folder(folder: str | Path, pipe: Any) -> list[Example]:
     return found
 
 
-def _example(folder: Path, row: dict, pipe: Any) -> Example:
+def _example(folder: Path, row: dict, ovam: OVAM) -> Example:
     classes = _classes(row)
+    image: GenerateSettings | PhotoSettings
     if row.get("photo") is not None:
         image, file = photo_settings(classes, **{key: row.get(key) for key in PHOTO_SETTINGS}), row["photo"]
     else:
-        given = {key: row[key] for key in SETTINGS if row.get(key) is not None}
-        image, file = GenerateSettings.for_model(pipe, row["prompt"], seed=row["seed"], **given), row.get("file_name")
-    image.validate(pipe)
+        given = {key: row[key] for key in IMAGE_SETTINGS if row.get(key) is not None}
+        image, file = (
+            GenerateSettings.for_model(ovam.pipe, row["prompt"], seed=row["seed"], **given),
+            row.get("file_name"),
+        )
+    image.validate(ovam.pipe)
     mask = _inside(folder, row["mask"])
     return Example(image, mask, classes, None if file is None else _inside(folder, file))
 
@@ -144,13 +152,11 @@ def by_class(examples: Iterable[Example]) -> dict[str, list[Example]]:
     return groups
 
 
-def check_same(made: Generation, file: Path) -> None:
+def check_same(made: Picture, file: Path) -> None:
     """Raises InputError if the kept image is not the one generated again: its mask would belong to another picture."""
-    try:
-        with Image.open(file) as kept:
-            kept = kept.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError):
-        raise InputError(f"The image '{file}' cannot be read; leave its file_name out if it is not kept.") from None
+    unreadable = f"The image '{file}' cannot be read; leave its file_name out if it is not kept."
+    with open_picture(file, unreadable) as picture:
+        kept = picture.convert("RGB")
     if kept.size != made.image.size:
         raise InputError(
             f"The image '{file.name}' is {kept.width}x{kept.height} and the one made again is {made.image.width}x"
@@ -159,17 +165,17 @@ def check_same(made: Generation, file: Path) -> None:
     apart = np.abs(np.asarray(kept, float) - np.asarray(made.image.convert("RGB"), float)).mean()
     if apart > SAME_IMAGE:
         raise InputError(
-            f"The image '{file.name}' is not what {made.model} makes from its prompt and seed (they differ by {apart:.0f} "
-            "of 255 on average): give the model, seed, steps, guidance and size it was made with."
+            f"The image '{file.name}' is not what {made.model} makes from its prompt and seed (they differ by "
+            f"{apart:.0f} of 255 on average): give the model, seed, steps, guidance and size it was made with."
         )
 
 
 def learn(
-    pipe: Any,
+    ovam: OVAM,
     examples: Sequence[Example],
     settings: OptimizeSettings = RECIPES["fast"],
     *,
-    branch: str = "conditional",
+    branch: Branch = "conditional",
     tau: float | None = None,
     alpha: float | None = None,
     on_image: Callable[[int, int], None] | None = None,
@@ -178,150 +184,106 @@ def learn(
 ) -> tuple[Token, Optimized]:
     """Generates the images of the examples again, or records their photographs, and finds one token for all (Eq. 6).
 
-    All examples must name the same classes. branch: half of the guided batch; the unconditional one of a photograph is a
-    pass without a caption. tau, alpha: for the token's masks, default the model's. on_image: called with (images done,
-    images in all). Raises InputError as `read_mask`, `read_photo`, `check_same` and `optimize` do.
+    All examples must name the same classes. branch: half of the guided batch; the unconditional one of a photograph is
+    a pass without a caption. tau, alpha: for the token's masks, default the model's. on_image: called with (images
+    done, images in all). Raises InputError as `read_mask`, `read_photo`, `check_same` and `optimize` do.
     """
     classes = examples[0].classes
     if any(example.classes != classes for example in examples):
         raise InputError(
             "The rows of an image set must all name the same class; use --annotated for one token a class."
         )
-    start = initial_embedding(pipe, classes)
-    made, targets = _record_all(pipe, examples, branch, on_image)
-    found = optimize([own_choice(pipe, one.recording) for one in made], targets, start, settings, on_epoch, should_stop)
-    return token_of(made, classes, found, settings, tau, alpha), found
+    start = initial_embedding(ovam.pipe, classes)
+    pictures, targets = _record_all(ovam, examples, branch, on_image)
+    return ovam.learn(
+        pictures,
+        targets,
+        classes,
+        settings,
+        start=start,
+        tau=tau,
+        alpha=alpha,
+        on_epoch=on_epoch,
+        should_stop=should_stop,
+    )
 
 
-def learn_apart(
-    pipe: Any,
+def learn_contrasting(
+    ovam: OVAM,
     groups: dict[str, list[Example]],
     settings: OptimizeSettings = RECIPES["fast"],
-    apart: float = 1.0,
+    contrast: float = 1.0,
     *,
-    branch: str = "conditional",
+    branch: Branch = "conditional",
     tau: float | None = None,
     alpha: float | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Iterator[tuple[str, Token, Optimized]]:
-    """A token for each class of `groups` (see `by_class`), each of which takes the other classes' images for background.
+    """A token for each class of `groups` (see `by_class`), each of which takes the other classes' images for
+    background.
 
     One image of one object says what the class is and not what it is not: such a token finds objects of other classes
-    too. Here Eq. 6 gets a term for each image of another class, all background, which together weigh `apart` times what
-    the class's own images do. Such images must not show the class. All recordings are held at a time. Raises InputError as
-    `learn` does, and for a single class.
+    too. Here Eq. 6 gets a term for each image of another class, all background, which together weigh `contrast` times
+    what the class's own images do. Such images must not show the class. All recordings are held at a time. Raises
+    InputError as `learn` does, and for a single class.
     """
     if len(groups) < 2:
         raise InputError(f"Keeping tokens apart takes two classes or more; there is {len(groups)}.")
-    if not math.isfinite(apart) or apart <= 0:
-        raise InputError(f"Keeping tokens apart takes a weight above 0, not {apart:g}.")
-    starts = {name: initial_embedding(pipe, [name]) for name in groups}
-    examples = [one for group in groups.values() for one in group]
-    made, targets = _record_all(pipe, examples, branch)
-    recordings = [own_choice(pipe, one.recording) for one in made]
+    if not math.isfinite(contrast) or contrast <= 0:
+        raise InputError(f"Keeping tokens apart takes a weight above 0, not {contrast:g}.")
+    starts = {name: initial_embedding(ovam.pipe, [name]) for name in groups}
+    examples = [example for group in groups.values() for example in group]
+    pictures, targets = _record_all(ovam, examples, branch)
+    recordings = [recommended_part(ovam.pipe, picture.recording) for picture in pictures]
     for name in groups:
-        own = [one.classes == (name,) for one in examples]
-        labels = [target if mine else np.zeros_like(target) for target, mine in zip(targets, own, strict=True)]
-        share = apart * sum(own) / (len(own) - sum(own))
-        weights = [1.0 if mine else share for mine in own]
+        shows = [example.classes == (name,) for example in examples]
+        labels = [target if it_does else np.zeros_like(target) for target, it_does in zip(targets, shows, strict=True)]
+        others = len(shows) - sum(shows)
+        share = contrast * sum(shows) / others
+        weights = [1.0 if it_does else share for it_does in shows]
         found = optimize(recordings, labels, starts[name], settings, on_epoch, should_stop, weights)
-        its_own = [one for one, mine in zip(made, own, strict=True) if mine]
-        yield (
-            name,
-            token_of(its_own, (name,), found, settings, tau, alpha, {"apart": apart, "others": len(own) - sum(own)}),
-            found,
-        )
+        its_own = [picture for picture, it_does in zip(pictures, shows, strict=True) if it_does]
+        more = {"apart": contrast, "others": others}
+        yield name, ovam.token_of(its_own, (name,), found, settings, tau, alpha, more), found
 
 
 def _record_all(
-    pipe: Any, examples: Sequence[Example], branch: str, on_image: Callable[[int, int], None] | None = None
-) -> tuple[list[Generation], list[np.ndarray]]:
+    ovam: OVAM, examples: Sequence[Example], branch: Branch, on_image: Callable[[int, int], None] | None = None
+) -> tuple[list[Picture], list[np.ndarray]]:
     """The images of the examples and their labels. Masks are read before any time is spent on images."""
     targets, made = [], []
     for one in examples:
         try:
-            targets.append(_target(pipe, one))
+            targets.append(_target(ovam, one))
         except InputError as error:  # which one, of a folder of many
-            known = one.mask.name in str(error)
-            raise InputError(str(error) if known else f"{one.mask.name}: {error}") from None
+            raise InputError(f"{one.mask.name}: {error}") from None
     for number, one in enumerate(examples):
         if on_image is not None:
             on_image(number, len(examples))
-        made.append(_make(pipe, one, branch))
+        made.append(_make(ovam, one, branch))
     if len({one.recording.branch for one in made}) > 1:
         raise InputError("Some captions are empty and others are not; give every photograph a caption, or none.")
     return made, targets
 
 
-def _target(pipe: Any, example: Example) -> np.ndarray:
-    """The mask as labels, uint8 `[H, W]`: at the size of the generated image, or at which the model sees the photograph."""
-    if not example.is_photo:
-        return read_mask(example.mask, (example.image.height, example.image.width), len(example.classes))
-    photo = read_photo(example.file)
-    return photo_target(
-        pipe, photo, read_mask(example.mask, (photo.height, photo.width), len(example.classes)), example.image
-    )
-
-
-def photo_target(pipe: Any, photo: Image.Image, labels: np.ndarray, settings: PhotoSettings) -> np.ndarray:
-    """Labels uint8 at a photograph's size, brought to the size at which the model sees it: what `optimize` takes.
-
-    The maps hold no more than that, and the time of an epoch grows with the pixels of its target.
+def _target(ovam: OVAM, example: Example) -> np.ndarray:
+    """The mask as labels, uint8 `[H, W]`: at the size of the generated image, or at which the model sees the
+    photograph.
     """
-    height, width = settings.size or fitted_size(pipe, photo)
+    if isinstance(example.image, GenerateSettings):
+        return read_mask(example.mask, (example.image.height, example.image.width), len(example.classes))
+    photo = read_photo(example.photo)
+    labels = read_mask(example.mask, (photo.height, photo.width), len(example.classes))
+    height, width = example.image.size or fitted_size(ovam.pipe, photo)
     return np.asarray(Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST))
 
 
-def _make(pipe: Any, example: Example, branch: str) -> Generation:
-    if example.is_photo:
+def _make(ovam: OVAM, example: Example, branch: Branch) -> Picture:
+    if isinstance(example.image, PhotoSettings):
         settings = example.image if branch == "conditional" else replace(example.image, caption="")
-        return photograph(pipe, example.file, settings)
-    made = generate(pipe, example.image, branch=branch)
+        return ovam.look_at(example.photo, settings)
+    picture = ovam.draw(example.image, branch=branch)
     if example.file is not None:
-        check_same(made, example.file)
-    return made
-
-
-def check_begun(found: Optimized) -> None:
-    """Raises InputError for a search that was stopped before its first epoch: what it returns is no token."""
-    if not found.losses:
-        raise InputError("Stopped before the first epoch: nothing was learned.")
-
-
-def token_of(
-    made: Sequence[Generation],
-    classes: Sequence[str],
-    found: Optimized,
-    settings: OptimizeSettings,
-    tau: float | None = None,
-    alpha: float | None = None,
-    more: dict[str, Any] | None = None,
-) -> Token:
-    """The result of `optimize` as a token that says how it came to be. more: further facts of the search.
-
-    Raises InputError as `check_begun` does.
-    """
-    check_begun(found)
-    first = made[0].settings
-    how = asdict(settings) | {"epochs": found.epochs, "images": len(made)} | (more or {})
-    own = defaults_for(made[0].model)
-    if isinstance(first, PhotoSettings):
-        prompt, steps, kind = first.caption, None, "photo"
-    else:
-        prompt, steps, kind = first.prompt, first.steps, "image"
-    about = {key: value for key, value in asdict(first).items() if key not in ("prompt", "caption", "seed", "steps")}
-    return Token(
-        embedding=found.embedding,
-        classes=(BACKGROUND, *classes),
-        model=made[0].model,
-        branch=made[0].recording.branch,
-        steps=steps,
-        prompt=prompt,
-        seed=first.seed,
-        init=" | ".join(PROMPT.format(name) for name in classes),
-        loss=found.loss,
-        settings=json.dumps({kind: about, "optimization": how}, sort_keys=True),
-        tau=own.token_tau if tau is None else tau,
-        alpha=own.token_alpha if alpha is None else alpha,
-    )
+        check_same(picture, example.file)
+    return picture

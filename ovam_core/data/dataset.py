@@ -1,9 +1,10 @@
-"""TODO: what this module is."""
+"""An exported data set: an image's files from its heatmaps and masks, and the whole from what is done; see
+layout.py.
+"""
 
 from __future__ import annotations
 
 import io
-import re
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +24,10 @@ from ovam_core.data.layout import (
     CARD_TEXT,
     CLASSES,
     HEATMAPS,
-    IGNORE,
     IMAGES,
     ITEMS,
     JPEG_QUALITY,
-    MASKS,
+    LABEL_MAPS,
     METADATA,
     SETS,
     SETTINGS,
@@ -37,7 +37,9 @@ from ovam_core.data.layout import (
 from ovam_core.data.prompts import Item, Work
 from ovam_core.data.runs import _json, check_folder, clear_parts, disk_sentence, read_done, write_done
 from ovam_core.errors import InputError
-from ovam_core.io.files import write
+from ovam_core.io.files import write_atomically
+from ovam_core.io.masks import IGNORE
+from ovam_core.io.names import hyphenated
 
 # ------------------------------------------------------------------------------------------------ one image
 
@@ -71,8 +73,7 @@ def stem(item: Item) -> str:
 
 def slug(name: str) -> str:
     """ "potted plant" to "potted-plant"; "class" where no letter is left."""
-    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:40].strip("-") or "class"
+    return hyphenated(unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()) or "class"
 
 
 def labels_of(job: Job) -> np.ndarray:
@@ -95,7 +96,7 @@ def encode(job: Job) -> tuple[dict[str, bytes], dict[str, Any]]:
     labels = labels_of(job)
     files = {
         f"{IMAGES}/{name}.jpg": _encoded(Image.fromarray(job.image), "JPEG", quality=JPEG_QUALITY, subsampling=0),
-        f"{MASKS}/{name}.png": _encoded(plot.label_image(labels), "PNG"),
+        f"{LABEL_MAPS}/{name}.png": _encoded(plot.label_image(labels), "PNG"),
     }
     if job.heatmaps is not None:
         buffer = io.BytesIO()
@@ -104,7 +105,7 @@ def encode(job: Job) -> tuple[dict[str, bytes], dict[str, Any]]:
     coverages = [round(float((labels == label).mean()), 6) for label in job.ids]
     row = {
         "file_name": f"{IMAGES}/{name}.jpg",
-        "mask_file_name": f"{MASKS}/{name}.png",  # `datasets` loads columns of this ending as pictures
+        "mask_file_name": f"{LABEL_MAPS}/{name}.png",  # `datasets` loads columns of this ending as pictures
         **({} if job.heatmaps is None else {"heatmaps": f"{HEATMAPS}/{name}.npz"}),
         **job.row,
         "coverages": coverages,
@@ -133,12 +134,12 @@ def prepare(folder: Path, settings: dict[str, Any]) -> None:
     """
     check_folder(folder, settings)
     try:
-        for name in (IMAGES, MASKS, SETS, ITEMS):
+        for name in (IMAGES, LABEL_MAPS, SETS, ITEMS):
             (folder / name).mkdir(parents=True, exist_ok=True)
         if settings["heatmaps"]:
             (folder / HEATMAPS).mkdir(exist_ok=True)
         clear_parts(folder)
-        write(folder / SETTINGS, _json(settings, indent=1))
+        write_atomically(folder / SETTINGS, _json(settings, indent=1))
     except OSError as error:
         raise InputError(disk_sentence(error, folder)) from None
 
@@ -157,19 +158,21 @@ def assemble(folder: Path, settings: dict[str, Any], work: Work) -> list[dict[st
     clear_parts(folder)
 
     names = ("background", *work.classes)
-    write(folder / CLASSES, "".join(f"{name}\n" for name in names).encode())
-    write(folder / SETS / "train.txt", "".join(f"{Path(row['file_name']).stem}\n" for row in kept).encode())
+    write_atomically(folder / CLASSES, "".join(f"{name}\n" for name in names).encode())
+    write_atomically(folder / SETS / "train.txt", "".join(f"{Path(row['file_name']).stem}\n" for row in kept).encode())
     if work.skipped:
-        write(folder / SKIPPED, b"".join(_json(vars(one)) for one in work.skipped))
+        write_atomically(folder / SKIPPED, b"".join(_json(vars(one)) for one in work.skipped))
     if "coco" in settings["format"]:
         (folder / ANNOTATIONS).mkdir(exist_ok=True)
-        write(folder / ANNOTATIONS / "instances_train.json", _json(coco_instances(folder, kept, work.classes)))
+        write_atomically(
+            folder / ANNOTATIONS / "instances_train.json", _json(coco_instances(folder, kept, work.classes))
+        )
     if "parquet" in settings["format"]:
         write_parquet(folder, kept)
-    write(folder / SHEET, _encoded(contact_sheet(folder, kept or rows), "PNG"))  # all dropped: show those
+    write_atomically(folder / SHEET, _encoded(contact_sheet(folder, kept or rows), "PNG"))  # all dropped: show those
     about = {"images": len(rows), "kept": len(kept), "skipped_prompts": len(work.skipped), "settings": settings}
-    write(folder / ABOUT, _json(about, indent=1))
+    write_atomically(folder / ABOUT, _json(about, indent=1))
     card = CARD_TEXT.format(model=settings["model"], images=len(rows), kept=len(kept))
-    write(folder / CARD, card.encode())
-    write(folder / METADATA, b"".join(map(_json, rows)))
+    write_atomically(folder / CARD, card.encode())
+    write_atomically(folder / METADATA, b"".join(map(_json, rows)))
     return rows

@@ -5,10 +5,10 @@
     ROOT/SegmentationClass/NAME.png            palette: 0 background, classes from 1, 255 ignored
     ROOT/classes.txt                           the name of each label, from 0; without it VOC's own 20 classes
 
-Each photograph is noised and recorded with a caption that lists its objects (photo.py), its classes are asked for as
-words or tokens, and the method makes the masks (methods.py). An image's answer depends on that image and its number in
-the list alone, and sums of whole numbers on no order: so a killed run that goes on, and one by any number of processes,
-give the same result. A run's folder:
+Each photograph is noised and recorded with a caption that lists its objects (hooks/photograph.py), its classes are
+asked for as words or tokens, and the method makes the masks (methods.py). An image's answer depends on that image and
+its number in the list alone, and sums of whole numbers on no order: so a killed run that goes on, and one by any number
+of processes, give the same result. A run's folder:
 
     SegmentationClass/NAME.png                 what was found, palette PNG as VOC's evaluation server takes them
     results.json, results.md                   IoU, mIoU, the confusion matrix, all settings
@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,28 +34,29 @@ from PIL import Image
 
 from ovam_core import plot
 from ovam_core.attention.heatmap import resize
-from ovam_core.attention.mask import densecrf, label_map
-from ovam_core.attention.recording import Recording
-from ovam_core.data import runs as dataset
-from ovam_core.data.export import Question, about_model, questions, weigh
-from ovam_core.data.layout import ITEMS, MASKS, SETTINGS
+from ovam_core.attention.mask import NO_CRF, crf_available, densecrf, label_map
+from ovam_core.checks import MAX_SEED
+from ovam_core.data import runs
+from ovam_core.data.export import about_model, class_queries
+from ovam_core.data.layout import ITEMS, LABEL_MAPS, SETTINGS
 from ovam_core.data.metrics import confusion_matrix, iou, matrix_counts, table
-from ovam_core.data.prompts import MAX_SEED, Item, Work
+from ovam_core.data.prompts import Item, Work
 from ovam_core.data.runs import QUEUE, Process, cores, process_pool, repeatable, worker_count
 from ovam_core.data.voc_folder import VocSet
 from ovam_core.errors import InputError, out_of_memory_as
-from ovam_core.hooks.goca_recorder import record_goca
-from ovam_core.hooks.photograph import TIMESTEPS, denoise, prepare, record_image
-from ovam_core.hooks.recorder import record
-from ovam_core.io.files import write
+from ovam_core.hooks.photograph import record_image
+from ovam_core.io.files import write_atomically
 from ovam_core.io.pictures import read_photo
-from ovam_core.methods import GocaMethod, Method, Seen, maps_and_masks, method_named
-from ovam_core.models.presets import own_choice
-from ovam_core.settings import PhotoSettings
+from ovam_core.methods import Cut, Method, attribute_queries, cut_maps, method_named, over_peak, weighted_maps
+from ovam_core.models.presets import recommended_part
+from ovam_core.ovam import OVAM
+from ovam_core.picture import Picture
+from ovam_core.query import Query
+from ovam_core.settings import TIMESTEPS, Alpha, PhotoSettings, Seed, Settings, Tau, Threads
 
-FORMAT = "ovam-evaluate/1"
+RESULT_FORMAT = "ovam-evaluate/1"
 
-RUN = "evaluation"  # what messages call it
+RUN_KIND = "evaluation"  # what messages call it
 
 RESULTS, TABLE = "results.json", "results.md"
 
@@ -64,10 +65,10 @@ RESULTS, TABLE = "results.json", "results.md"
 
 
 @dataclass(frozen=True)
-class EvaluateSettings:
+class EvaluateSettings(Settings):
     """Everything besides the data that a result depends on. `for_model` fills in what is not given.
 
-    method: a name of ALL_METHODS. timesteps, seed, width, height: as in PhotoSettings; image i has the noise of seed + i.
+    method: a name of METHODS. timesteps, seed, width, height: as in PhotoSettings; image i has the noise of seed + i.
     tau, alpha, crf: in place of the method's own, None for those. tokens: None asks for classes by name, "library" by
     the tokens of the model, else a folder of them; a class without a token is asked by name. template: the attribution
     prompt around a name. threads: of the CPU, where that does the work; see ExportSettings.
@@ -75,43 +76,37 @@ class EvaluateSettings:
 
     method: str
     timesteps: tuple[int, ...] = TIMESTEPS
-    seed: int = 0
+    seed: Seed = 0
     width: int | None = None
     height: int | None = None
-    tau: float | None = None
-    alpha: float | None = None
+    tau: Tau = None
+    alpha: Alpha = None
     crf: bool | None = None
     tokens: str | None = None
     template: str = "{}"
-    threads: int | None = None
+    threads: Threads = None
 
     @classmethod
-    def for_model(cls, pipe: Any, method: str, **given: Any) -> EvaluateSettings:
+    def for_model(cls, ovam: OVAM, method: str, **given: Any) -> EvaluateSettings:
         """Settings with the defaults of method and model for what is not given or None."""
         found = method_named(method)
         own = {
-            "timesteps": timesteps_of(found, pipe.scheduler.config.num_train_timesteps),
-            "threads": cores() if pipe._execution_device.type == "cpu" else None,
+            "timesteps": timesteps_of(found, ovam.pipe.scheduler.config.num_train_timesteps),
+            "threads": cores() if ovam.device.type == "cpu" else None,
         }
         return cls(found.name, **{**own, **{name: value for name, value in given.items() if value is not None}})
 
-    def validate(self, pipe: Any) -> None:
+    def validate(self, ovam: OVAM) -> None:
         """Raises InputError, one sentence, for what cannot be evaluated."""
         method = method_named(self.method)
-        self.photo().validate(pipe)
+        self.photo().validate(ovam.pipe)
         if method.needs_goca and (len(self.timesteps) > 1 or self.template != "{}"):
             raise InputError(f"{method.name} looks at one timestep and takes no template; leave the others out.")
-        if isinstance(method, GocaMethod) and (self.alpha is not None or self.crf):
+        if not method.takes_tokens and (self.alpha is not None or self.crf):
             raise InputError(f"{method.name} has neither alpha nor a dense CRF; leave these settings out.")
-        for name, value in (("tau", self.tau), ("alpha", self.alpha)):
-            real = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if value is not None and not (real and math.isfinite(value) and 0 <= value <= 1):
-                raise InputError(f"The setting {name} is {value}; choose a number from 0 to 1.")
-        threads = self.threads
-        if threads is not None and (
-            isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024
-        ):
-            raise InputError(f"The number of threads is {threads}; choose a whole number from 1 to 1024.")
+        self.check_fields()
+        if self.crf and not crf_available():
+            raise InputError(NO_CRF)
 
     def photo(self, item: Item | None = None) -> PhotoSettings:
         """How a photograph of the set is recorded; any, if none is given."""
@@ -120,24 +115,13 @@ class EvaluateSettings:
         return PhotoSettings(caption, self.timesteps, seed, self.width, self.height)
 
 
-def method_of(settings: EvaluateSettings) -> Method | GocaMethod:
-    """The method with the settings' tau, alpha and dense CRF in place of its own."""
-    method = method_named(settings.method)
-    if isinstance(method, GocaMethod):
-        return method if settings.tau is None else replace(method, tau=settings.tau)
-    given = {
-        "tau": settings.tau,
-        "token_tau": settings.tau,
-        "alpha": settings.alpha,
-        "token_alpha": settings.alpha,
-        "crf": settings.crf,
-    }
-    return replace(method, **{name: value for name, value in given.items() if value is not None})
-
-
-def timesteps_of(method: Method | GocaMethod, last: int) -> tuple[int, ...]:
+def timesteps_of(method: Method, last: int) -> tuple[int, ...]:
     """The noise at which a method looks at photographs: TIMESTEPS, or that of the one step of a run that it takes."""
-    return TIMESTEPS if method.only is None else (round(last * (1 - method.only / method.steps)),)
+    return (
+        TIMESTEPS
+        if method.step is None or method.run_steps is None
+        else (round(last * (1 - method.step / method.run_steps)),)
+    )
 
 
 # ------------------------------------------------------------------------------------------------ one image
@@ -148,7 +132,8 @@ class Job:
     """What a worker needs to finish one image. Plain arrays, so that it travels between processes.
 
     image: uint8 [H, W, 3]. scaled: float32 [L, H, W], the maps by which overlapping masks are told apart. masks: bool
-    [L, H, W]. ids: the label of each. crf: whether a dense CRF follows. truth: uint8 [H, W]. labels: how many there are.
+    [L, H, W]. ids: the label of each. crf: whether a dense CRF follows. truth: uint8 [H, W]. labels: how many there
+    are.
     """
 
     folder: str
@@ -174,13 +159,13 @@ def score_job(job: Job) -> None:
     labels = found_labels(job)
     matrix = confusion_matrix(labels, job.truth, job.labels)
     cells = [[int(row), int(column), int(matrix[row, column])] for row, column in np.argwhere(matrix)]
-    files = {f"{MASKS}/{job.name}.png": plot.png(plot.label_image(labels))}
-    dataset.write_done(Path(job.folder), job.index, files, {"name": job.name, "confusion": cells})
+    files = {f"{LABEL_MAPS}/{job.name}.png": plot.png(plot.label_image(labels))}
+    runs.write_done(Path(job.folder), job.index, files, {"name": job.name, "confusion": cells})
 
 
 @torch.no_grad()
 def make_job(
-    pipe: Any, data: VocSet, item: Item, asked: dict[str, Question], settings: EvaluateSettings, folder: Path
+    ovam: OVAM, data: VocSet, item: Item, queries: dict[str, Query], settings: EvaluateSettings, folder: Path
 ) -> Job:
     """The photograph of an item, recorded and asked. Raises InputError for files that do not belong together."""
     image, truth = read_photo(data.photo(item)), data.truth(item)
@@ -189,13 +174,11 @@ def make_job(
             f"The label map of '{data.names[item.index]}' is {truth.shape[1]}x{truth.shape[0]} and its image "
             f"{image.width}x{image.height}; they must be of one size."
         )
-    method, own, photo = method_of(settings), [asked[name] for name in item.classes], settings.photo(item)
-    if not own:
-        scaled = masks = np.zeros((0, *truth.shape), bool)
-    elif method.needs_goca:
-        scaled, masks = answer_in_one_pass(pipe, method, image, photo, item.classes, own)
+    method, own = method_named(settings.method), [queries[name] for name in item.classes]
+    if own:
+        scaled, masks = answer(ovam, method, image, settings.photo(item), own)
     else:
-        scaled, masks = answer(pipe, image, photo, own)
+        scaled = masks = np.zeros((0, *truth.shape), bool)
     return Job(
         folder=str(folder),
         index=item.index,
@@ -204,73 +187,66 @@ def make_job(
         scaled=scaled,
         masks=masks,
         ids=tuple(data.work.ids(item.classes)),
-        crf=method.crf,
+        crf=method.crf and crf_available() if settings.crf is None else settings.crf,
         truth=truth,
         labels=len(data.labels),
     )
 
 
 def answer(
-    pipe: Any, image: Image.Image, photo: PhotoSettings, asked: Sequence[Question]
+    ovam: OVAM, method: Method, image: Image.Image, photo: PhotoSettings, queries: Sequence[Query]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What a method finds that any recording serves, but for its dense CRF: (scaled maps float32, masks bool), both
-    `[L, H, W]` at the image's size.
+    """What a method finds in a photograph, but for its dense CRF: (the maps by which overlapping masks are told apart,
+    float32; masks, bool), both `[L, H, W]` at the image's size.
     """
-    recordings = record_branches(pipe, image, photo, asked)
-    _, scaled, masks = weigh(recordings, asked, (image.height, image.width))
-    return scaled.float().cpu().numpy(), masks.cpu().numpy()
+    picture = record_picture(ovam, method, image, photo, queries)
+    size = (image.height, image.width)
+    if method.needs_goca:
+        maps = method.heatmaps(ovam.pipe, picture, queries)
+        scaled = resize(maps[: len(queries)], size)
+        masks = method.masks(picture, maps, queries, crf=False)  # the dense CRF is a worker's
+    else:  # the steps that a method looks at are the timesteps here
+        weighted = weighted_maps(picture, attribute_queries(picture, queries), queries, size)
+        scaled, masks = over_peak(weighted), cut_maps(weighted, queries).cpu().numpy()
+    return scaled.float().cpu().numpy(), masks
 
 
-def answer_in_one_pass(
-    pipe: Any,
-    method: Method | GocaMethod,
-    image: Image.Image,
-    photo: PhotoSettings,
-    names: Sequence[str],
-    asked: Sequence[Question],
-) -> tuple[np.ndarray, np.ndarray]:
-    """The same for a method that needs the pass of `record_goca`."""
-    branches = {one.branch for one in asked}
+def record_picture(
+    ovam: OVAM, method: Method, image: Image.Image, photo: PhotoSettings, queries: Sequence[Query]
+) -> Picture:
+    """A photograph with a recording for each half of the guided batch that a query belongs to: the conditional one sees
+    the caption, the unconditional one none. For a method that needs GoCA's pass there is one half alone.
+    """
+    branches = sorted({query.branch for query in queries})
+    captions = {"conditional": photo.caption, "unconditional": ""}
+    if not method.needs_goca:
+        keep = {"self_attention": any(query.alpha < 1 for query in queries)}
+        recordings = {
+            branch: recommended_part(
+                ovam.pipe,
+                record_image(ovam.pipe, image, captions[branch], photo.timesteps, photo.seed, photo.size, **keep),
+            )
+            for branch in branches
+        }
+        first, *others = branches
+        return Picture(image, recordings[first], photo, others={branch: recordings[branch] for branch in others})
     if len(branches) > 1:
         raise InputError(f"{method.name} looks at one pass, but its tokens belong to different halves of a batch.")
-    caption = photo.caption if branches == {"conditional"} else ""
-    noisy = prepare(pipe, [image], [caption], photo.timesteps, photo.seed, photo.size)
-    with record(pipe, branch="all") as plain, record_goca(pipe, branch="all") as weighted:
-        denoise(pipe, noisy)
-    recording = replace(plain.recordings[0], branch=noisy.branch)
-    seen = Seen(image, recording, caption, weighted.recordings[0])
-    words = [name for name, one in zip(names, asked, strict=True) if one.by == "word"]
-    tokens = [one.attribution for one in asked if one.by == "token"]
-    bare = method if isinstance(method, GocaMethod) else replace(method, crf=False)  # that is a worker's
-    found = maps_and_masks(bare, pipe, seen, words, tokens)
-    order = [found.labels.index(name) for name in names]
-    return resize(found.maps, (image.height, image.width)).cpu().numpy()[order], found.masks[order]
+    settings = replace(photo, caption=captions[branches[0]])
+    return ovam.look_at(image, settings, with_goca=True)
 
 
-def record_branches(
-    pipe: Any, image: Image.Image, photo: PhotoSettings, asked: Sequence[Question]
-) -> dict[str, Recording]:
-    """A recording for each half of the guided batch that a question belongs to: with the caption, and without."""
-    captions = {"conditional": photo.caption, "unconditional": ""}
-    keep = {"self_attention": any(one.alpha < 1 for one in asked)}
-    made = {
-        branch: record_image(pipe, image, captions[branch], photo.timesteps, photo.seed, photo.size, **keep)
-        for branch in sorted({one.branch for one in asked})
-    }
-    return {branch: own_choice(pipe, recording) for branch, recording in made.items()}
-
-
-def method_questions(pipe: Any, work: Work, settings: EvaluateSettings) -> dict[str, Question]:
-    """How each class is asked for, with the method's own tau and alpha for words and tokens where none are given."""
-    method = method_of(settings)
-    asked = questions(pipe, work, settings, settings.template)
-    words = [name for name, one in asked.items() if one.by == "word"]
+def method_queries(ovam: OVAM, work: Work, settings: EvaluateSettings) -> dict[str, Query]:
+    """How each class is asked for, with the method's published tau and alpha for words and tokens where none are
+    given.
+    """
+    method = method_named(settings.method)
+    given = Cut(settings.tau, settings.alpha, settings.tau, settings.alpha)
+    queries = class_queries(ovam, work, settings.tokens, given, method, preset=None, template=settings.template)
+    words = [name for name, query in queries.items() if query.kind == "word"]
     if method.asks == "token" and words:
         raise InputError(f"{method.name} asks for tokens alone, and there is none for '{words[0]}'; add --tokens.")
-    if isinstance(method, GocaMethod):
-        return asked
-    cuts = {name: method.cut(one.by == "token") for name, one in asked.items()}
-    return {name: replace(one, tau=cuts[name][0], alpha=cuts[name][1]) for name, one in asked.items()}
+    return queries
 
 
 # ------------------------------------------------------------------------------------------------ the run
@@ -278,7 +254,9 @@ def method_questions(pipe: Any, work: Work, settings: EvaluateSettings) -> dict[
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """matrix: int64 `[labels, labels]`, rows the truth, columns what was found. labels: their names. images: how many."""
+    """matrix: int64 `[labels, labels]`, rows the truth, columns what was found. labels: their names. images: how
+    many.
+    """
 
     matrix: np.ndarray
     labels: tuple[str, ...]
@@ -318,7 +296,7 @@ class Result:
 
     def json(self) -> bytes:
         about = {
-            "format": FORMAT,
+            "format": RESULT_FORMAT,
             "images": self.images,
             "miou": self.miou,
             "miou_objects": self.miou_objects,
@@ -339,8 +317,8 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def evaluate(
-    pipe: Any,
+def evaluate_dataset(
+    ovam: OVAM,
     data: VocSet,
     settings: EvaluateSettings,
     out: str | Path | None = None,
@@ -357,18 +335,18 @@ def evaluate(
     Raises InputError, one sentence, for settings that cannot be, a folder of another run, files that cannot be read.
     """
     process = process or Process()
-    settings.validate(pipe)
+    settings.validate(ovam)
     for caption in sorted({item.prompt for item in data.work.items}):
-        replace(settings.photo(), caption=caption).validate(pipe)
+        replace(settings.photo(), caption=caption).validate(ovam.pipe)
     if out is None and process.ranks > 1:
         raise InputError("Several processes need a folder that they share; add --out.")
-    asked = method_questions(pipe, data.work, settings)
-    about = fingerprint(pipe, data, settings, asked)
+    queries = method_queries(ovam, data.work, settings)
+    about = fingerprint(ovam, data, settings, queries)
     first = process.rank == 0
     with ExitStack() as stack:
         folder = Path(out if out is not None else stack.enter_context(tempfile.TemporaryDirectory()))
-        dataset.check_folder(folder, about, RUN)
-        stack.enter_context(dataset.locked(folder, RUN) if first else nullcontext())
+        runs.check_folder(folder, about, RUN_KIND)
+        stack.enter_context(runs.locked(folder, RUN_KIND) if first else nullcontext())
         stack.enter_context(repeatable(settings.threads))
         try:
             if first:
@@ -377,30 +355,30 @@ def evaluate(
             todo, done = _share(data, folder, process)
             count = worker_count(process.ranks) if workers is None else workers
             with out_of_memory_as("A photograph does not fit in memory; choose a smaller --size."):
-                for number in _run(pipe, data, todo, asked, settings, folder, count):
+                for number in _run(ovam, data, todo, queries, settings, folder, count):
                     if on_image is not None:
                         on_image(done + number, done + len(todo))
             process.wait()
             return _finish(folder, data, about) if first else None
         except OSError as error:
-            raise InputError(dataset.disk_sentence(error, folder, RUN)) from None
+            raise InputError(runs.disk_sentence(error, folder, RUN_KIND)) from None
         except BrokenProcessPool:
             raise InputError(
                 "A process that writes the files died, perhaps for want of memory; start the same evaluation again."
             ) from None
 
 
-def fingerprint(pipe: Any, data: VocSet, settings: EvaluateSettings, asked: dict[str, Question]) -> dict[str, Any]:
+def fingerprint(ovam: OVAM, data: VocSet, settings: EvaluateSettings, queries: dict[str, Query]) -> dict[str, Any]:
     """What a result depends on, as it is kept in its folder; nothing of it names the machine."""
     values = {
-        "program": FORMAT,
-        **asdict(settings),
+        "program": RESULT_FORMAT,
+        **settings.to_json(),
         "tokens": None if settings.tokens is None else "yes",
         "split": data.split,
         "images": len(data.names),
         "classes": list(data.work.classes),
         "data": data.fingerprint(),
-        **about_model(pipe, asked),
+        **about_model(ovam, queries),
     }
     return json.loads(json.dumps(values))  # as it will be read again: tuples are lists
 
@@ -408,23 +386,23 @@ def fingerprint(pipe: Any, data: VocSet, settings: EvaluateSettings, asked: dict
 def _begin(folder: Path, about: dict[str, Any]) -> None:
     """Settings before the rest: another process that begins just now must not take the folder for a stranger's."""
     (folder / ITEMS).mkdir(parents=True, exist_ok=True)
-    dataset.clear_parts(folder)
-    write(folder / SETTINGS, (json.dumps(about, ensure_ascii=False, indent=1) + "\n").encode())
-    (folder / MASKS).mkdir(exist_ok=True)
+    runs.clear_parts(folder)
+    write_atomically(folder / SETTINGS, (json.dumps(about, ensure_ascii=False, indent=1) + "\n").encode())
+    (folder / LABEL_MAPS).mkdir(exist_ok=True)
 
 
 def _share(data: VocSet, folder: Path, process: Process) -> tuple[list[Item], int]:
     """What is to be done of this process's share, and how much of it is done."""
     own = data.work.items[process.rank :: process.ranks]
-    todo = [item for item in own if dataset.read_done(folder, item) is None]
+    todo = [item for item in own if runs.read_done(folder, item) is None]
     return todo, len(own) - len(todo)
 
 
 def _run(
-    pipe: Any,
+    ovam: OVAM,
     data: VocSet,
     items: Sequence[Item],
-    asked: dict[str, Question],
+    queries: dict[str, Query],
     settings: EvaluateSettings,
     folder: Path,
     workers: int,
@@ -436,7 +414,7 @@ def _run(
     finished = 0
     with process_pool(workers) as pool:
         for item in items:
-            pending.append(pool.submit(score_job, make_job(pipe, data, item, asked, settings, folder)))
+            pending.append(pool.submit(score_job, make_job(ovam, data, item, queries, settings, folder)))
             while pending and (len(pending) >= QUEUE * max(workers, 1) or pending[0].done()):
                 pending.popleft().result()
                 finished += 1
@@ -450,12 +428,12 @@ def _run(
 def _finish(folder: Path, data: VocSet, about: dict[str, Any]) -> Result:
     matrix = np.zeros((len(data.labels), len(data.labels)), dtype=np.int64)
     for item in data.work.items:
-        row = dataset.read_done(folder, item)
+        row = runs.read_done(folder, item)
         if row is None:
             raise InputError(f"'{data.names[item.index]}' is missing in '{folder}'; start the same evaluation again.")
         for truth, found, pixels in row["confusion"]:
             matrix[truth, found] += pixels
     result = Result(matrix, data.labels, len(data.names), about)
-    write(folder / RESULTS, result.json())
-    write(folder / TABLE, (result.text() + "\n").encode())
+    write_atomically(folder / RESULTS, result.json())
+    write_atomically(folder / TABLE, (result.text() + "\n").encode())
     return result

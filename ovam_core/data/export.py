@@ -1,7 +1,7 @@
 """Prompts to a segmentation data set on disk: resumable, over one device or many.
 
     work = work_list(template_prompts("A photograph of a {}", VOC_CLASSES), VOC_CLASSES, images_per_prompt=5)
-    summary = export(pipe, work, ExportSettings.for_model(pipe), "out")
+    summary = export_dataset(ovam, work, ExportSettings.for_model(ovam), "out")
 
 The work list (prompts.py) is cut into batches by global index, always the same ones; process r of N makes the batches
 r, r + N, ... An image depends on its prompt, its seed and its batch, and on nothing else: so a killed export that
@@ -14,39 +14,42 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import Field
 
-from ovam_core import tokens
-from ovam_core.attention.heatmap import Attribution, attribute, resize
-from ovam_core.attention.mask import binary_masks, self_attention_map
-from ovam_core.attention.recording import Recording
-from ovam_core.data import runs as dataset
+from ovam_core.attention.heatmap import AttributionPrompt
+from ovam_core.attention.mask import NO_CRF, crf_available
+from ovam_core.attention.recording import Branch, Recording
+from ovam_core.data import runs
 from ovam_core.data.dataset import Job, assemble, encode, prepare, write_job
-from ovam_core.data.filters import ClipScorer, Filters, reason_kinds
+from ovam_core.data.filters import ClipScorer, Filters, Reason, reasons
 from ovam_core.data.formats import check_formats
-from ovam_core.data.layout import FORMAT, SKIPPED
+from ovam_core.data.layout import EXPORT_FORMAT, SKIPPED
 from ovam_core.data.prompts import Item, Skipped, Work, match_class
 from ovam_core.data.runs import QUEUE, Process, cores, digest, process_pool, repeatable, worker_count
 from ovam_core.errors import InputError, Stopped, is_out_of_memory
 from ovam_core.hooks.recorder import record
-from ovam_core.models.families import family_of
-from ovam_core.models.presets import defaults_for, own_grids, own_steps
-from ovam_core.query import attribute_words
-from ovam_core.settings import GenerateSettings
+from ovam_core.methods import METHODS, NOTHING_GIVEN, Cut, Method, attribute_queries, cut_maps, over_peak, weighted_maps
+from ovam_core.models.presets import ModelDefaults, recommended_grids, recommended_steps
+from ovam_core.ovam import OVAM
+from ovam_core.picture import Picture
+from ovam_core.query import Query, token_query, word_queries
+from ovam_core.settings import DEFAULT_METHOD, Alpha, GenerateSettings, Settings, Tau, Threads
+from ovam_core.tokens import folder_for, library
 
 MAX_BATCH = 256
 
@@ -54,81 +57,79 @@ LIBRARY = "library"  # ExportSettings.tokens: the tokens that ship for the model
 
 
 @dataclass(frozen=True)
-class ExportSettings:
+class ExportSettings(Settings):
     """Everything besides the work list that the bytes of a data set depend on. `for_model` fills in the model's own.
 
-    steps, guidance, width, height: as in GenerateSettings. tau, alpha: threshold of Eq. 9 and floor of Eq. 8 for
-    all classes, 0 to 1; None: the model's for words, a token's own for tokens. crf: dense CRF. uncertain: pixels
-    whose strongest class lies this close to its threshold get 255, in units of the map's maximum, 0 to 1; 0 for none.
-    timesteps, resolutions: denoising steps and attention grids to use, None for the model's own. tokens: None asks for classes
-    by name, "library" by the tokens of the model, else a folder of them; a class without a token is asked by name.
-    formats: of FORMATS, "voc" always there. heatmaps: keep them as float16 [classes, h, w] at latent size.
+    steps, guidance, width, height: as in GenerateSettings. tau, alpha: threshold of Eq. 9 and floor of Eq. 8 for all
+    classes, 0 to 1; None: the model's for words, a token's own for tokens. crf: dense CRF. uncertain: pixels whose
+    strongest class lies this close to its threshold get 255, in units of the map's maximum, 0 to 1; 0 for none.
+    step_indices, resolutions: denoising steps and attention grids to use, None for the model's own. tokens: None asks
+    for classes by name, "library" by the tokens of the model, else a folder of them; a class without a token is asked
+    by name. formats: of FORMATS, "voc" always there. heatmaps: keep them as float16 [classes, h, w] at latent size.
     batch_size: images made together. threads: of the CPU, where that makes the images: sums over two threads round
-    otherwise than over one, so several processes must not each choose for themselves; None leaves them.
-    clip: hub id or folder of a CLIP model for its filter, None for no such filter.
+    otherwise than over one, so several processes must not each choose for themselves; None leaves them. clip: hub id or
+    folder of a CLIP model for its filter, None for no such filter.
     """
 
     steps: int
     guidance: float
     width: int
     height: int
-    tau: float | None = None
-    alpha: float | None = None
+    tau: Tau = None
+    alpha: Alpha = None
     crf: bool = True
-    uncertain: float = 0.0
-    timesteps: tuple[int, ...] | None = None
+    uncertain: Annotated[
+        float,
+        Field(title="The setting uncertain", ge=0, le=1, description="label pixels this close to the threshold 255"),
+    ] = 0.0
+    step_indices: tuple[int, ...] | None = field(default=None, metadata={"key": "timesteps"})
     resolutions: tuple[int, ...] | None = None
     tokens: str | None = None
     formats: tuple[str, ...] = ("voc",)
     heatmaps: bool = False
-    batch_size: int = 1
-    threads: int | None = None
+    batch_size: Annotated[
+        int, Field(title="The batch size", ge=1, le=MAX_BATCH, description="images made together")
+    ] = 1
+    threads: Threads = None
     clip: str | None = None
     filters: Filters = field(default_factory=Filters)
 
     @classmethod
-    def for_model(cls, pipe: Any, **given: Any) -> ExportSettings:
+    def for_model(cls, ovam: OVAM, **given: Any) -> ExportSettings:
         """Settings with the model's defaults for what is not given or None. Batches of 4 on a GPU, of 1 elsewhere."""
         given = {name: value for name, value in given.items() if value is not None}
-        own = GenerateSettings.for_model(pipe, "any")
-        kind = pipe._execution_device.type
-        defaults = {
-            "steps": own.steps,
-            "guidance": own.guidance,
-            "width": own.width,
-            "height": own.height,
-            "batch_size": 4 if kind == "cuda" else 1,
-            "threads": cores() if kind == "cpu" else None,
-        }
-        return cls(**{**defaults, **given})
+        kind = ovam.device.type
+        usual = {name: getattr(ovam.preset, name) for name in ("steps", "guidance", "width", "height")}
+        usual |= {"batch_size": 4 if kind == "cuda" else 1, "threads": cores() if kind == "cpu" else None}
+        usual["crf"] = crf_available()
+        return cls(**(usual | given))
 
     def image(self, item: Item | None = None) -> GenerateSettings:
         """The settings of one image; of any, if none is given."""
         item = item or Item(0, "any", "", 0, ())
-        sizes = {"steps": self.steps, "guidance": self.guidance, "width": self.width, "height": self.height}
-        return GenerateSettings(item.prompt, item.negative_prompt, item.seed, **sizes)
+        return GenerateSettings(
+            item.prompt, item.negative_prompt, item.seed, self.steps, self.guidance, self.width, self.height
+        )
 
-    def validate(self, pipe: Any) -> None:
+    def validate(self, ovam: OVAM) -> None:
         """Raises InputError, one sentence, for what this model cannot make."""
-        self.image().validate(pipe)
-        for name, value in (("tau", self.tau), ("alpha", self.alpha), ("uncertain", self.uncertain)):
-            real = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if value is not None and not (real and math.isfinite(value) and 0 <= value <= 1):
-                raise InputError(f"The setting {name} is {value}; choose a number from 0 to 1.")
-        for name, value, highest in (
-            ("batch size", self.batch_size, MAX_BATCH),
-            ("number of threads", self.threads or 1, 1024),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= highest:
-                raise InputError(f"The {name} is {value}; choose a whole number from 1 to {highest}.")
+        self.image().validate(ovam.pipe)
+        self.check_fields()
+        if self.crf and not crf_available():
+            raise InputError(NO_CRF)
         check_formats(self.formats)
         self.filters.validate()
 
-    def check(self, pipe: Any) -> Callable[[str, str], None]:
+    def queries(self, ovam: OVAM, work: Work) -> dict[str, Query]:
+        """How each class is asked for; see `class_queries`. tau and alpha, where given, hold for words and tokens."""
+        given = Cut(self.tau, self.alpha, self.tau, self.alpha)
+        return class_queries(ovam, work, self.tokens, given, preset=ovam.preset)
+
+    def check(self, ovam: OVAM) -> Callable[[str, str], None]:
         """What `work_list` takes as `check`: refuses prompts that this model cannot take."""
 
         def check(prompt: str, negative: str) -> None:
-            replace(self.image(), prompt=prompt, negative_prompt=negative).validate(pipe)
+            replace(self.image(), prompt=prompt, negative_prompt=negative).validate(ovam.pipe)
 
         return check
 
@@ -168,30 +169,17 @@ class Timings:
 # ------------------------------------------------------------------------------------------------ plan
 
 
-@dataclass(frozen=True, eq=False)
-class Question:
-    """How a class is asked for. by: "word" or "token". mark: of the text, or of the token's own numbers: an embedding
-    that is computed differs in its last bits with the number of threads.
-    """
-
-    attribution: Attribution
-    tau: float
-    alpha: float
-    branch: str = "conditional"
-    by: str = "word"
-    mark: str = ""
-
-
 @dataclass(frozen=True)
 class Plan:
-    """What an export would make. done: images that are there already. classes: images a class, in the list's order.
-    by: "word" or "token" a class. largest_bytes: of the data set, an upper bound. skipped: prompts that no image is made of.
+    """What an export would make. done: images that are there already. classes: images a class, in the list's order. by:
+    "word" or "token" a class. largest_bytes: of the data set, an upper bound. skipped: prompts that no image is made
+    of.
     """
 
     images: int
     done: int
     classes: dict[str, int]
-    by: dict[str, str]
+    by: Mapping[str, str]
     skipped: tuple[Skipped, ...]
     largest_bytes: int
     settings: ExportSettings
@@ -211,9 +199,8 @@ class Plan:
         if self.settings.clip is None:
             lines.append("No CLIP model is given: images are filtered by coverage alone.")
         if self.skipped:
-            lines.append(
-                f"{len(self.skipped):,} prompts are skipped; the first is {self.skipped[0].source}: {self.skipped[0].reason}"
-            )
+            first = self.skipped[0]
+            lines.append(f"{len(self.skipped):,} prompts are skipped; the first is {first.source}: {first.reason}")
         return "\n".join(lines)
 
 
@@ -244,11 +231,11 @@ def duration(seconds: float) -> str:
     )
 
 
-def plan(pipe: Any, work: Work, settings: ExportSettings, out: str | Path) -> Plan:
+def plan(ovam: OVAM, work: Work, settings: ExportSettings, out: str | Path) -> Plan:
     """What `export` would do; writes nothing. Raises InputError for whatever `export` would refuse."""
-    settings.validate(pipe)
-    asked = questions(pipe, work, settings)
-    dataset.check_folder(Path(out), fingerprint(pipe, work, settings, asked))
+    settings.validate(ovam)
+    queries = settings.queries(ovam, work)
+    runs.check_folder(Path(out), fingerprint(ovam, work, settings, queries))
     counts = Counter(name for item in work.items for name in item.classes)
     classes = {name: counts[name] for name in work.classes if counts[name]}
     pixels = settings.width * settings.height
@@ -257,118 +244,109 @@ def plan(pipe: Any, work: Work, settings: ExportSettings, out: str | Path) -> Pl
         per_image += 2 * pixels // 16 * max(len(item.classes) for item in work.items)
     if "parquet" in settings.formats:
         per_image *= 2
-    done = sum(dataset.read_done(Path(out), item) is not None for item in work.items)
-    by = {name: asked[name].by for name in classes}
+    done = sum(runs.read_done(Path(out), item) is not None for item in work.items)
+    by = {name: queries[name].kind for name in classes}
     return Plan(len(work.items), done, classes, by, work.skipped, per_image * len(work.items), settings)
 
 
-def measure(pipe: Any, work: Work, settings: ExportSettings, done: int = 0, clip: ClipScorer | None = None) -> Estimate:
+def measure(
+    ovam: OVAM, work: Work, settings: ExportSettings, done: int = 0, clip: ClipScorer | None = None
+) -> Estimate:
     """Makes the first batch, in memory, to say how long the rest takes. done: images that need not be made."""
-    asked = questions(pipe, work, settings)
+    queries = settings.queries(ovam, work)
     begun = time.perf_counter()
     with repeatable(settings.threads):
-        jobs = make_jobs(pipe, work.items[: settings.batch_size], "", asked, work, settings, clip)
+        jobs = make_jobs(ovam, work.items[: settings.batch_size], "", queries, work, settings, clip)
     seconds = (time.perf_counter() - begun) / len(jobs)
     sizes = [sum(map(len, encode(job)[0].values())) for job in jobs]
     size = sum(sizes) / len(sizes) * (2 if "parquet" in settings.formats else 1)
     return Estimate(seconds, size, seconds * (len(work.items) - done), size * len(work.items))
 
 
-def questions(pipe: Any, work: Work, settings: Any, template: str = "{}") -> dict[str, Question]:
-    """How each class of the work is asked for. settings: ExportSettings, or others with `tokens`, `tau` and `alpha`.
+def class_queries(
+    ovam: OVAM,
+    work: Work,
+    tokens: str | None = None,
+    given: Cut = NOTHING_GIVEN,
+    method: Method = METHODS[DEFAULT_METHOD],
+    preset: ModelDefaults | None = None,
+    template: str = "{}",
+) -> dict[str, Query]:
+    """How each class of the work is asked for: by a token where there is one, else by its name.
 
-    template: the attribution prompt of a class that is asked for by name. Raises InputError for a class that neither
-    token nor word fits.
+    tokens: None for names alone, LIBRARY for the tokens of the model, else a folder of them. given, method, preset:
+    what decides tau and alpha, see `Cut`. template: the attribution prompt of a class that is asked for by name.
+    Raises InputError for a class that neither token nor word fits.
     """
-    own = defaults_for(pipe)
     used = {name for item in work.items for name in item.classes}
-    found = _tokens(pipe, work.classes, settings) if settings.tokens is not None else {}
-    asked = {}
+    by_token = {} if tokens is None else _token_queries(ovam, work.classes, tokens)
+    queries = {}
     for name in [name for name in work.classes if name in used]:
-        if name in found:
-            asked[name] = found[name]
-            continue
-        try:
-            attribution = attribute_words(pipe, [name], template)[0]
-        except InputError as error:
-            raise InputError(f"Neither a token nor a word fits the class '{name[:60]}': {error}") from None
-        asked[name] = Question(attribution, own.tau, own.alpha, mark=template.replace("{}", name))
-    return {
-        name: replace(
-            one,
-            tau=one.tau if settings.tau is None else settings.tau,
-            alpha=one.alpha if settings.alpha is None else settings.alpha,
-        )
-        for name, one in asked.items()
-    }
+        query = by_token.get(name)
+        if query is None:
+            try:
+                query = word_queries(ovam.pipe, [name], template=template)[0]
+            except InputError as error:
+                raise InputError(f"Neither a token nor a word fits the class '{name[:60]}': {error}") from None
+        queries[name] = method.cut(query, given, preset)
+    return queries
 
 
-def _tokens(pipe: Any, classes: Sequence[str], settings: Any) -> dict[str, Question]:
-    model = getattr(pipe, "ovam_name", "")
-    folder = tokens.folder_for(model) if settings.tokens == LIBRARY else Path(settings.tokens)
-    loaded = [tokens.load(path) for path in tokens.library(model, folder).values()]
+def _token_queries(ovam: OVAM, classes: Sequence[str], tokens: str) -> dict[str, Query]:
+    folder = folder_for(ovam.name) if tokens == LIBRARY else Path(tokens)
+    loaded = list(library(ovam.name, folder).values())
     if not loaded:
         raise InputError(f"There are no tokens in '{folder}'; make some with optimize, or ask for the classes by name.")
-    found: dict[str, Question] = {}
+    queries: dict[str, Query] = {}
     for token in sorted(loaded, key=lambda token: len(token.names)):  # a class's own token before a joint one
         for row, label in enumerate(token.names):
             name = match_class(label, classes)
-            if name is None or name in found:
+            if name is None or name in queries:
                 continue
-            joint = tokens.attribution(pipe, token)
-            own = Attribution(joint.embedding, (name,), (joint.groups[row],))
+            joint = token_query(ovam.pipe, token)
+            prompt = joint.attribution
+            alone = AttributionPrompt(prompt.embedding, (name,), (prompt.groups[row],))
             mark = f"{row} {digest(token.embedding.float().numpy().tobytes())}"
-            found[name] = Question(own, token.tau, token.alpha, token.branch, "token", mark)
-    return found
+            queries[name] = replace(joint, labels=(name,), prompt=alone, mark=mark)
+    return queries
 
 
-def fingerprint(pipe: Any, work: Work, settings: ExportSettings, asked: dict[str, Question]) -> dict[str, Any]:
+def fingerprint(ovam: OVAM, work: Work, settings: ExportSettings, queries: dict[str, Query]) -> dict[str, Any]:
     """What the bytes of a data set depend on, as it is kept in its folder; nothing of it names the machine."""
-    own = asdict(settings)
+    own = settings.to_json() | {"filters": asdict(settings.filters)}
     formats = own.pop("formats")
     items = [[item.index, item.prompt, item.negative_prompt, item.seed, *item.classes] for item in work.items]
     values = {
-        "program": FORMAT,
+        "program": EXPORT_FORMAT,
         **own,
         "tokens": None if settings.tokens is None else "yes",
         "format": sorted({"voc", *formats}),
         "classes": list(work.classes),
         "images": len(work.items),
         "prompts": digest(json.dumps(items).encode()),
-        **about_model(pipe, asked),
+        **about_model(ovam, queries),
     }
     return json.loads(json.dumps(values))  # as it will be read again: tuples are lists
 
 
-def about_model(pipe: Any, asked: dict[str, Question]) -> dict[str, str]:
+def about_model(ovam: OVAM, queries: dict[str, Query]) -> dict[str, str]:
     """What the model and the questions put to it are known by; nothing of it names the machine."""
-    classes = [
-        [
-            name,
-            one.by,
-            one.tau,
-            one.alpha,
-            one.branch,
-            one.mark,
-        ]
-        for name, one in asked.items()
-    ]
+    classes = [[name, query.kind, query.tau, query.alpha, query.branch, query.mark] for name, query in queries.items()]
     return {
-        "model": getattr(pipe, "ovam_name", type(pipe).__name__),
-        "device": pipe._execution_device.type,
-        "precision": str(family_of(pipe).denoiser.dtype).removeprefix("torch."),
+        "model": getattr(ovam.pipe, "ovam_name", type(ovam.pipe).__name__),
+        "device": ovam.device.type,
+        "precision": ovam.dtype,
         "class_questions": digest(json.dumps(classes).encode()),
-        "weights": _weights(pipe),
+        "weights": _weights(ovam),
     }
 
 
-def _weights(pipe: Any) -> str:
+def _weights(ovam: OVAM) -> str:
     """A digest of a few numbers of every weight: another training, an adapter or a scheduler make another one."""
     # Names that begin with _ say where a scheduler came from, and in an order that changes from run to run.
-    config = sorted((name, value) for name, value in pipe.scheduler.config.items() if not name.startswith("_"))
-    digest = hashlib.sha256(f"{type(pipe.scheduler).__name__} {config}".encode())
-    family = family_of(pipe)
-    for part in (*(encoder for _, encoder in family.encoders), family.denoiser, pipe.vae):
+    config = sorted((name, value) for name, value in ovam.pipe.scheduler.config.items() if not name.startswith("_"))
+    digest = hashlib.sha256(f"{type(ovam.pipe.scheduler).__name__} {config}".encode())
+    for part in (*(encoder for _, encoder in ovam.adapter.encoders), ovam.adapter.denoiser, ovam.pipe.vae):
         for name, weight in part.named_parameters():
             flat = weight.detach().flatten()
             digest.update(name.encode() + flat[:: max(1, len(flat) // 8)][:8].float().cpu().numpy().tobytes())
@@ -380,10 +358,10 @@ def _weights(pipe: Any) -> str:
 
 @torch.no_grad()
 def make_jobs(
-    pipe: Any,
+    ovam: OVAM,
     items: Sequence[Item],
     folder: str | Path,
-    asked: dict[str, Question],
+    queries: dict[str, Query],
     work: Work,
     settings: ExportSettings,
     clip: ClipScorer | None = None,
@@ -393,7 +371,7 @@ def make_jobs(
     """One batch: images, recordings, heatmaps and masks, ready for a worker. Raises Stopped where it is asked to."""
     timings = timings or Timings()
     with timings.of("generation"):
-        images, recordings = _generate(pipe, items, asked, settings, should_stop)
+        images, recordings = _generate(ovam, items, queries, settings, should_stop)
     with timings.of("maps"):
         scores = clip.scores(images, [item.classes for item in items]) if clip else [None] * len(items)
         return [
@@ -403,7 +381,7 @@ def make_jobs(
                 image,
                 {branch: own[n] for branch, own in recordings.items()},
                 score,
-                asked,
+                queries,
                 work,
                 settings,
             )
@@ -412,30 +390,31 @@ def make_jobs(
 
 
 def _generate(
-    pipe: Any,
+    ovam: OVAM,
     items: Sequence[Item],
-    asked: dict[str, Question],
+    queries: dict[str, Query],
     settings: ExportSettings,
     should_stop: Callable[[], bool] | None,
-) -> tuple[list[Image.Image], dict[str, list[Recording]]]:
+) -> tuple[list[Image.Image], dict[Branch, list[Recording]]]:
     """The images of a batch, and for each branch that a class needs their recordings."""
 
     def after_step(done: int) -> None:
         if should_stop is not None and should_stop():
             raise Stopped(done, settings.steps)
 
-    wanted = [asked[name] for item in items for name in item.classes]
-    keep = {
-        "steps": settings.timesteps,
-        "resolutions": settings.resolutions,
-        "self_attention": any(one.alpha < 1 for one in wanted),
-    }
+    wanted = [queries[name] for item in items for name in item.classes]
+    keep = partial(
+        record,
+        ovam.pipe,
+        steps=settings.step_indices,
+        resolutions=settings.resolutions,
+        self_attention=any(query.alpha < 1 for query in wanted),
+    )
     with ExitStack() as stack:
         recorders = {
-            branch: stack.enter_context(record(pipe, branch=branch, **keep))
-            for branch in sorted({x.branch for x in wanted})
+            branch: stack.enter_context(keep(branch=branch)) for branch in sorted({query.branch for query in wanted})
         }
-        images = pipe(
+        images = ovam.run(
             prompt=[item.prompt for item in items],
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance,
@@ -443,13 +422,17 @@ def _generate(
             height=settings.height,
             # On the CPU, one an image: the noise depends on neither the device nor the batch.
             generator=[torch.Generator("cpu").manual_seed(item.seed) for item in items],
-            **family_of(pipe).arguments([item.negative_prompt for item in items], after_step),
+            **ovam.adapter.arguments([item.negative_prompt for item in items], after_step),
         ).images
     made = {branch: recorder.recordings for branch, recorder in recorders.items()}
     if settings.resolutions is None:
-        made = {branch: [own_grids(pipe, one) for one in recordings] for branch, recordings in made.items()}
-    if settings.timesteps is None:
-        made = {branch: [own_steps(pipe, one) for one in recordings] for branch, recordings in made.items()}
+        made = {
+            branch: [recommended_grids(ovam.pipe, one) for one in recordings] for branch, recordings in made.items()
+        }
+    if settings.step_indices is None:
+        made = {
+            branch: [recommended_steps(ovam.pipe, one) for one in recordings] for branch, recordings in made.items()
+        }
     return images, made
 
 
@@ -457,64 +440,40 @@ def _job(
     folder: str | Path,
     item: Item,
     image: Image.Image,
-    recordings: dict[str, Recording],
+    recordings: dict[Branch, Recording],
     scores: list[float] | None,
-    asked: dict[str, Question],
+    queries: dict[str, Query],
     work: Work,
     settings: ExportSettings,
 ) -> Job:
-    own = [asked[name] for name in item.classes]
-    maps, scaled, masks = weigh(recordings, own, (image.height, image.width))
+    own = [queries[name] for name in item.classes]
+    first, *others = recordings
+    picture = Picture(image, recordings[first], others={branch: recordings[branch] for branch in others})
+    maps = attribute_queries(picture, own)
+    weighted = weighted_maps(picture, maps, own, (image.height, image.width))
     kept = maps.to(torch.float16).cpu().numpy() if settings.heatmaps else None
+    ids = work.ids(item.classes)
     row = {
         "prompt": item.prompt,
         "negative_prompt": item.negative_prompt,
         "seed": item.seed,
         "classes": list(item.classes),
-        "class_ids": work.ids(item.classes),
+        "class_ids": ids,
         "clip_scores": scores,
     }
     return Job(
         folder=str(folder),
         item=item,
-        ids=tuple(row["class_ids"]),
+        ids=tuple(ids),
         image=np.asarray(image.convert("RGB")),
-        scaled=scaled.float().cpu().numpy(),
-        masks=masks.cpu().numpy(),
+        scaled=over_peak(weighted).float().cpu().numpy(),
+        masks=cut_maps(weighted, own).cpu().numpy(),
         taus=tuple(one.tau for one in own),
         crf=settings.crf,
         uncertain=settings.uncertain,
         heatmaps=kept,
         row=row,
     )
-
-
-def weigh(
-    recordings: dict[str, Recording], own: Sequence[Question], size: tuple[int, int]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Answers to the questions of one image, from its recordings by branch: (maps, scaled, masks).
-
-    maps: D of each, float32 `[L, h, w]` at latent size. scaled: A_alpha * D over its own maximum, float32 `[L, H, W]` at
-    `size`. masks: of Eq. 9 with each question's own tau and alpha, bool `[L, H, W]`.
-    """
-    found: dict[int, torch.Tensor] = {}
-    for branch, recording in recordings.items():
-        places = [place for place, one in enumerate(own) if one.branch == branch]
-        if places:  # all classes of a branch read the queries once
-            found.update(zip(places, attribute(recording, [own[place].attribution for place in places]), strict=True))
-    maps = torch.stack([found[place] for place in range(len(own))])
-    weighted = torch.cat(
-        [
-            resize((one_map * self_attention_map(recordings[one.branch], one.alpha).to(maps.device))[None], size)
-            for one_map, one in zip(maps, own, strict=True)
-        ]
-    )
-    masks = torch.cat([binary_masks(weighted[n : n + 1], one.tau) for n, one in enumerate(own)])
-    scaled = weighted / weighted.amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    return maps, scaled, masks
-
-
-# ------------------------------------------------------------------------------------------------ the run
 
 
 @dataclass
@@ -530,6 +489,7 @@ class Summary:
     timings: Timings
     skipped: tuple[Skipped, ...] = ()
     notes: tuple[str, ...] = ()
+    filters: Filters = field(default_factory=Filters)
 
     @property
     def kept(self) -> int:
@@ -542,19 +502,21 @@ class Summary:
         return sum(own) / len(own) if own else 0.0
 
     def by_class(self) -> list[dict[str, Any]]:
-        """For each class: class, images, kept, small, large, clip (dropped for that reason), coverage (mean of the kept).
+        """For each class: class, images, kept, small, large, clip (dropped for that reason), coverage (mean of the
+        kept).
 
         An image of several classes counts in each of them; one with several reasons counts in each of these.
         """
-        groups: dict[str, list[tuple[dict, float]]] = {}
-        for row in self.rows or ():
+        rows = self.rows or []
+        groups: dict[str, list[tuple[list[Reason], float]]] = {}
+        for row, why in zip(rows, reasons(rows, self.filters), strict=True):
             for name, share in zip(row["classes"], row["coverages"], strict=True):
-                groups.setdefault(name, []).append((row, share))
+                groups.setdefault(name, []).append((why, share))
         table = []
         for name, members in groups.items():
-            reasons = Counter(kind for row, _ in members for kind in reason_kinds(row["reason"]))
-            shares = [share for row, share in members if row["kept"]]
-            dropped = {kind: reasons[kind] for kind in ("small", "large", "clip")}
+            kinds = Counter(kind for why, _ in members for kind in {reason.kind for reason in why})
+            shares = [share for why, share in members if not why]
+            dropped: dict[str, int] = {"small": kinds["small"], "large": kinds["large"], "clip": kinds["clip"]}
             coverage = sum(shares) / len(shares) if shares else 0.0
             table.append({"class": name, "images": len(members), "kept": len(shares), **dropped, "coverage": coverage})
         return table
@@ -575,18 +537,21 @@ class Summary:
         ]
         widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
         table = [
-            "  ".join(cell.ljust(w) if n == 0 else cell.rjust(w) for n, (cell, w) in enumerate(zip(line, widths)))
+            "  ".join(
+                cell.ljust(w) if n == 0 else cell.rjust(w) for n, (cell, w) in enumerate(zip(line, widths, strict=True))
+            )
             for line in lines
         ]
         done = len(self.rows or ())
-        last = f"{done:,} of {self.total:,} images, {self.kept:,} kept, {done - self.kept:,} dropped; mean coverage {self.mean_coverage:.1%}."
+        counts = f"{done:,} of {self.total:,} images, {self.kept:,} kept, {done - self.kept:,} dropped"
+        last = f"{counts}; mean coverage {self.mean_coverage:.1%}."
         if self.skipped:
             last += f" {len(self.skipped):,} prompts were skipped, see {SKIPPED}."
         return "\n".join([*table, last, *self.notes])
 
 
-def export(
-    pipe: Any,
+def export_dataset(
+    ovam: OVAM,
     work: Work,
     settings: ExportSettings,
     out: str | Path,
@@ -600,28 +565,28 @@ def export(
 ) -> Summary:
     """Makes the images of a work list that are not there yet, then the data set of all of them.
 
-    process: this process's share, for several that export into one folder. workers: processes for dense CRF and
-    files; 0 does it in this one, None chooses. clip: a scorer that is loaded already, for `settings.clip`. on_image:
-    called in this thread for every image written. on_note: sentences for people. should_stop: asked at every
-    denoising step; when it says True, the images under way are dropped and the data set of those that are done is put together.
-    Raises InputError, one sentence, for settings that cannot be, a folder of another export, a full disk, a worker
-    that died, a model that does not fit in memory. The same call goes on where it was.
+    process: this process's share, for several that export into one folder. workers: processes for dense CRF and files;
+    0 does it in this one, None chooses. clip: a scorer that is loaded already, for `settings.clip`. on_image: called in
+    this thread for every image written. on_note: sentences for people. should_stop: asked at every denoising step; when
+    it says True, the images under way are dropped and the data set of those that are done is put together. Raises
+    InputError, one sentence, for settings that cannot be, a folder of another export, a full disk, a worker that died,
+    a model that does not fit in memory. The same call goes on where it was.
     """
     process = process or Process()
     folder, timings = Path(out), Timings()
-    settings.validate(pipe)
-    asked = questions(pipe, work, settings)
-    about = fingerprint(pipe, work, settings, asked)
-    dataset.check_folder(folder, about)
+    settings.validate(ovam)
+    queries = settings.queries(ovam, work)
+    about = fingerprint(ovam, work, settings, queries)
+    runs.check_folder(folder, about)
     if settings.clip is not None and clip is None:
-        clip = ClipScorer(settings.clip, pipe._execution_device)
+        clip = ClipScorer(settings.clip, ovam.device)
 
     first = process.rank == 0
-    with timings.of("total"), dataset.locked(folder) if first else nullcontext(), repeatable(settings.threads):
+    with timings.of("total"), runs.locked(folder) if first else nullcontext(), repeatable(settings.threads):
         if first:
             prepare(folder, about)
         process.wait()
-        run = _Run(pipe, work, settings, folder, asked, clip, timings, on_image, on_note, should_stop)
+        run = _Run(ovam, work, settings, folder, queries, clip, timings, on_image, on_note, should_stop)
         stopped = run.make(process, worker_count(process.ranks) if workers is None else workers)
         rows = None
         if not stopped or process.ranks == 1:
@@ -629,14 +594,14 @@ def export(
             if first:
                 with timings.of("assembling"):
                     rows = _assemble(folder, about, work, complete=not stopped)
-    return Summary(rows, len(work.items), run.made, stopped, timings, work.skipped, tuple(run.notes))
+    return Summary(rows, len(work.items), run.made, stopped, timings, work.skipped, tuple(run.notes), settings.filters)
 
 
 def _assemble(folder: Path, about: dict[str, Any], work: Work, complete: bool) -> list[dict[str, Any]]:
     try:
         rows = assemble(folder, about, work)
     except OSError as error:
-        raise InputError(dataset.disk_sentence(error, folder)) from None
+        raise InputError(runs.disk_sentence(error, folder)) from None
     if complete and len(rows) < len(work.items):
         raise InputError(
             f"{len(work.items) - len(rows)} images are missing in '{folder}'; start the same export again."
@@ -648,11 +613,11 @@ def _assemble(folder: Path, about: dict[str, Any], work: Work, complete: bool) -
 class _Run:
     """The batches of one process."""
 
-    pipe: Any
+    ovam: OVAM
     work: Work
     settings: ExportSettings
     folder: Path
-    asked: dict[str, Question]
+    queries: dict[str, Query]
     clip: ClipScorer | None
     timings: Timings
     on_image: Callable[[Progress], None] | None
@@ -669,7 +634,7 @@ class _Run:
         size = self.settings.batch_size
         batches = list(batches_of(self.work.items, size))
         share = batches[process.rank :: process.ranks]
-        there = {item.index for batch in share for item in batch if dataset.read_done(self.folder, item) is not None}
+        there = {item.index for batch in share for item in batch if runs.read_done(self.folder, item) is not None}
         self.done, self.total = len(there), sum(map(len, share))
         share = [batch for batch in share if any(item.index not in there for item in batch)]
         if not share:
@@ -679,11 +644,11 @@ class _Run:
                 return self._batches(share, there, pool, QUEUE * max(workers, 1))
         except BrokenProcessPool:
             raise InputError(
-                "A process that writes the files died, perhaps for want of memory; start the same export again, it goes "
-                "on where it was."
+                "A process that writes the files died, perhaps for want of memory; start the same export again, it "
+                "goes on where it was."
             ) from None
         except OSError as error:
-            raise InputError(dataset.disk_sentence(error, self.folder)) from None
+            raise InputError(runs.disk_sentence(error, self.folder)) from None
 
     def _batches(self, share: Sequence[Sequence[Item]], there: set[int], pool: Executor, queue: int) -> bool:
         pending: deque[Future] = deque()
@@ -732,7 +697,8 @@ class _Run:
             jobs = self._try(batch[start : start + half])
             if jobs is None:
                 raise InputError(
-                    f"A batch of {half} does not fit in memory; choose a smaller batch size, smaller images or fewer timesteps."
+                    f"A batch of {half} does not fit in memory; choose a smaller batch size, smaller images or "
+                    "fewer timesteps."
                 )
             yield jobs
 
@@ -740,10 +706,10 @@ class _Run:
         """The jobs, or None if they do not fit in memory. Returning frees what the traceback kept alive."""
         try:
             return make_jobs(
-                self.pipe,
+                self.ovam,
                 items,
                 self.folder,
-                self.asked,
+                self.queries,
                 self.work,
                 self.settings,
                 self.clip,

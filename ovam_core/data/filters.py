@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -41,30 +41,40 @@ class Filters:
             raise InputError("The min coverage is above the max coverage; no image could be kept.")
 
 
-def judge(rows: Sequence[dict[str, Any]], filters: Filters) -> list[dict[str, Any]]:
-    """The rows with `kept` (bool) and `reason` (text, "" for kept) set, in the same order.
+@dataclass(frozen=True)
+class Reason:
+    """Why an image is dropped. kind: for tables. text: for the metadata."""
+
+    kind: Literal["small", "large", "clip"]
+    text: str
+
+
+def reasons(rows: Sequence[dict[str, Any]], filters: Filters) -> list[list[Reason]]:
+    """Why each row is dropped; an empty list for one that is kept.
 
     rows: with `classes`, `coverage` (share of labelled pixels of the image, 0 to 1) and `clip_scores` (one a class, or
     None where there was no CLIP). An image of several classes is judged by the coverage of them all together, and
     dropped if it is among the lowest `clip_drop` of any of its classes.
     """
-    lowest = lowest_of_classes(rows, filters.clip_drop)
-    judged = []
-    for number, row in enumerate(rows):
-        reasons = []
+    found = []
+    for row, lowest in zip(rows, lowest_of_classes(rows, filters.clip_drop), strict=True):
+        of_row = []
         if row["coverage"] < filters.min_coverage:
-            reasons.append(f"coverage under {filters.min_coverage:.3g}")
+            of_row.append(Reason("small", f"coverage under {filters.min_coverage:.3g}"))
         if row["coverage"] > filters.max_coverage:
-            reasons.append(f"coverage over {filters.max_coverage:.3g}")
-        reasons += [f"CLIP similarity in the lowest {filters.clip_drop:.3g} of {name}" for name in lowest[number]]
-        judged.append({**row, "kept": not reasons, "reason": "; ".join(reasons)})
-    return judged
+            of_row.append(Reason("large", f"coverage over {filters.max_coverage:.3g}"))
+        share = f"{filters.clip_drop:.3g}"
+        of_row += [Reason("clip", f"CLIP similarity in the lowest {share} of {name}") for name in lowest]
+        found.append(of_row)
+    return found
 
 
-def reason_kinds(reason: str) -> list[str]:
-    """The reasons of a row as short words for tables: "small", "large", "clip"."""
-    starts = {"coverage under": "small", "coverage over": "large", "CLIP": "clip"}
-    return [kind for start, kind in starts.items() if any(part.startswith(start) for part in reason.split("; "))]
+def judge(rows: Sequence[dict[str, Any]], filters: Filters) -> list[dict[str, Any]]:
+    """The rows with `kept` (bool) and `reason` (text, "" for kept) set, in the same order; see `reasons`."""
+    return [
+        {**row, "kept": not why, "reason": "; ".join(reason.text for reason in why)}
+        for row, why in zip(rows, reasons(rows, filters), strict=True)
+    ]
 
 
 def lowest_of_classes(rows: Sequence[dict[str, Any]], share: float) -> list[list[str]]:
@@ -91,13 +101,13 @@ class ClipScorer:
         from transformers import CLIPModel, CLIPProcessor
 
         try:
-            self._model = CLIPModel.from_pretrained(name).to(device).eval()
+            self._model = CLIPModel.from_pretrained(name).to(device).eval()  # type: ignore[arg-type]  # a wrapped method
             self._processor = CLIPProcessor.from_pretrained(name)
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise InputError(
-                f"The CLIP model '{name[:100]}' cannot be loaded; give a folder, connect to the hub, or leave --clip out "
-                f"to go without that filter: {reason}"
+                f"The CLIP model '{name[:100]}' cannot be loaded; give a folder, connect to the hub, or leave "
+                f"--clip out to go without that filter: {reason}"
             ) from None
         self.name = name
 

@@ -1,4 +1,4 @@
-"""TODO: what this module is."""
+"""Formats of a data set beside VOC's: COCO instances, Parquet shards; its contact sheet, a preview and a zip of it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ovam_core import plot
-from ovam_core.data.layout import IGNORE, PARQUET, STATE
+from ovam_core.data.layout import PARQUET, STATE
 from ovam_core.errors import InputError
-from ovam_core.io.files import beside, write
+from ovam_core.io.files import atomic_path, write_atomically
+from ovam_core.io.masks import IGNORE
 
 FORMATS = ("voc", "coco", "parquet")
 
@@ -36,7 +37,8 @@ def coco_instances(folder: Path, rows: Sequence[dict[str, Any]], classes: Sequen
         from pycocotools import mask as rle
     except ImportError:
         raise InputError(NEEDS["coco"]) from None
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number, row in enumerate(rows, start=1):
         labels = read_labels(folder / row["mask_file_name"])
         height, width = labels.shape
@@ -79,7 +81,9 @@ def check_formats(formats: Iterable[str]) -> None:
 
 
 def write_parquet(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """The rows with their pictures as shards of SHARD_ROWS that `datasets` loads: columns image, mask, and the metadata."""
+    """The rows with their pictures as shards of SHARD_ROWS that `datasets` loads: columns image, mask, and the
+    metadata.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -98,7 +102,7 @@ def write_parquet(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     }
     columns = {"image": picture, "mask": picture, **texts, **numbers}
     # What `datasets` reads its features from; other readers pass over it.
-    features = {"image": {"_type": "Image"}, "mask": {"_type": "Image"}}
+    features: dict[str, dict[str, Any]] = {"image": {"_type": "Image"}, "mask": {"_type": "Image"}}
     kinds = {pa.string(): "string", pa.int64(): "int64", pa.float64(): "float64"}
     for name, kind in {**texts, **numbers}.items():
         if pa.types.is_list(kind):
@@ -127,7 +131,7 @@ def write_parquet(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
         ]
         buffer = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(filled, schema=schema), buffer)
-        write(out / name, buffer.getvalue())
+        write_atomically(out / name, buffer.getvalue())
 
 
 def _picture(folder: Path, path: str) -> dict[str, Any]:
@@ -169,7 +173,7 @@ def zip_folder(folder: str | Path, path: str | Path) -> Path:
     """
     folder, path = Path(folder), Path(path)
     with (
-        beside(path) as part,
+        atomic_path(path) as part,
         zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive,
     ):  # JPEG and PNG do not get smaller
         for file in sorted(file for file in folder.rglob("*") if file.is_file()):

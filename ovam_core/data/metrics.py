@@ -1,7 +1,7 @@
 """How good masks are (section 4.1): counts of pixels per mask, IoU accumulated over a set, mIoU, its interval, tables.
 
-Counts are int64 `[..., 3]`: true positives, false positives, false negatives. One row a mask; `classes` names the class of
-each row and `images` the image, so that a set can be drawn again image by image. Label maps, whose classes share the
+Counts are int64 `[..., 3]`: true positives, false positives, false negatives. One row a mask; `classes` names the class
+of each row and `images` the image, so that a set can be drawn again image by image. Label maps, whose classes share the
 pixels, are counted in one confusion matrix.
 """
 
@@ -93,12 +93,14 @@ def interval(
 ) -> tuple[float, float]:
     """Bootstrap interval of the mIoU: images are drawn with replacement, with all their masks; a fixed seed.
 
-    counts `[n, 3]`, classes `[n]`, images `[n]`: which image each mask is of. A class that a draw misses drops out of its mean.
+    counts `[n, 3]`, classes `[n]`, images `[n]`: which image each mask is of. A class that a draw misses drops out of
+    its mean.
     """
     if not len(counts):
         return float("nan"), float("nan")
     means = _drawn(_cells(counts, classes, images), _weights(images, draws, seed))
-    return tuple(float(x) for x in np.nanquantile(means, [(1 - level) / 2, (1 + level) / 2]))
+    low, high = np.nanquantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def gain(

@@ -15,6 +15,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from ovam_core.checks import MAX_SEED
 from ovam_core.data.voc import VOC_CLASSES
 from ovam_core.errors import InputError
 
@@ -23,8 +24,6 @@ MAX_CLASSES = 254  # ids 1 to 254: 0 is the background, 255 is "ignore"
 MAX_CLASS_CHARS = 100
 
 MAX_IMAGES = 10_000_000
-
-MAX_SEED = 2**32 - 1
 
 KINDS = ("txt", "csv", "tsv", "jsonl", "json")
 
@@ -183,7 +182,7 @@ def parse_prompts(text: str, kind: str = "txt", name: str = "The prompts") -> li
     """The prompts of a text. kind: one of KINDS. name: what messages call it. Raises InputError as `read_prompts`."""
     if kind not in KINDS:
         raise InputError(f"'{kind}' is not a kind of prompt file; choose among {', '.join(KINDS)}.")
-    readers = {
+    readers: dict[str, Callable[[str, str], list[Prompt]]] = {
         "txt": _lines,
         "csv": partial(_table, ","),
         "tsv": partial(_table, "\t"),
@@ -196,7 +195,7 @@ def parse_prompts(text: str, kind: str = "txt", name: str = "The prompts") -> li
     return prompts
 
 
-def _lines(text: str, name: str) -> list[Prompt]:
+def _lines(text: str, _name: str) -> list[Prompt]:
     # Only line feeds end a line: str.splitlines would also cut at U+2028 and form feeds inside a prompt.
     lines = (line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n"))
     return [Prompt(line, source=f"line {number}") for number, line in enumerate(lines, start=1) if line]
@@ -214,7 +213,7 @@ def _table(delimiter: str, text: str, name: str) -> list[Prompt]:
     head = [cell.strip().lower() for cell in rows[0][1]] if rows else []
     if "prompt" not in head:
         raise InputError(f"{name} has no column 'prompt' in its first line; name the columns there.")
-    return [_from_row(dict(zip(head, row)), f"line {number}", name) for number, row in rows[1:]]
+    return [_from_row(dict(zip(head, row, strict=False)), f"line {number}", name) for number, row in rows[1:]]
 
 
 def _json_lines(text: str, name: str) -> list[Prompt]:

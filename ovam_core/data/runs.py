@@ -1,18 +1,7 @@
-"""A data set on disk, made file by file: where things lie, how an image's files are written, how the whole is put together.
+"""A run over many images, export or evaluation: its folder, the rows of what is done, its worker processes and devices.
 
-    JPEGImages/000012_cat.jpg                 the image
-    SegmentationClass/000012_cat.png          its label map, VOC palette: 0 background, classes 1 to 254, 255 uncertain
-    ImageSets/Segmentation/train.txt          the names that were kept
-    classes.txt                               the name of each label, from 0
-    metadata.jsonl                            one row an image, dropped ones too
-    heatmaps/, annotations/, parquet/         on request
-    README.md                                 a card, by which `datasets.load_dataset(folder)` finds the images
-    contact_sheet.png, export.json            to look at
-    .ovam/                                    the state: settings.json, a row an image in items/
-
-An image is done when its row lies in `.ovam/items`, which is written last. All else follows from rows, images and label
-maps by `assemble`, which can be run at any time and as often as one likes. Every file is written beside its place
-and renamed, so at no instant does a name stand for half a file. Names hold numbers and classes, never prompts.
+An image is done when its row lies in the folder's state, which is written last; every file is written beside its place
+and renamed, so at no instant does a name stand for half a file. A run that was killed therefore goes on where it was.
 """
 
 from __future__ import annotations
@@ -35,26 +24,24 @@ from typing import Any
 
 import psutil
 import torch
+from filelock import FileLock, Timeout
 
 from ovam_core.data.layout import ITEMS, LOCK, SETTINGS, STATE
 from ovam_core.data.prompts import Item
 from ovam_core.errors import InputError
-from ovam_core.io.files import write
-
-try:
-    import fcntl
-except ImportError:  # Windows: exports are not kept apart
-    fcntl = None
+from ovam_core.io.files import write_atomically
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_done(folder: Path, index: int, files: dict[str, bytes], row: dict[str, Any]) -> None:
-    """Writes the files of image number `index`, by path within the folder, then the row that says it is done. Raises OSError."""
+    """Writes the files of image number `index`, by path within the folder, then the row that says it is done. Raises
+    OSError.
+    """
     for path, data in files.items():
-        write(folder / path, data)
+        write_atomically(folder / path, data)
     state = {"row": row, "bytes": {path: len(data) for path, data in files.items()}}
-    write(folder / ITEMS / f"{index:06d}.json", _json(state))
+    write_atomically(folder / ITEMS / f"{index:06d}.json", _json(state))
 
 
 def read_done(folder: Path, item: Item) -> dict[str, Any] | None:
@@ -126,20 +113,20 @@ def locked(folder: Path, run: str = "export"):
 
     Raises InputError where another run is going on in the folder, and where it cannot be made.
     """
+    lock = FileLock(folder / LOCK)
     try:
         (folder / STATE).mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK, "wb")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(
+            f"Another {run} is running in '{folder}'; wait for its end or choose another folder."
+        ) from None
     except OSError as error:
         raise InputError(disk_sentence(error, folder, run)) from None
-    with file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise InputError(
-                    f"Another {run} is running in '{folder}'; wait for its end or choose another folder."
-                ) from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 QUEUE = 3  # jobs a worker has before it, at most: what is made waits in memory
@@ -162,7 +149,9 @@ class Process:
 
 @contextmanager
 def repeatable(threads: int | None) -> Iterator[None]:
-    """The threads of the settings, and cuDNN without its search for the fastest algorithm, which may end differently."""
+    """The threads of the settings, and cuDNN without its search for the fastest algorithm, which may end
+    differently.
+    """
     flags = torch.backends.cudnn
     before = (flags.deterministic, flags.benchmark, torch.get_num_threads())
     flags.deterministic, flags.benchmark = True, False

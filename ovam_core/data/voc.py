@@ -1,4 +1,4 @@
-"""TODO: what this module is."""
+"""Pascal VOC's class names."""
 
 from __future__ import annotations
 

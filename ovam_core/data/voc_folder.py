@@ -1,4 +1,4 @@
-"""TODO: what this module is."""
+"""Reads a data set in VOC layout: its list of images, their label maps, and what is to be asked of each."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from ovam_core.data.layout import CLASSES, IGNORE, IMAGES, MASKS, SETS
+from ovam_core.data.layout import CLASSES, IMAGES, LABEL_MAPS, SETS
 from ovam_core.data.prompts import Item, Work, check_classes, find_classes, match_class
 from ovam_core.data.runs import digest
 from ovam_core.data.voc import VOC_CLASSES
 from ovam_core.errors import InputError
+from ovam_core.io.masks import IGNORE
+from ovam_core.io.pictures import open_picture
 from ovam_core.query import caption_of
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -69,8 +70,8 @@ def read_voc(
     """The images of ROOT/ImageSets/Segmentation/<split>.txt, at most `limit`, with what is asked for in each.
 
     classes_from: "gt", the classes of the image's own truth; or a JSON file, by image name a caption, in which the
-    classes are found by name and synonym, or a list of classes, or {"caption": ..., "classes": [...]}. Where there is no
-    caption one lists the classes. Raises InputError, one sentence, for what is missing or cannot be read.
+    classes are found by name and synonym, or a list of classes, or {"caption": ..., "classes": [...]}. Where there is
+    no caption one lists the classes. Raises InputError, one sentence, for what is missing or cannot be read.
     """
     root = Path(root)
     if limit is not None and limit < 1:
@@ -127,11 +128,8 @@ def read_classes(root: Path) -> tuple[str, ...]:
 
 def read_truth(path: Path, classes: int) -> np.ndarray:
     """The label map in a palette or grey PNG, uint8 `[H, W]`: 0 background, 1 to `classes`, 255 ignored."""
-    try:
-        with Image.open(path) as picture:
-            mode, labels = picture.mode, np.array(picture)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        raise InputError(f"'{path}' is not a label map that can be read.") from None
+    with open_picture(path, f"'{path}' is not a label map that can be read.") as picture:
+        mode, labels = picture.mode, np.array(picture)
     if mode not in ("P", "L"):
         raise InputError(
             f"'{path}' is of mode {mode}; a label map is a palette or grey PNG whose values are the labels."
@@ -188,4 +186,4 @@ def _photo_file(root: Path, name: str) -> Path:
 
 
 def _truth_file(root: Path, name: str) -> Path:
-    return root / MASKS / f"{name}.png"
+    return root / LABEL_MAPS / f"{name}.png"

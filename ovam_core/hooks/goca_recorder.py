@@ -33,26 +33,29 @@ from ovam_core.attention.goca import (
     reference_affinity,
     resized_self_attention,
 )
+from ovam_core.attention.heads import Attention
 from ovam_core.attention.recording import Branch, LayerQueries, named
 from ovam_core.errors import InputError
-from ovam_core.hooks.recorder import Hooked
-from ovam_core.models.families import PixArt, StableDiffusionXL, family_of
-from ovam_core.models.family import Call, Family
+from ovam_core.hooks.recorder import NO_CALL, Hooked
+from ovam_core.models.adapter import Adapter, Call, Pipeline
+from ovam_core.models.pixart import PixArt
 from ovam_core.models.presets import EMBEDDED
+from ovam_core.models.registry import adapter_of
+from ovam_core.models.sdxl import StableDiffusionXL
+from ovam_core.models.stable_diffusion import StableDiffusion
 
-FAMILIES = (Family, StableDiffusionXL, PixArt)  # those whose blocks have both attentions, with a softmax each
-
+GOCA_ADAPTERS: tuple[type[Adapter], ...] = (  # those whose blocks have both attentions, with a softmax each
+    StableDiffusion,
+    StableDiffusionXL,
+    PixArt,
+)
 NOISE = 0.1  # the paper's t = 100 of 1000 training timesteps
-
 # Layers of the reference affinity that `reference_layer`'s rule would not choose.
 REFERENCES = {EMBEDDED: "up_blocks.2.attentions.1.transformer_blocks.0.attn2"}
 
 
-# ------------------------------------------------------------------------------------------------- the recorder
-
-
 def record_goca(
-    pipe: Any,
+    pipe: Pipeline,
     *,
     branch: Branch = "conditional",
     step: int | None = None,
@@ -61,27 +64,26 @@ def record_goca(
 ) -> GocaRecorder:
     """Record one forward pass inside the `with` block; may stand beside `record` in the same `with`.
 
-    branch: as in `record`; "all" for direct calls of the denoiser. step: number of the denoiser's call to
-    keep, from 0. None: the one whose timestep is nearest to a tenth of the
+    branch: as in `record`; "all" for direct calls of the denoiser.
+    step: number of the denoiser's call to keep, from 0. None: the one whose timestep is nearest to a tenth of the
         training's (the paper's t = 100 of 1000); the first call with branch "all".
     layers: names or parts of names of cross-attentions, as in `record`; the mid block only if a part says so.
-    reference: name of the cross-attention whose queries make the reference affinity, a part of it is enough;
-    None for
+    reference: name of the cross-attention whose queries make the reference affinity, a part of it is enough; None for
         `reference_layer`'s choice.
 
     Inside the block it holds, for that one call, the queries of the cross-attentions, what enters their
     output projections, and the queries and keys of the self-attentions beside them: four times `[images, n,
     channels]` a block in the model's dtype, about 92 MB an image for Stable Diffusion 1.5 at 512 px in
     float16. About half of it stays (`GocaRecording.nbytes`). The weights are made at the end of the block, in
-    blocks of BLOCK_VALUES.
+    blocks of ATTENTION_BLOCK.
 
-    Raises InputError for a pipeline of no family in FAMILIES, for names that match no layer, and at the end
+    Raises InputError for a pipeline of no family in GOCA_ADAPTERS, for names that match no layer, and at the end
     of the block when the wanted call was never made.
     """
     return GocaRecorder(pipe, branch, step, layers, reference)
 
 
-def reference_layer(pipe: Any, names: Sequence[str]) -> str:
+def reference_layer(pipe: Pipeline, names: Sequence[str]) -> str:
     """The cross-attention, of all in `names`, whose queries make the reference affinity.
 
     The paper's: Stable Diffusion 1 (and 2, of the same build), the second of the 32 x 32 up block, which is
@@ -91,7 +93,7 @@ def reference_layer(pipe: Any, names: Sequence[str]) -> str:
     handful of pixels.
     """
     known = REFERENCES.get(getattr(pipe, "ovam_name", ""))
-    if known in names:
+    if known is not None and known in names:
         return known
     ups: dict[str, list[str]] = {}
     for name in names:
@@ -100,7 +102,7 @@ def reference_layer(pipe: Any, names: Sequence[str]) -> str:
     if not ups:
         return names[(len(names) - 1) // 2]
     blocks = list(ups.values())
-    if isinstance(family_of(pipe), StableDiffusionXL):
+    if isinstance(adapter_of(pipe), StableDiffusionXL):
         return blocks[-1][0]
     chosen = blocks[-2:][0]
     return chosen[min(1, len(chosen) - 1)]
@@ -111,56 +113,61 @@ class _Block:
     """A transformer block: its cross-attention, by name, and its self-attention."""
 
     name: str
-    cross: nn.Module
-    own: nn.Module
+    cross_attention: Attention
+    self_attention: Attention
 
 
-class GocaRecorder(Hooked):
+class GocaRecorder(Hooked[GocaRecording]):
     """Context manager made by `record_goca`. `recordings` holds one GocaRecording an image, in the order of
     `pipe(...).images`.
     """
 
-    def __init__(self, pipe, branch, step, layers, reference):
+    def __init__(
+        self,
+        pipe: Pipeline,
+        branch: Branch,
+        step: int | None,
+        layers: Iterable[str] | None,
+        reference: str | None,
+    ):
         super().__init__(pipe, branch)
         self._step = step
-        found = _blocks(self._family)
-        names = [x.name for x in found]
+        blocks = _blocks(self._adapter)
+        names = [x.name for x in blocks]
         self._kept = _matching(names, layers)
         self._reference = reference_layer(pipe, names) if reference is None else _matching(names, reference)[0]
-        self._blocks = [x for x in found if x.name in self._kept or x.name == self._reference]
+        self._blocks = [x for x in blocks if x.name in self._kept or x.name == self._reference]
         self._reset()
 
     def _reset(self) -> None:
         self._number = -1  # of the denoiser's call going on
-        self._call: Call | None = None  # what the kept one was given
+        self._call = NO_CALL  # what the kept one was given
         self._keeping = False
         self._wanted: float | None = None  # the timestep to keep, where no step was named
         self._images = slice(0)  # the wanted part of the batch
         self._caught: dict[tuple[str, str], Tensor] = {}
 
     def _attach(self, on: Callable[[Any], None]) -> None:
-        on(self._family.denoiser.register_forward_pre_hook(self._on_call, with_kwargs=True))
+        on(self._adapter.denoiser.register_forward_pre_hook(self._on_call, with_kwargs=True))
         for block in self._blocks:
-            on(block.cross.to_q.register_forward_hook(self._after(block.name, "queries")))
-            on(block.cross.to_out[0].register_forward_pre_hook(self._before(block.name, "hidden")))
-            on(block.own.to_q.register_forward_hook(self._after(block.name, "own queries")))
-            on(block.own.to_k.register_forward_hook(self._after(block.name, "own keys")))
+            on(block.cross_attention.to_q.register_forward_hook(self._after(block.name, "queries")))
+            on(block.cross_attention.to_out[0].register_forward_pre_hook(self._before(block.name, "hidden")))
+            on(block.self_attention.to_q.register_forward_hook(self._after(block.name, "self queries")))
+            on(block.self_attention.to_k.register_forward_hook(self._after(block.name, "self keys")))
 
-    # What the hooks do. None of them returns a value, so none changes what the model computes.
+    def _before(self, name: str, what: str) -> Callable[..., None]:
+        return lambda _module, inputs: self._keep(name, what, inputs[0])
 
-    def _before(self, name: str, what: str):
-        return lambda module, inputs: self._keep(name, what, inputs[0])
-
-    def _after(self, name: str, what: str):
-        return lambda module, inputs, output: self._keep(name, what, output)
+    def _after(self, name: str, what: str) -> Callable[..., None]:
+        return lambda _module, _inputs, output: self._keep(name, what, output)
 
     def _keep(self, name: str, what: str, tensor: Tensor) -> None:
-        if self._keeping:  # an own copy, else the view would keep the whole batch alive
+        if self._keeping:  # a copy of its own, else the view would keep the whole batch alive
             self._caught[name, what] = tensor.detach()[self._images].clone()
 
-    def _on_call(self, denoiser, args, kwargs) -> None:
+    def _on_call(self, _denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._number += 1
-        call = self._family.call(args, kwargs)
+        call = self._adapter.call(args, kwargs)
         self._keeping = not self._caught and self._is_wanted(call)
         if self._keeping:
             self._call = call
@@ -177,66 +184,69 @@ class GocaRecorder(Hooked):
             self._wanted = min(scheduler.timesteps.tolist(), key=lambda t: abs(t - goal))
         return float(torch.as_tensor(call.timestep).flatten()[0]) == self._wanted
 
-    # From what was caught to recordings.
-
     @torch.no_grad()
     def _finish(self) -> list[GocaRecording]:
         if not self._caught:
             raise InputError(
-                f"Nothing was recorded for GoCA: the model was called {self._number + 1} times, and the wanted call was "
-                "not among them; call the pipeline inside the `with` block, or name another step."
+                f"Nothing was recorded for GoCA: the model was called {self._number + 1} times, and the wanted call "
+                "was not among them; call the pipeline inside the `with` block, or name another step."
             )
         device = self._caught[self._reference, "queries"].device
         timesteps = torch.as_tensor(self._call.timestep).flatten().expand(self._call.batch)[self._images].tolist()
         with torch.autocast(device.type, enabled=False):
-            projections = {x.name: _projections(x.cross, self._caught[x.name, "hidden"]) for x in self._blocks}
+            projections = {
+                x.name: _projections(x.cross_attention, self._caught[x.name, "hidden"]) for x in self._blocks
+            }
             return [self._recording(image, int(at), projections) for image, at in enumerate(timesteps)]
 
     def _recording(self, image: int, timestep: int, projections: dict[str, Tensor]) -> GocaRecording:
         features = self._caught[self._reference, "queries"][image]
-        affinity, size = reference_affinity(features), self._family.grid(len(features), self._call)
+        affinity, size = reference_affinity(features), self._adapter.grid(len(features), self._call)
         kept = [x for x in self._blocks if x.name in self._kept]
-        own = [self._self_layer(x, image) for x in kept]
-        weights = layer_weights(affinity, (resized_self_attention(x, size) for x in own)).tolist()
-        height, width = max(((x.height, x.width) for x in own), key=lambda x: x[0] * x[1])
+        self_layers = [self._self_layer(x, image) for x in kept]
+        weights = layer_weights(affinity, (resized_self_attention(x, size) for x in self_layers)).tolist()
+        height, width = max(((x.height, x.width) for x in self_layers), key=lambda x: x[0] * x[1])
         return GocaRecording(
             layers=tuple(
                 self._layer(block, image, projections[block.name], weight)
                 for block, weight in zip(kept, weights, strict=True)
             ),
-            finest=tuple(x for x in own if (x.height, x.width) == (height, width)),
+            finest=tuple(x for x in self_layers if (x.height, x.width) == (height, width)),
             timestep=timestep,
             height=height,
             width=width,
-            embed_dim=self._family.embed_dim,
+            embed_dim=self._adapter.embed_dim,
             reference=self._reference,
         )
 
     def _layer(self, block: _Block, image: int, projections: Tensor, weight: float) -> WeightedLayer:
-        projected = self._one(block.name, "queries", image)
-        queries = self._family.queries(block.cross, projected, self._call)
-        hidden = rearrange(self._one(block.name, "hidden", image)[0], "n (h d) -> h n d", h=block.cross.heads)
-        grid = self._family.grid(projected.shape[1], self._call)
-        scale = float(block.cross.scale)
-        layer = LayerQueries(block.name, *grid, queries.contiguous(), self._family.keys(block.cross), scale)
-        return WeightedLayer(layer, head_weights(hidden, projections), weight)
-
-    def _self_layer(self, block: _Block, image: int) -> SelfLayer:
-        projected, keys = (self._one(block.name, what, image) for what in ("own queries", "own keys"))
-        return SelfLayer(
-            block.name,
-            *self._family.grid(projected.shape[1], self._call),
-            self._family.queries(block.own, projected, self._call)[0].contiguous(),
-            self._family.self_keys(block.own, keys, self._call)[0].contiguous(),
-            float(block.own.scale),
+        attention = block.cross_attention
+        projected = self._of_image(block.name, "queries", image)
+        queries = self._adapter.queries(attention, projected, self._call).contiguous()
+        hidden = rearrange(self._of_image(block.name, "hidden", image)[0], "n (h d) -> h n d", h=attention.heads)
+        grid = self._adapter.grid(projected.shape[1], self._call)
+        keys, scale = self._adapter.keys(attention), self._adapter.scale(attention)
+        return WeightedLayer(
+            LayerQueries(block.name, *grid, queries, keys, scale), head_weights(hidden, projections), weight
         )
 
-    def _one(self, name: str, what: str, image: int) -> Tensor:
+    def _self_layer(self, block: _Block, image: int) -> SelfLayer:
+        attention = block.self_attention
+        projected, keys = (self._of_image(block.name, what, image) for what in ("self queries", "self keys"))
+        return SelfLayer(
+            block.name,
+            *self._adapter.grid(projected.shape[1], self._call),
+            self._adapter.queries(attention, projected, self._call)[0].contiguous(),
+            self._adapter.self_keys(attention, keys, self._call)[0].contiguous(),
+            self._adapter.scale(attention),
+        )
+
+    def _of_image(self, name: str, what: str, image: int) -> Tensor:
         """`[1, n, channels]` in memory of its own, else one image would keep the batch alive."""
         return self._caught[name, what][image : image + 1].clone()
 
 
-def _projections(attention: nn.Module, hidden: Tensor) -> Tensor:
+def _projections(attention: Attention, hidden: Tensor) -> Tensor:
     """The output projection's slice of each head, `[heads, d, C]`, without the bias.
 
     The module may be wrapped (LoRA, offloaded weights): what it does to unit vectors is its matrix.
@@ -247,17 +257,19 @@ def _projections(attention: nn.Module, hidden: Tensor) -> Tensor:
     return rearrange(matrix, "(h d) c -> h d c", h=attention.heads)
 
 
-def _blocks(family: Family) -> list[_Block]:
-    """The transformer blocks that have a self-attention and a cross-attention, in the order of the denoiser's
-    modules.
-    """
-    if type(family) not in FAMILIES:
-        *names, last = (x.name for x in FAMILIES)
-        raise InputError(f"GoCA is not there for {family.name}: load {', '.join(names)} or {last}, or take OVAM.")
-    cross, own = family.attentions()
-    beside = {name.rpartition(".")[0]: module for name, module in own.items()}
-    parents = {name: name.rpartition(".")[0] for name in cross}
-    blocks = [_Block(name, module, beside[parents[name]]) for name, module in cross.items() if parents[name] in beside]
+def _blocks(adapter: Adapter) -> list[_Block]:
+    """The transformer blocks with a self-attention and a cross-attention, in the order of the denoiser's modules."""
+    if type(adapter) not in GOCA_ADAPTERS:
+        *names, last = (x.name for x in GOCA_ADAPTERS)
+        raise InputError(f"GoCA is not there for {adapter.name}: load {', '.join(names)} or {last}, or take OVAM.")
+    cross_attentions, self_attentions = adapter.attentions()
+    by_parent = {name.rpartition(".")[0]: attention for name, attention in self_attentions.items()}
+    parents = {name: name.rpartition(".")[0] for name in cross_attentions}
+    blocks = [
+        _Block(name, attention, by_parent[parents[name]])
+        for name, attention in cross_attentions.items()
+        if parents[name] in by_parent
+    ]
     if not blocks:
         raise InputError("This model has no block with a self-attention and a cross-attention, which GoCA needs.")
     return blocks
@@ -265,8 +277,8 @@ def _blocks(family: Family) -> list[_Block]:
 
 def _matching(names: Sequence[str], parts: Iterable[str] | str | None) -> list[str]:
     """`named`, but at least one."""
-    found = named(names, parts, str)
-    if not found:
+    matching = named(names, parts, str)
+    if not matching:
         wanted = ", ".join([parts] if isinstance(parts, str) else parts or ())
         raise InputError(f"No layer matches {wanted}: choose among {', '.join(names)}.")
-    return found
+    return matching

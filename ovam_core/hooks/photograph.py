@@ -7,7 +7,7 @@
 
 The recording is what `record` makes of a generated image, its steps being the timesteps: all that follows is the same.
 The model sees the photograph at its own area: `fitted_size` keeps the shape but for rounding the sides to the pixels of
-one latent, or of one patch. What a denoiser is given and what a timestep means to it, its family knows (family.py).
+one latent, or of one patch. What a denoiser is given and what a timestep means to it, its adapter knows.
 """
 
 from __future__ import annotations
@@ -24,27 +24,24 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from ovam_core.attention.recording import Recording
+from ovam_core.attention.recording import Branch, Recording
 from ovam_core.checks import MAX_PROMPT, MAX_SEED, check_text, check_whole
 from ovam_core.errors import InputError
 from ovam_core.hooks.recorder import record
 from ovam_core.io.pictures import read_photo
-from ovam_core.models.families import FAMILIES, check_fits, family_of
+from ovam_core.models.adapter import Pipeline
 from ovam_core.models.presets import defaults_for
+from ovam_core.models.registry import ADAPTERS, adapter_of, check_fits
 
 TIMESTEPS = (100,)  # of 1000, as GoCA takes for SD 1.5, SDXL and PixArt
-
 MAX_TIMESTEPS = 50
-
-MIN_SIDE = 32
-
+MIN_PHOTO_SIDE = 32  # pixels
 MIN_LATENTS = 8  # a side of what the model sees, at least
-
 MAX_ASPECT = 4.0  # past it one side would have too few latents for the model
 
 
 def record_image(
-    pipe: Any,
+    pipe: Pipeline,
     image: Image.Image | str | Path,
     caption: str,
     timesteps: Sequence[int] = TIMESTEPS,
@@ -60,7 +57,8 @@ def record_image(
     timesteps: 0 to 999, noise by the training schedule, whatever the sampler: DDPM's Eq. 4; in flow matching (Sana,
     Stable Diffusion 3, Flux) the share of noise, sigma, is the timestep / 1000. seed: of the noise, which is drawn on
     the CPU for all timesteps at once.
-    size: (height, width) in pixels that the model sees, multiples of the family's `photo_multiple`; None: `fitted_size`.
+    size: (height, width) in pixels that the model sees, multiples of the adapter's `photo_multiple`; None:
+    `fitted_size`.
     kept: keywords of `record`, such as resolutions, self_attention or offload.
 
     For masks at the photograph's own size, give `make_masks` the picture of `read_photo`. Raises InputError, one
@@ -70,7 +68,7 @@ def record_image(
 
 
 def record_images(
-    pipe: Any,
+    pipe: Pipeline,
     images: Sequence[Image.Image | str | Path],
     captions: Sequence[str],
     timesteps: Sequence[int] = TIMESTEPS,
@@ -80,32 +78,33 @@ def record_images(
 ) -> list[Recording]:
     """`record_image` for several photographs in one batch: one caption and one recording each.
 
-    Photograph n has the noise of seed + n. Raises InputError where they do not share a size, given or fitted, where some
-    captions are empty and some are not, and as `record_image` does.
+    Photograph n has the noise of seed + n. Raises InputError where they do not share a size, given or fitted, where
+    some captions are empty and some are not, and as `record_image` does.
     """
     noisy = prepare(pipe, images, captions, timesteps, seed, size)
     with record(pipe, branch="all", **kept) as recorder:
         denoise(pipe, noisy)
-    return [_told(one, noisy) for one in recorder.recordings]
+    return [with_run_facts(recording, noisy) for recording in recorder.recordings]
 
 
 @dataclass(frozen=True, eq=False)
 class Noisy:
     """Photographs as the model is given them: what `denoise` passes forward, under whatever listens.
 
-    latents: `[T, B, C, h, w]`, or packed as the denoiser takes them (`Family.packed`), in its dtype; timesteps: T of them; condition: the captions and all else that
-    the denoiser gets, by its argument names (`Family.condition`). branch: which half of a guided batch the passes are like.
+    latents: `[T, B, C, h, w]`, or packed as the denoiser takes them (`Adapter.packed`), in its dtype; timesteps: T of
+    them; condition: the captions and all else that the denoiser gets, by its argument names (`Adapter.condition`).
+    branch: which half of a guided batch the passes are like.
     """
 
     latents: Tensor
     timesteps: tuple[int, ...]
     condition: dict[str, Any]
-    branch: str
+    branch: Branch
 
 
 @torch.no_grad()
 def prepare(
-    pipe: Any,
+    pipe: Pipeline,
     images: Sequence[Image.Image | str | Path],
     captions: Sequence[str],
     timesteps: Sequence[int] = TIMESTEPS,
@@ -123,106 +122,105 @@ def prepare(
     sizes = {size or fitted_size(pipe, photo) for photo in photos}
     if len(sizes) > 1:
         raise InputError("The photographs differ in shape: record them apart, or give one size for all.")
-    (shared,), family = sizes, family_of(pipe)
+    (shared,), adapter = sizes, adapter_of(pipe)
     clean = encode(pipe, photos, shared)
-    latents = torch.stack([noised(pipe, one, timesteps, seed + n) for n, one in enumerate(clean)], dim=1)
+    latents = torch.stack([noised(pipe, photo, timesteps, seed + n) for n, photo in enumerate(clean)], dim=1)
     return Noisy(
-        latents=torch.stack([family.packed(one) for one in latents]).to(family.denoiser.dtype),
+        latents=torch.stack([adapter.packed(batch) for batch in latents]).to(adapter.denoiser.dtype),
         timesteps=tuple(timesteps),
-        condition=family.condition(captions, shared),
+        condition=adapter.condition(captions, shared),
         branch="conditional" if captions[0].strip() else "unconditional",
     )
 
 
 @torch.no_grad()
-def denoise(pipe: Any, noisy: Noisy) -> None:
+def denoise(pipe: Pipeline, noisy: Noisy) -> None:
     """One forward pass a timestep, all photographs in it. Recorders with branch="all" see one image each."""
-    family = family_of(pipe)
+    adapter = adapter_of(pipe)
     for latents, timestep in zip(noisy.latents, noisy.timesteps, strict=True):
-        family.denoiser(latents, timestep=family.moment(timestep, latents), **noisy.condition)
+        adapter.denoiser(latents, timestep=adapter.moment(timestep, latents), **noisy.condition)
 
 
-def _told(recording: Recording, noisy: Noisy) -> Recording:
-    """With what a recorder cannot know: the half, and the timesteps, which Flux is given in the model's own precision."""
+def with_run_facts(recording: Recording, noisy: Noisy) -> Recording:
+    """With what a recorder cannot know: the half, and the timesteps, which Flux gets in the model's own precision."""
     timesteps = tuple(noisy.timesteps[step] for step in recording.step_indices)
     return replace(recording, branch=noisy.branch, timesteps=timesteps)
 
 
-def fitted_size(pipe: Any, photo: Image.Image) -> tuple[int, int]:
+def fitted_size(pipe: Pipeline, photo: Image.Image) -> tuple[int, int]:
     """(height, width) in which the model sees a photograph: its shape, at the area of the model's own images.
 
-    Each side is rounded to the nearest multiple of the family's `photo_multiple` and none exceeds the model's limit.
-    Raises InputError for less than MIN_SIDE pixels and for one side more than MAX_ASPECT times the other.
+    Each side is rounded to the nearest multiple of the adapter's `photo_multiple` and none exceeds the model's limit.
+    Raises InputError for less than MIN_PHOTO_SIDE pixels and for one side more than MAX_ASPECT times the other.
     """
-    own_size = f"{photo.width}x{photo.height}"
-    if min(photo.size) < MIN_SIDE:
-        raise InputError(f"The picture is {own_size}; each side needs {MIN_SIDE} pixels, give a larger one.")
+    photo_size = f"{photo.width}x{photo.height}"
+    if min(photo.size) < MIN_PHOTO_SIDE:
+        raise InputError(f"The picture is {photo_size}; each side needs {MIN_PHOTO_SIDE} pixels, give a larger one.")
     if max(photo.size) > MAX_ASPECT * min(photo.size):
-        raise InputError(f"The picture is {own_size}, one side more than {MAX_ASPECT:g} times the other; crop it.")
-    own, multiple = defaults_for(pipe), family_of(pipe).photo_multiple
-    scale = math.sqrt(own.width * own.height / (photo.width * photo.height))
-    scale = min(scale, own.max_size / max(photo.size))
-    return tuple(round(side * scale / multiple) * multiple for side in (photo.height, photo.width))
-
-
-# ------------------------------------------------------------------------------------------------ tensors
+        raise InputError(f"The picture is {photo_size}, one side more than {MAX_ASPECT:g} times the other; crop it.")
+    defaults, multiple = defaults_for(pipe), adapter_of(pipe).photo_multiple
+    scale = math.sqrt(defaults.width * defaults.height / (photo.width * photo.height))
+    scale = min(scale, defaults.max_size / max(photo.size))
+    height, width = (round(side * scale / multiple) * multiple for side in (photo.height, photo.width))
+    return height, width
 
 
 @torch.no_grad()
-def encode(pipe: Any, photos: Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
+def encode(pipe: Pipeline, photos: Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
     """The scaled latents of RGB pictures, float32 `[B, C, height / factor, width / factor]` (Flux 2: in patches of
     2 x 2, `[B, 4 C, ...]`); they depend on no seed. size: (height, width).
     """
     height, width = size
     small = [photo.resize((width, height), Image.Resampling.LANCZOS) for photo in photos]
-    pixels = rearrange([torch.from_numpy(np.array(one)) for one in small], "b h w c -> b c h w").float() / 127.5 - 1
-    vae, given = pipe.vae, pipe.vae.dtype
+    arrays = [torch.from_numpy(np.array(photo)) for photo in small]
+    pixels = rearrange(arrays, "b h w c -> b c h w").float() / 127.5 - 1
+    vae, dtype = pipe.vae, pipe.vae.dtype
     # SDXL's overflows in half precision.
-    upcast = given == torch.float16 and getattr(vae.config, "force_upcast", False)
+    upcast = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
     if upcast:
         vae.to(torch.float32)
     try:
-        return family_of(pipe).encode_image(pixels.to(pipe._execution_device, vae.dtype))
+        return adapter_of(pipe).encode_image(pixels.to(pipe._execution_device, vae.dtype))
     finally:
         if upcast:
-            vae.to(given)
+            vae.to(dtype)
 
 
-def noised(pipe: Any, latents: Tensor, timesteps: Sequence[int], seed: int = 0) -> Tensor:
-    """Latents `[C, h, w]` with the family's noise of each of T timesteps, `[T, C, h, w]`."""
+def noised(pipe: Pipeline, latents: Tensor, timesteps: Sequence[int], seed: int = 0) -> Tensor:
+    """Latents `[C, h, w]` with the model's noise of each of T timesteps, `[T, C, h, w]`."""
     several = latents.expand(len(timesteps), *latents.shape)
     noise = torch.randn(several.shape, generator=torch.Generator().manual_seed(seed)).to(several)
-    return family_of(pipe).noised(several, noise, torch.tensor(timesteps, device=latents.device))
+    return adapter_of(pipe).noised(several, noise, torch.tensor(timesteps, device=latents.device))
 
 
-# ------------------------------------------------------------------------------------------------ refusals
-
-
-def check_kind(pipe: Any) -> None:
+def check_kind(pipe: Pipeline) -> None:
     """Raises InputError for a pipeline of no family, whose denoiser takes more than an image and a text, or which was
     trained with noise that is not known.
     """
-    family, name = family_of(pipe), type(pipe).__name__
-    *names, last = (one.name for one in FAMILIES)
+    adapter, name = adapter_of(pipe), type(pipe).__name__
+    *names, last = (kind.name for kind in ADAPTERS)
     able = f"load a text-to-image model of {', '.join(names)} or {last}."
-    if not family.is_plain:
+    if not adapter.is_plain:
         raise InputError(f"The denoiser of this {name} takes more than an image and a text; {able}")
-    if not family.knows_noise:
+    if not adapter.knows_noise:
         kind = type(pipe.scheduler).__name__
         raise InputError(f"The {kind} of this {name} does not tell the noise of the training; {able}")
 
 
 def check_request(
-    pipe: Any, caption: str, timesteps: Sequence[int], seed: int, size: tuple[int, int] | None = None
+    pipe: Pipeline, caption: str, timesteps: Sequence[int], seed: int, size: tuple[int, int] | None = None
 ) -> None:
-    """Raises InputError, one sentence, for what this model cannot record. size: (height, width) in pixels, None for fitted."""
+    """Raises InputError, one sentence, for what this model cannot record.
+
+    size: (height, width) in pixels that the model sees, None for `fitted_size`.
+    """
     check_kind(pipe)
     check_text("The caption", caption, MAX_PROMPT)
     check_fits(pipe, "caption", caption)
     check_whole("The seed", seed, 0, MAX_SEED)
     _check_timesteps(pipe, timesteps)
     smallest, largest = MIN_LATENTS * pipe.vae_scale_factor, defaults_for(pipe).max_size
-    multiple = family_of(pipe).photo_multiple
+    multiple = adapter_of(pipe).photo_multiple
     for name, side in zip(("height", "width"), size or (), strict=False):
         check_whole(f"The {name}", side, smallest, largest)
         if side % multiple:
@@ -230,7 +228,7 @@ def check_request(
             raise InputError(f"The {name} is {side} pixels, which is not a multiple of {multiple}; {below} would do.")
 
 
-def _check_timesteps(pipe: Any, timesteps: Sequence[int]) -> None:
+def _check_timesteps(pipe: Pipeline, timesteps: Sequence[int]) -> None:
     if not isinstance(timesteps, (tuple, list)):
         raise InputError(f"The timesteps are {timesteps}; give a list, such as 100, 200.")
     if not timesteps:

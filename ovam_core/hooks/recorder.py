@@ -9,20 +9,28 @@ The hooks only read: the image is bit-identical to one made without them, and no
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, Self
+from types import TracebackType
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ovam_core.attention.heads import Attention
 from ovam_core.attention.recording import BRANCHES, Branch, LayerColumnSums, LayerQueries, Recording, named
 from ovam_core.errors import InputError
-from ovam_core.models.families import family_of
-from ovam_core.models.family import Call
+from ovam_core.models.adapter import Call, Form, Pipeline
+from ovam_core.models.registry import adapter_of
+
+Made = TypeVar("Made")  # the kind of recording
+Subject = TypeVar("Subject")  # what a hook is told beside a module's output
+
+NO_CALL = Call(batch=0, height=0, width=0, timestep=0)  # before the denoiser's first
 
 
 def record(
-    pipe,
+    pipe: Pipeline,
     *,
     branch: Branch = "conditional",
     steps: Iterable[int] | None = None,
@@ -37,50 +45,69 @@ def record(
     branch: which half of the guided batch to keep. The paper's is "conditional"; the authors' published code
         keeps "unconditional". "all" keeps every item of the batch as an image of its own: for direct calls of
         the UNet or transformer, where the pipeline's guidance says nothing.
-    steps: numbers of the denoiser's calls to keep, from 0 (default all). Memory is proportional to their count; with joint
-        attention it is up to three times that of the queries, as the image's keys and values are kept beside them, in
-        every block up to the last one of `layers`.
+    steps: numbers of the denoiser's calls to keep, from 0 (default all). Memory is proportional to their count; with
+        joint attention it is up to three times that of the queries, as the image's keys and values are kept beside
+        them, in every block up to the last one of `layers`.
     layers: names or parts of names, as in `pipe.unet.named_modules()` (`pipe.transformer`). Default: every
         cross-attention, in a UNet those of the down and up blocks, as in the paper. The mid block is kept only if a
         part says "mid_block".
     resolutions: larger grid sides to keep, such as {16, 8} (default all).
     self_attention: also keep the column sums of the highest-resolution self-attentions (Eq. 8); float32 [T, n] a
         layer. Made in blocks of rows: about twice COLUMN_BLOCK_BYTES at a time, never [heads, n, n].
-    offload: move the queries, and keys and values beside them, to host memory as they come (pinned, if the model runs on
-        CUDA).
+    offload: move the queries, and keys and values beside them, to host memory as they come (pinned, if the model runs
+        on CUDA).
     dtype: storage dtype of the same (default: the model's).
 
-    Raises InputError for a pipeline of no family in `families`, and at the end of the block when nothing was caught.
+    Raises InputError for a pipeline of no family in `registry`, and at the end of the block when nothing was caught.
     """
     return Recorder(pipe, branch, steps, layers, resolutions, self_attention, offload, dtype)
 
 
-class Hooked:
+class _Removable(Protocol):
+    def remove(self) -> None: ...
+
+
+class Hooked(ABC, Generic[Made]):
     """A context manager whose hooks listen to one call of a pipeline; what it caught are its `recordings`.
 
-    A subclass says what to hook (`_attach`), what to forget (`_reset`) and what was caught (`_finish`).
+    A subclass says what to hook (`_attach`), what to forget (`_reset`) and what was caught (`_finish`). The hooks
+    return nothing, so none changes what the model computes.
     """
 
-    def __init__(self, pipe: Any, branch: Branch):
+    def __init__(self, pipe: Pipeline, branch: Branch):
         if branch not in BRANCHES:
             raise InputError(f"branch is {branch!r}: choose 'conditional', 'unconditional' or 'all'.")
-        self.recordings: list = []
+        self.recordings: list[Made] = []
         self._pipe = pipe
         self._branch = branch
-        self._family = family_of(pipe)
-        self._handles: list = []
+        self._adapter = adapter_of(pipe)
+        self._handles: list[_Removable] = []
+
+    @abstractmethod
+    def _attach(self, on: Callable[[_Removable], None]) -> None:
+        """Hooks what is to be heard, and hands every handle to `on`."""
+
+    @abstractmethod
+    def _reset(self) -> None:
+        """Forgets what was caught."""
+
+    @abstractmethod
+    def _finish(self) -> list[Made]:
+        """The recordings of what was caught. Raises InputError where that is nothing."""
 
     def __enter__(self) -> Self:
         if self._handles:
             raise InputError("This recorder is already in use: make a new one.")
         self._reset()
         self.recordings = []
-        self._listener = self._family.listen()
+        self._listener = self._adapter.listen()
         self._handles.append(self._listener)
         self._attach(self._handles.append)
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -102,27 +129,37 @@ class Hooked:
         return slice(half, batch) if self._branch == "conditional" else slice(0, half)
 
 
-class Recorder(Hooked):
-    """Context manager made by `record`. `recordings` holds one Recording an image, in the order of `pipe(...).images`."""
+class Recorder(Hooked[Recording]):
+    """Context manager made by `record`. `recordings` holds one Recording an image, as ordered in `pipe(...).images`."""
 
-    def __init__(self, pipe, branch, steps, layers, resolutions, self_attention, offload, dtype):
+    def __init__(
+        self,
+        pipe: Pipeline,
+        branch: Branch,
+        steps: Iterable[int] | None,
+        layers: Iterable[str] | None,
+        resolutions: Iterable[int] | None,
+        self_attention: bool,
+        offload: bool,
+        dtype: torch.dtype | None,
+    ):
         super().__init__(pipe, branch)
         self._steps = None if steps is None else frozenset(steps)
         self._resolutions = None if resolutions is None else frozenset(resolutions)
         self._offload = offload
         self._copied_from: set[torch.device] = set()
         self._dtype = dtype
-        self._cross, self._self = self._family.attentions()
-        self._kept_names = set(named(self._cross, layers, str))
-        self._beside = self._family.beside_queries(self._kept_names)
+        self._cross_attentions, self._self_attentions = self._adapter.attentions()
+        self._kept_names = set(named(self._cross_attentions, layers, str))
+        self._beside = self._adapter.beside_queries(self._kept_names)
         if not self_attention:
-            self._self = {}
+            self._self_attentions = {}
         self._reset()
 
     def _reset(self) -> None:
-        self._schedule = None  # the scheduler's timesteps of this run, to notice a second one
+        self._schedule: Any = None  # the scheduler's timesteps of this run, to notice a second one
         self._number = -1  # of the denoiser's call going on
-        self._call: Call | None = None  # what it was given
+        self._call = NO_CALL  # what it was given
         self._keeping = False  # whether that call is one of the wanted steps
         self._images = slice(0)  # the wanted part of the batch
         self._largest = (0, 0)  # largest attention grid seen
@@ -132,28 +169,26 @@ class Recorder(Hooked):
         self._grids: dict[str, tuple[int, int]] = {}
         self._waiting: dict[str, Tensor] = {}  # self-attention queries until their keys come
         self._sums: dict[str, list[Tensor]] = {}
-        self._streamed: dict[str, list[Tensor]] = {}  # what the family keeps beside the queries
+        self._streamed: dict[str, list[Tensor]] = {}  # what the adapter keeps beside the queries
 
-    def _attach(self, on: Callable[[Any], None]) -> None:
-        on(self._family.denoiser.register_forward_pre_hook(self._on_call, with_kwargs=True))
-        for name, attention in self._cross.items():
+    def _attach(self, on: Callable[[_Removable], None]) -> None:
+        on(self._adapter.denoiser.register_forward_pre_hook(self._on_call, with_kwargs=True))
+        for name, attention in self._cross_attentions.items():
             on(attention.to_q.register_forward_hook(self._hook(self._on_query, name, attention)))
-        for name, attention in self._self.items():
+        for name, attention in self._self_attentions.items():
             on(attention.to_q.register_forward_hook(self._hook(self._on_self_query, name, attention)))
             on(attention.to_k.register_forward_hook(self._hook(self._on_self_key, name, attention)))
         for name, (module, form) in self._beside.items():
             on(module.register_forward_hook(self._hook(self._on_beside, name, form)))
 
-    # What the hooks do. None of them returns a value, so none changes what the model computes.
-
-    def _hook(self, method, name, own):
-        def hook(module, inputs, output):
+    def _hook(self, method: Callable[[str, Subject, Tensor], None], name: str, subject: Subject) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
             if self._keeping:
-                method(name, own, output.detach())
+                method(name, subject, output.detach())
 
         return hook
 
-    def _on_call(self, denoiser, args, kwargs) -> None:
+    def _on_call(self, _denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         schedule = getattr(self._pipe.scheduler, "timesteps", None)
         if self._number >= 0 and schedule is not self._schedule:
             raise InputError("record() covers one call of the pipeline: use one `with` block for each call.")
@@ -162,7 +197,7 @@ class Recorder(Hooked):
         if not self._listener.counts(kwargs):
             return
         self._number += 1
-        self._call = self._family.call(args, kwargs)
+        self._call = self._adapter.call(args, kwargs)
         self._images = self._wanted_images(self._call.batch)
         self._keeping = self._steps is None or self._number in self._steps
         if self._keeping:
@@ -170,19 +205,19 @@ class Recorder(Hooked):
             self._timesteps.append(timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep)
             self._step_indices.append(self._number)
 
-    def _on_query(self, name, attention, query) -> None:
-        grid = self._family.grid(query.shape[1], self._call)
+    def _on_query(self, name: str, attention: Attention, query: Tensor) -> None:
+        grid = self._adapter.grid(query.shape[1], self._call)
         self._largest = max(self._largest, grid, key=lambda x: x[0] * x[1])
         if name not in self._kept_names:
             return
         if self._resolutions is not None and max(grid) not in self._resolutions:
             return
         self._grids[name] = grid
-        query = self._family.queries(attention, query[self._images], self._call)
+        query = self._adapter.queries(attention, query[self._images], self._call)
         self._queries.setdefault(name, []).append(self._stored(query))
 
     def _stored(self, query: Tensor) -> Tensor:
-        """An own copy, else the view would keep the whole batch alive."""
+        """A copy of its own, else the view would keep the whole batch alive."""
         dtype = self._dtype or query.dtype
         pinned = self._offload and query.is_cuda
         if pinned:
@@ -191,13 +226,13 @@ class Recorder(Hooked):
         store = torch.empty(query.shape, dtype=dtype, device=device, pin_memory=pinned)
         return store.copy_(query, non_blocking=pinned)
 
-    def _on_beside(self, name, form, output) -> None:
+    def _on_beside(self, name: str, form: Form, output: Tensor) -> None:
         self._streamed.setdefault(name, []).append(self._stored(form(output[self._images], self._call)))
 
-    def _on_self_query(self, name, attention, query) -> None:
+    def _on_self_query(self, name: str, _attention: Attention, query: Tensor) -> None:
         self._waiting[name] = query[self._images]
 
-    def _on_self_key(self, name, attention, key) -> None:
+    def _on_self_key(self, name: str, attention: Attention, key: Tensor) -> None:
         query = self._waiting.pop(name, None)
         if query is None or key.shape[1] != query.shape[1]:
             return
@@ -206,14 +241,12 @@ class Recorder(Hooked):
             return
         if query.shape[1] > largest:  # a finer layer: the coarser ones seen before it do not count
             self._sums = {}
-        self._grids[name] = self._family.grid(query.shape[1], self._call)
-        query = self._family.queries(attention, query, self._call)
-        key = self._family.self_keys(attention, key[self._images], self._call)
-        pairs = zip(query, key, strict=True)
-        sums = torch.stack([self._family.received(q, k, self._family.scale(attention)) for q, k in pairs])
+        self._grids[name] = self._adapter.grid(query.shape[1], self._call)
+        query = self._adapter.queries(attention, query, self._call)
+        key = self._adapter.self_keys(attention, key[self._images], self._call)
+        scale = self._adapter.scale(attention)
+        sums = torch.stack([self._adapter.received(q, k, scale) for q, k in zip(query, key, strict=True)])
         self._sums.setdefault(name, []).append(sums.cpu() if self._offload else sums)
-
-    # From what was caught to recordings.
 
     def _finish(self) -> list[Recording]:
         if self._number < 0:
@@ -225,37 +258,37 @@ class Recorder(Hooked):
             )
         for device in self._copied_from:
             torch.cuda.synchronize(device)  # the copies to pinned memory are asynchronous
-
-        layers: list[list[LayerQueries]] = []
-        for name in [x for x in self._cross if x in self._queries]:
-            attention, (height, width) = self._cross[name], self._grids[name]
-            keys = self._family.keys(attention)
-            # Popped layer by layer: stacking costs the memory of one layer, not of all.
-            for image, queries in enumerate(_by_image(self._queries.pop(name))):
-                if image == len(layers):
-                    layers.append([])
-                layers[image].append(LayerQueries(name, height, width, queries, keys, self._family.scale(attention)))
-        sums = {name: _by_image(self._sums[name]) for name in self._self if name in self._sums}
+        sums = {name: _by_image(self._sums[name]) for name in self._self_attentions if name in self._sums}
         beside = {name: _by_image(self._streamed.pop(name)) for name in self._beside}
+        height, width = self._largest
         factor = self._pipe.vae_scale_factor
-        common = {
-            "timesteps": tuple(int(t) for t in self._timesteps),
-            "step_indices": tuple(self._step_indices),
-            "height": self._largest[0],
-            "width": self._largest[1],
-            "image_size": (self._call.height * factor, self._call.width * factor),
-            "embed_dim": self._family.embed_dim,
-            "branch": self._branch,
-        }
         return [
             Recording(
-                layers=tuple(own),
+                layers=tuple(layers),
                 column_sums=tuple(LayerColumnSums(n, *self._grids[n], sums[n][image]) for n in sums),
-                stream=self._family.stream({name: x[image] for name, x in beside.items()}),
-                **common,
+                timesteps=tuple(int(t) for t in self._timesteps),
+                step_indices=tuple(self._step_indices),
+                height=height,
+                width=width,
+                image_size=(self._call.height * factor, self._call.width * factor),
+                embed_dim=self._adapter.embed_dim,
+                branch=self._branch,
+                stream=self._adapter.stream({name: x[image] for name, x in beside.items()}),
             )
-            for image, own in enumerate(layers)
+            for image, layers in enumerate(self._layers())
         ]
+
+    def _layers(self) -> list[list[LayerQueries]]:
+        """The layers of each image. The queries that were caught are taken: stacking costs the memory of one layer."""
+        images: list[list[LayerQueries]] = []
+        for name in [x for x in self._cross_attentions if x in self._queries]:
+            attention, (height, width) = self._cross_attentions[name], self._grids[name]
+            keys, scale = self._adapter.keys(attention), self._adapter.scale(attention)
+            for image, queries in enumerate(_by_image(self._queries.pop(name))):
+                if image == len(images):
+                    images.append([])
+                images[image].append(LayerQueries(name, height, width, queries, keys, scale))
+        return images
 
 
 def _by_image(steps: list[Tensor]) -> list[Tensor]:

@@ -13,8 +13,11 @@ from ovam_core.errors import InputError
 
 
 @contextmanager
-def beside(path: Path) -> Iterator[Path]:
-    """A name in the same folder to write to; at the end it takes the place of `path`. Nothing is left of a block that fails."""
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A name in the same folder to write to; at the end of the block it takes the place of `path`.
+
+    Nothing is left of a block that fails. Raises OSError.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         yield part
@@ -25,9 +28,9 @@ def beside(path: Path) -> Iterator[Path]:
         raise
 
 
-def write(path: Path, data: bytes) -> None:
-    """Writes beside and renames. Raises OSError."""
-    with beside(path) as part:
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file that others see whole, or as it was before. Raises OSError."""
+    with atomic_path(path) as part:
         part.write_bytes(data)
 
 
@@ -44,3 +47,10 @@ def make_folder(folder: str | Path) -> Path:
         reason = error.strerror or "not possible"
         raise InputError(f"Cannot write to the folder '{folder}': {reason.lower()}.") from None
     return folder
+
+
+def shipped_folder(name: str) -> Path:
+    """Where "models" or "tokens" that come with the package lie: beside it in a checkout, within it when installed."""
+    package = Path(__file__).resolve().parents[1]
+    beside = package.parent / name
+    return beside if beside.is_dir() else package / "shipped" / name

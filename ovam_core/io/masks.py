@@ -1,22 +1,18 @@
-"""TODO: what this module is."""
+"""Masks that people bring, of any mode and size, as labels at the size of an image."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from ovam_core.errors import InputError
+from ovam_core.io.pictures import open_picture
 
 IGNORE = 255  # label of pixels that the loss leaves out
-
-MAX_MASK_PIXELS = 64_000_000
-
 LARGEST_VOC_ID = 20
-
-
-# ------------------------------------------------------------------------------------------------ masks
 
 
 def read_mask(image: Image.Image | str | Path, size: tuple[int, int], classes: int = 1) -> np.ndarray:
@@ -24,19 +20,19 @@ def read_mask(image: Image.Image | str | Path, size: tuple[int, int], classes: i
 
     image: picture or file. size: (H, W) of the generated image; nearest neighbour. One class: black is background,
     the rest object, whether it is 1, 255, a colour, a palette index or an opaque part of a transparent picture. 255 is
-    ignore only beside another label, as in VOC's files; beside a grey it is white. Greys in between are cut at half. Several classes: the values
-    are the labels (modes L and P).
+    ignore only beside another label, as in VOC's files; beside a grey it is white. Greys in between are cut at half.
+    Several classes: the values are the labels (modes L and P).
     Raises InputError for an empty or full mask, another aspect ratio, several labels where one class is wanted.
     """
-    picture = _open(image)
     height, width = size
-    if abs(picture.width * height / (picture.height * width) - 1) > 0.02:
-        raise InputError(
-            f"The mask is {picture.width}x{picture.height} and the image {width}x{height}: their shapes differ; "
-            "give the mask of the whole image."
-        )
-    labels = _labels(picture, classes)
-    labels = np.asarray(Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST))
+    with _opened(image) as picture:
+        if abs(picture.width * height / (picture.height * width) - 1) > 0.02:
+            raise InputError(
+                f"The mask is {picture.width}x{picture.height} and the image {width}x{height}: their shapes differ; "
+                "give the mask of the whole image."
+            )
+        own_labels = Image.fromarray(_labels(picture, classes))
+    labels = np.asarray(own_labels.resize((width, height), Image.Resampling.NEAREST))
     if not ((labels > 0) & (labels != IGNORE)).any():
         raise InputError("The mask is empty: mark the object in it.")
     if not (labels == 0).any():
@@ -44,22 +40,15 @@ def read_mask(image: Image.Image | str | Path, size: tuple[int, int], classes: i
     return labels
 
 
-def _open(image: Image.Image | str | Path) -> Image.Image:
-    if not isinstance(image, Image.Image):
-        path = Path(image)
-        try:
-            image = Image.open(path)
-        except FileNotFoundError:
-            raise InputError(f"There is no mask file '{path}'.") from None
-        except (OSError, ValueError, Image.DecompressionBombError):
-            raise InputError(f"The mask '{path.name}' is not a picture that can be read.") from None
-    if image.width * image.height > MAX_MASK_PIXELS:
-        raise InputError(f"The mask is {image.width}x{image.height}; that is too large, give it at the image's size.")
-    try:
-        image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        raise InputError("The mask is not a whole picture; save it again as PNG.") from None
-    return image
+def _opened(image: Image.Image | str | Path) -> AbstractContextManager[Image.Image]:
+    name = "" if isinstance(image, Image.Image) else Path(image).name
+    return open_picture(
+        image,
+        f"The mask '{name}' is not a picture that can be read.",
+        missing=f"There is no mask file '{image}'.",
+        too_large="The mask is {size}; that is too large, give it at the image's size.",
+        broken="The mask is not a whole picture; save it again as PNG.",
+    )
 
 
 def _labels(picture: Image.Image, classes: int) -> np.ndarray:

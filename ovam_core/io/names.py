@@ -1,4 +1,4 @@
-"""TODO: what this module is."""
+"""File names made of words: letters, digits and hyphens alone, so that no word leads out of a folder."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-# ------------------------------------------------------------------------------------------------- files
+
+def hyphenated(text: str, longest: int = 40) -> str:
+    """The letters and digits (of any script) of a text in lower case, hyphens between; "" where there is none.
+
+    longest: characters at most.
+    """
+    return re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:longest].strip("-")
 
 
 def slugs(labels: Sequence[str], longest: int = 40) -> list[str]:
-    """File name parts for words: letters, digits and hyphens only (of any script), distinct, never a way out."""
+    """A file name part for each label, no two the same; "word" where nothing is left of one."""
     taken: set[str] = set()
     names = []
     for label in labels:
-        plain = unicodedata.normalize("NFKC", label).lower()
-        base = re.sub(r"[\W_]+", "-", plain).strip("-")[:longest].strip("-") or "word"
+        base = hyphenated(unicodedata.normalize("NFKC", label), longest) or "word"
         name, count = base, 1
         while name in taken:
             count += 1

@@ -1,4 +1,7 @@
-"""TODO: what this module is."""
+"""NumPy's .npy files of strangers: arrays of numbers and dictionaries of them, and nothing that runs.
+
+A pickle in such a file may name any function. Here it gets stand-ins for the few names that arrays of numbers need.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,14 @@ import numpy as np
 
 from ovam_core.errors import InputError
 
-MAX_ROWS = 256
+MAX_ROWS = 256  # arrays of a dictionary
 
 
-def _read_npy(data: bytes, name: str) -> np.ndarray | dict[str, np.ndarray]:
+def read_npy(data: bytes, name: str) -> np.ndarray | dict[str, np.ndarray]:
+    """The array of numbers of a .npy file, of one or two dimensions, or a dictionary of them, as `np.save` pickles one.
+
+    data: the file's bytes. name: what to call it in errors. Raises InputError for anything else, before it is made.
+    """
     file = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(file)
@@ -37,9 +44,10 @@ def _read_npy(data: bytes, name: str) -> np.ndarray | dict[str, np.ndarray]:
     if len(content) > MAX_ROWS or not all(isinstance(x, str) for x in content):
         raise InputError(f"'{name}' must hold at most {MAX_ROWS} arrays, each under the name of its class.")
     values = {key: getattr(stub, "value", None) for key, stub in content.items()}
-    if not all(isinstance(value, np.ndarray) for value in values.values()):
+    arrays = {key: value for key, value in values.items() if isinstance(value, np.ndarray)}
+    if len(arrays) < len(values):
         raise InputError(f"'{name}' holds something other than arrays of numbers.")
-    return values
+    return arrays
 
 
 def _array(shape: Any, fortran: bool, dtype: np.dtype, raw: bytes, name: str) -> np.ndarray:
@@ -96,5 +104,5 @@ class _NumbersOnly(pickle.Unpickler):
         try:
             return KNOWN[module, name]
         except KeyError:
-            asked = f"{module}.{name}"[:80]
-            raise pickle.UnpicklingError(f"it asks for {asked!a}, and only arrays of numbers are read") from None
+            wanted = f"{module}.{name}"[:80]
+            raise pickle.UnpicklingError(f"it asks for {wanted!a}, and only arrays of numbers are read") from None

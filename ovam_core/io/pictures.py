@@ -1,9 +1,10 @@
-"""TODO: what this module is."""
+"""Pictures of strangers, in whatever format and mode they come: opened with care, and read as photographs."""
 
 from __future__ import annotations
 
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,32 +12,37 @@ from PIL import Image, ImageOps
 
 from ovam_core.errors import InputError
 
-MAX_PIXELS = 64_000_000  # of an upload
+MAX_PIXELS = 64_000_000  # of a picture that is decoded
 
 
-# ------------------------------------------------------------------------------------------------ pictures
+@contextmanager
+def open_picture(
+    source: Image.Image | str | Path,
+    unreadable: str,
+    *,
+    missing: str | None = None,
+    too_large: str | None = None,
+    broken: str | None = None,
+) -> Iterator[Image.Image]:
+    """A picture or its file, decoded. A file is closed at the end of the block; a picture that was given stays open.
 
-
-def read_photo(source: Image.Image | str | Path) -> Image.Image:
-    """A picture or its file, upright by its EXIF orientation, RGB, at its own size; what is transparent lies on white.
-
-    Raises InputError for what is no whole picture and for more than MAX_PIXELS, which the header tells before anything
-    is decoded.
+    Raises InputError with one of these sentences: unreadable, for what is no picture; missing, for no such file;
+    too_large, for more than MAX_PIXELS, which the header tells before anything is decoded (its `{size}` is filled in);
+    broken, for a picture that is not whole. Those that are not given are `unreadable`.
     """
-    with _opened(source) as picture:
+    with _head(source, unreadable, missing or unreadable, too_large or unreadable) as picture:
         if picture.width * picture.height > MAX_PIXELS:
-            size = f"{picture.width}x{picture.height}"
-            raise InputError(f"The picture is {size}; at most {MAX_PIXELS:,} pixels are taken, make it smaller.")
+            raise InputError(_sized(too_large or unreadable, f"{picture.width}x{picture.height}"))
         try:
-            return _rgb(ImageOps.exif_transpose(picture))
+            picture.load()
         except Exception:  # a decoder fails in whatever way a broken file makes it
-            raise InputError(
-                "The picture is not whole, or of a kind that cannot be read; save it again as JPEG or PNG."
-            ) from None
+            raise InputError(broken or unreadable) from None
+        yield picture
 
 
-def _opened(source: Image.Image | str | Path) -> AbstractContextManager[Image.Image]:
-    """The head of a picture; a file is closed at the end of the block, a picture that was given stays as it is."""
+def _head(
+    source: Image.Image | str | Path, unreadable: str, missing: str, too_large: str
+) -> AbstractContextManager[Image.Image]:
     if isinstance(source, Image.Image):
         return nullcontext(source)
     try:
@@ -44,11 +50,35 @@ def _opened(source: Image.Image | str | Path) -> AbstractContextManager[Image.Im
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is lower
             return Image.open(source)
     except FileNotFoundError:
-        raise InputError(f"There is no picture '{source}'.") from None
-    except Image.DecompressionBombError:
-        raise InputError(f"The picture has more than {MAX_PIXELS:,} pixels; make it smaller.") from None
+        raise InputError(missing) from None
+    except Image.DecompressionBombError:  # before its size is known here
+        raise InputError(_sized(too_large, f"of more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels")) from None
     except (OSError, ValueError):
-        raise InputError(f"'{Path(source).name}' is not a picture that can be read; give a JPEG or a PNG.") from None
+        raise InputError(unreadable) from None
+
+
+def _sized(sentence: str, size: str) -> str:
+    return sentence.replace("{size}", size)  # not `format`: a file's name may hold braces
+
+
+def read_photo(source: Image.Image | str | Path) -> Image.Image:
+    """A picture or its file, upright by its EXIF orientation, RGB, at its own size; what is transparent lies on white.
+
+    Raises InputError for what is no whole picture and for more than MAX_PIXELS.
+    """
+    broken = "The picture is not whole, or of a kind that cannot be read; save it again as JPEG or PNG."
+    name = "" if isinstance(source, Image.Image) else Path(source).name
+    with open_picture(
+        source,
+        f"'{name}' is not a picture that can be read; give a JPEG or a PNG.",
+        missing=f"There is no picture '{source}'.",
+        too_large=f"The picture is {{size}}; at most {MAX_PIXELS:,} pixels are taken, make it smaller.",
+        broken=broken,
+    ) as picture:
+        try:
+            return _rgb(ImageOps.exif_transpose(picture))
+        except Exception:  # as broken EXIF data, or a mode without a way to RGB, make it
+            raise InputError(broken) from None
 
 
 def _rgb(picture: Image.Image) -> Image.Image:

@@ -14,20 +14,22 @@ import torch
 import transformers
 
 from ovam_core.errors import HubUnreachable, InputError
-from ovam_core.models.families import family_of
+from ovam_core.io.files import shipped_folder
+from ovam_core.models.adapter import Pipeline
 from ovam_core.models.presets import DEFAULT_HUB_MODEL, EMBEDDED, defaults_for
-from ovam_core.query import FUNCTION_WORDS
+from ovam_core.models.reading import FUNCTION_WORDS
+from ovam_core.models.registry import adapter_of
 
 WORDS_FILE = "words.json"  # the words that a model has learned, where it is known
 
 
 def embedded_folder() -> Path:
-    """Where the embedded model lies: `models/emoji-voc` of the repository, or of OVAM_MODELS_DIR."""
-    models = os.environ.get("OVAM_MODELS_DIR") or Path(__file__).resolve().parents[2] / "models"
+    """Where the embedded model lies: in OVAM_MODELS_DIR, else where the package brings it."""
+    models = os.environ.get("OVAM_MODELS_DIR") or shipped_folder("models")
     return Path(models) / EMBEDDED
 
 
-def load_pipeline(model: str | None = None, device: str | None = None, dtype: torch.dtype | None = None):
+def load_pipeline(model: str | None = None, device: str | None = None, dtype: torch.dtype | None = None) -> Pipeline:
     """A diffusers pipeline, ready to generate and to be recorded; its name is kept as `pipe.ovam_name`.
 
     model: "emoji-voc", a folder, or a hub id "owner/name". None: the environment's OVAM_MODEL, else Stable Diffusion
@@ -36,7 +38,7 @@ def load_pipeline(model: str | None = None, device: str | None = None, dtype: to
         Stable Diffusion 3.5 and Flux: bfloat16) on CUDA, else float32.
 
     Raises InputError for a model that does not exist, a hub that cannot be reached, a model that is no
-    text-to-image pipeline of a family in `families`, and a device that is not there.
+    text-to-image pipeline of a family in `registry`, and a device that is not there.
     """
     device = _device(device)
     on_cuda = torch.device(device).type == "cuda"
@@ -54,7 +56,7 @@ def load_pipeline(model: str | None = None, device: str | None = None, dtype: to
     return pipe
 
 
-def not_learned(pipe, *texts: str) -> list[str]:
+def unknown_words(pipe: Pipeline, *texts: str) -> list[str]:
     """The words of texts that the model never saw, in their order, each once, in lower case.
 
     Known only of a model whose folder lists its words (words.json), as the embedded one's does; [] for others.
@@ -62,8 +64,8 @@ def not_learned(pipe, *texts: str) -> list[str]:
     learned = getattr(pipe, "ovam_words", None)
     if learned is None:
         return []
-    found = [word for text in texts for word in re.findall(r"[^\W_]+", text.lower())]
-    return [word for word in dict.fromkeys(found) if word not in learned | FUNCTION_WORDS]
+    words = [word for text in texts for word in re.findall(r"[^\W_]+", text.lower())]
+    return [word for word in dict.fromkeys(words) if word not in learned | FUNCTION_WORDS]
 
 
 def _words_of(folder: Path | None) -> frozenset[str] | None:
@@ -113,7 +115,7 @@ def _folder(model: str) -> Path | None:
     )
 
 
-def _from_pretrained(model: str, folder: Path | None, dtype: torch.dtype):
+def _from_pretrained(model: str, folder: Path | None, dtype: torch.dtype) -> Pipeline:
     from diffusers import DiffusionPipeline
 
     # diffusers 0.42 prefers `dtype`, older versions know `torch_dtype` alone.
@@ -134,10 +136,11 @@ def _hub_error(model: str, error: BaseException) -> InputError:
     """What loading from the hub failed of, by the errors behind the error."""
     from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError, RepositoryNotFoundError
 
-    causes = []
-    while error is not None:
-        causes.append(error)
-        error = error.__cause__ or error.__context__
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
     if any(isinstance(x, GatedRepoError) for x in causes):
         return InputError(f"The model {model} must be unlocked on the hub first: accept its licence there and log in.")
     if any(isinstance(x, RepositoryNotFoundError) for x in causes):
@@ -158,10 +161,10 @@ def _one_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-def _check_kind(pipe, model: str) -> None:
+def _check_kind(pipe: Pipeline, model: str) -> None:
     try:
-        family = family_of(pipe)
+        adapter = adapter_of(pipe)
     except InputError as error:
         raise InputError(f"{model} cannot be used: {error}") from None
-    if any(part is None for pair in family.encoders for part in pair):
+    if any(part is None for pair in adapter.encoders for part in pair):
         raise InputError(f"{model} lies here without its text encoder: get the whole model.")

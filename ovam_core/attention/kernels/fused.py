@@ -1,6 +1,7 @@
-"""Attention summed as it is made, on a GPU: when the kernels of kernels.py are used, their launch, and the way back.
+"""Attention summed as it is made, on a GPU: when the kernels of programs.py are used, their launch, and the way back.
 
-The plain forms (heatmap.py, family.py) stay what they are: the reference, and the way wherever a kernel cannot go.
+The plain forms (heatmap.py, self_attention.py) stay what they are: the reference, and the way wherever a kernel cannot
+go.
 """
 
 from __future__ import annotations
@@ -19,16 +20,12 @@ Result = TypeVar("Result")
 
 # Pixels of a block, and the fewest tokens of one: what a matrix product of the tensor cores takes.
 PIXELS, FEWEST = 64, 16
-
-# Tokens of a prompt and values of its keys at most, both sides padded to powers of two: the keys lie in the shared memory
-# of one processor, and the probabilities of a block in its registers.
+# Tokens of a prompt and values of its keys at most, both sides padded to powers of two: the keys lie in the shared
+# memory of one processor, and the probabilities of a block in its registers.
 MOST_TOKENS, MOST_VALUES = 128, 128 * 128
-
 # The same of one pixel's query or key in self-attention, with what they are multiplied as.
 MOST_CHANNEL_BYTES = 512
-
 BYTES = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 4}
-
 # Programs that fill a GPU of up to about 150 processors some times over, so that the last ones do not wait for long.
 PROGRAMS = 1024
 
@@ -37,7 +34,7 @@ _failed: set[tuple] = set()
 
 
 def serves(keys: Tensor, queries: Tensor, sizes: Sequence[int] | None) -> bool:
-    """Whether `ProbabilitySums` can take these: all on one NVIDIA GPU (Ampere or newer) with Triton, no prompt too long.
+    """Whether `ProbabilitySums` can take these: on one NVIDIA GPU (Ampere or newer) with Triton, no prompt too long.
 
     Older GPUs lack the number format of the kernels' products and would be slower than by the plain form.
     """
@@ -96,7 +93,7 @@ def column_sums(query: Tensor, key: Tensor, scale: float, plain: Callable[[], Te
 
 def _column_sums(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """Launches the two kernels of `column_sums`: float32 `[n]` of `[heads, n, d]`."""
-    from ovam_core.kernels import columns_norms, columns_sums
+    from ovam_core.attention.kernels.programs import columns_norms, columns_sums
 
     heads, n, d = query.shape
     channels = _power_of_two(d)
@@ -114,7 +111,7 @@ def _column_sums(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 def _sums(keys: Tensor, queries: Tensor, sizes: Sequence[int] | None) -> Tensor:
     """Launches the forward kernel: float32 `[rows, n]` of what the class says."""
-    from ovam_core.kernels import sums_forward
+    from ovam_core.attention.kernels.programs import sums_forward
 
     steps, heads, n, _ = queries.shape
     rows = keys.shape[-2]
@@ -143,7 +140,7 @@ def _sums(keys: Tensor, queries: Tensor, sizes: Sequence[int] | None) -> Tensor:
 
 def _gradient(keys: Tensor, queries: Tensor, sizes: Sequence[int] | None, gradient: Tensor) -> Tensor:
     """Launches the backward kernel: the gradient to keys, in their shape, of one `[rows, n]` to the sums; float32."""
-    from ovam_core.kernels import sums_backward
+    from ovam_core.attention.kernels.programs import sums_backward
 
     steps, heads, n, _ = queries.shape
     rows = keys.shape[-2]
@@ -182,9 +179,6 @@ def _plain_gradient(keys: Tensor, queries: Tensor, plain: Callable, gradient: Te
         return torch.autograd.grad(plain(keys, queries), keys, gradient)[0]
 
 
-# Where the kernels run.
-
-
 @functools.cache
 def _runs(device: torch.device) -> bool:
     """Whether the kernels are compiled for this device: CUDA of compute capability 8 at least, with Triton."""
@@ -194,7 +188,7 @@ def _runs(device: torch.device) -> bool:
 
 
 def _attempt(kind: tuple, launch: Callable[[], Result], plain: Callable[[], Result]) -> Result:
-    """What `launch` gives, or, where that kind of launch fails or has failed, what `plain` gives. Warns at the first."""
+    """What `launch` gives, or, where that kind of launch fails or has failed, what `plain` gives. Warns once."""
     if kind not in _failed:
         try:
             return launch()
@@ -209,9 +203,6 @@ def _attempt(kind: tuple, launch: Callable[[], Result], plain: Callable[[], Resu
                 )
             _failed.add(kind)
     return plain()
-
-
-# How the work is cut.
 
 
 def _tile(sizes: Sequence[int] | None, d: int) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """Triton kernels: attention that is summed as it is made, and never stored. fused.py says when, and launches them.
 
-Triton is imported here and nowhere else: no requirement of ours, it comes with torch's CUDA builds for Linux. The width d
-and the strides within a head are constants of each kernel: only then does Triton see where eight halves may be loaded at once.
+Triton is imported here and nowhere else: no requirement of ours, it comes with torch's CUDA builds for Linux. The width
+d and the strides within a head are constants of each kernel: only then does Triton see where eight halves may be loaded
+at once.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import triton.language as tl
 def _product(given, exact):
     """`given @ exact`: the one as the model stored it, the other float32. float32, right to about 2^-21 of the factors.
 
-    Halves are multiplied as halves, by the two (high and low) whose sum the float32 is; it has to lie below 65504, where
-    halves end, and bits of it below 2^-24, where they start, are lost. All else goes by "tf32x3", three products in the
-    tensor cores' own format: bfloat16 too, since two of them are too coarse. ("tf32" alone errs by 2^-11, "ieee" takes no
-    tensor cores.)
+    Halves are multiplied as halves, by the two (high and low) whose sum the float32 is; it has to lie below 65504,
+    where halves end, and bits of it below 2^-24, where they start, are lost. All else goes by "tf32x3", three products
+    in the tensor cores' own format: bfloat16 too, since two of them are too coarse. ("tf32" alone errs by 2^-11, "ieee"
+    takes no tensor cores.)
     """
     if given.dtype == tl.float16:
         high = exact.to(tl.float16)
@@ -119,8 +120,9 @@ def sums_backward(
     """Of one prompt, the keys of one head, and `together` of all `blocks` of pixels of a step: its place in `parts`.
 
     keys: float32 `[groups, heads, rows, d]`, groups: 1 where the steps share them, else T; gradient: float32
-    `[rows, n]`; blocks: those of all steps that share keys, `pixel_blocks` each. Queries and bounds: see `sums_forward`.
-    parts: float32 `[ceil(blocks / together), groups, heads, rows, d]`. Launched over (prompts, groups * heads, parts).
+    `[rows, n]`; blocks: those of all steps that share keys, `pixel_blocks` each. Queries and bounds as of
+    `sums_forward`. parts: float32 `[ceil(blocks / together), groups, heads, rows, d]`. Launched over
+    (prompts, groups * heads, parts).
     """
     prompt, owner, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first, last = tl.load(bounds + prompt), tl.load(bounds + prompt + 1)

@@ -1,4 +1,4 @@
-"""Work that reports as it goes, run beside a Gradio generator, which can only hand on what it has in hand."""
+"""Work that reports as it goes, in a thread of its own: a Gradio generator can only hand on what it has in hand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 
-def beside(work: Callable[[Callable[[Any], None]], Any], every: float) -> Iterator[tuple[list[Any], Any]]:
+def in_thread(work: Callable[[Callable[[Any], None]], Any], every: float) -> Iterator[tuple[list[Any], Any]]:
     """Runs `work(report)` in a thread; gives ([what was reported since], None) every `every` seconds in which something
     was, at the end ([the rest], the result). What `work` raises is raised here.
     """

@@ -1,0 +1,90 @@
+"""What `generate` and `photo` share: the options that ask of one picture, and the files that answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ovam_core.cli.options import CutOptions, GridOptions, MethodOptions, ModelOptions, given, named, option, setting
+from ovam_core.settings import GenerateSettings, PhotoSettings, SegmentSettings
+
+if TYPE_CHECKING:
+    from ovam_core.ovam import OVAM
+    from ovam_core.picture import MadeBy, Picture
+
+
+@dataclass(kw_only=True)
+class SegmentOptions(ModelOptions, GridOptions, CutOptions, MethodOptions):
+    """What is asked of one picture, and where the answers go."""
+
+    words: list[str] | None = option("words to look for; quote phrases: 'red bus'", metavar="WORD...")  # noqa: RUF009
+    attribution: str | None = setting(SegmentSettings, "sentence", metavar="SENTENCE")
+    token: list[str] | None = option("token files whose classes to look for", metavar="FILE...")  # noqa: RUF009
+    out: str = option("folder for the files", required=True, metavar="DIR", check=named)
+    settings: str | None = option(
+        "a settings.json of this command to use again; other options change it", metavar="FILE"
+    )
+
+    def about_maps(self) -> dict[str, Any]:
+        """What was given about maps and masks, as fields of SegmentSettings."""
+        from ovam_core.methods import method_named
+        from ovam_core.tokens import Token
+
+        found = given(tau=self.tau, alpha=self.alpha, crf=self.crf())
+        if self.resolutions is not None:  # an empty list is the model's own again, whatever --settings says
+            found["resolutions"] = self.grids()
+        if self.token is not None:
+            found["tokens"] = tuple(Token.load(path) for path in self.token)
+        if self.method is not None:
+            found["method"] = method_named(self.method).name
+        return found
+
+
+def read_asked(
+    options: SegmentOptions, about_maps: dict[str, Any], made_by: type[MadeBy]
+) -> tuple[MadeBy | None, SegmentSettings, str | None, str | None]:
+    """What made the picture (None without --settings), what to ask of it, the model and the device."""
+    from ovam_core.methods import check_settings, settings_of_text
+    from ovam_core.picture import load_settings
+
+    words = "" if options.words is None else ", ".join(options.words)
+    if options.settings is None:
+        asked = settings_of_text(words, options.attribution or "", **about_maps)
+        before, model, device = None, options.model, options.device
+    else:
+        before, asked, model, device = load_settings(options.settings, made_by)
+        asked = replace(asked, **about_maps)
+        if options.words is not None or options.attribution is not None:
+            fresh = settings_of_text(words, options.attribution or "")
+            asked = replace(asked, words=fresh.words, sentence=fresh.sentence)
+        model, device = options.model or model, options.device or device
+    check_settings(asked)
+    return before, asked, model, device
+
+
+def check_asked(
+    ovam: OVAM, made_with: GenerateSettings | PhotoSettings, asked: SegmentSettings, options: SegmentOptions
+) -> SegmentSettings:
+    """The same with the model's own numbers, once all is known to work: better before the image than after it."""
+    from ovam_core.io.files import make_folder
+
+    if asked.tokens:  # a number that is given holds for all
+        asked = replace(asked, **given(token_tau=options.tau, token_alpha=options.alpha))
+    asked = ovam.filled(asked)
+    made_with.validate(ovam.pipe)
+    ovam.check_answerable(asked, made_with)
+    ovam.queries(asked)
+    make_folder(options.out)
+    return asked
+
+
+def answer(ovam: OVAM, picture: Picture, asked: SegmentSettings, folder: str) -> None:
+    """Heatmaps and masks, written and listed."""
+    found = ovam.answer(picture, asked)
+    found.save(folder)
+    for label, peak in zip(found.labels, found.peaks, strict=True):
+        typer.echo(f"{label}: peak {peak:.2f}")
+    if about := ovam.adapter.about:
+        typer.echo(about)

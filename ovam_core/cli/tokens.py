@@ -1,0 +1,110 @@
+"""`ovam tokens`: the library of optimised tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+
+from ovam_core.cli.options import argument, named, one_of, option
+from ovam_core.errors import InputError
+
+BRANCHES = ("conditional", "unconditional")  # ovam_core.tokens.BRANCHES, whose module imports torch
+PUBLISHED = ("voc-sd15",)
+
+
+@dataclass(kw_only=True)
+class ListOptions:
+    """The tokens of a model."""
+
+    model: str = option("the model whose tokens they are", default="emoji-voc", metavar="NAME")
+    folder: str | None = option("another folder than tokens/<model>", metavar="DIR")
+
+
+@dataclass(kw_only=True)
+class OutOptions:
+    """Where tokens go."""
+
+    out: str | None = option("another folder than tokens/<model>", metavar="DIR", check=named)
+
+
+@dataclass(kw_only=True)
+class ImportOptions(OutOptions):
+    """A NumPy file, such as the paper's tokens_VOC.npy, to token files."""
+
+    file: str = argument("the NumPy file")
+    model: str = option("the model that the tokens were found with", required=True, metavar="NAME")
+    branch: str = option(
+        "half of the guided batch; the paper's are of the unconditional one", default="unconditional", choices=BRANCHES
+    )
+    classes: list[str] | None = option("names of a plain array's rows", "--class", metavar="NAME...")  # noqa: RUF009
+
+
+@dataclass(kw_only=True)
+class FetchOptions(OutOptions):
+    """Downloads published tokens."""
+
+    name: str = argument("which", metavar="|".join(PUBLISHED), check=one_of(PUBLISHED))
+
+
+@dataclass(kw_only=True)
+class ExportOptions:
+    """One class as a plain [1, E] .npy."""
+
+    file: str = argument("the token file", metavar="TOKEN")
+    out: str = option("the .npy file", required=True, metavar="FILE", check=named)
+    name: str | None = option("which class, if the token has several", "--class", metavar="NAME")
+
+
+def run_list(options: ListOptions) -> None:
+    from ovam_core.tokens import Token, folder_for
+
+    folder = Path(options.folder or folder_for(options.model))
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        typer.echo(f"There are no tokens in {folder}.")
+    for path in files:
+        try:
+            token = Token.load(path)
+        except InputError as error:
+            typer.echo(f"{path.name}: {error}")
+            continue
+        loss = "" if token.loss is None else f", loss {token.loss:.4f}"
+        seed = "" if token.seed is None else f", seed {token.seed}"
+        shape = "x".join(map(str, token.embedding.shape))
+        typer.echo(f"{', '.join(token.names)}: {shape}, {token.model}, {token.branch}{loss}{seed}: {path}")
+
+
+def run_import(options: ImportOptions) -> None:
+    from ovam_core.tokens import file_name, folder_for, import_file
+
+    tokens = import_file(options.file, options.model, classes=options.classes or (), branch=options.branch)
+    folder = Path(options.out or folder_for(options.model))
+    paths = [folder / file_name(token.names) for token in tokens]
+    for path in paths:
+        if path.exists():
+            raise InputError(f"There is a token '{path}' already; give another folder by --out, or remove it.")
+    for path, token in zip(paths, tokens, strict=True):
+        typer.echo(f"{', '.join(token.names)}: {token.save(path)}")
+
+
+def run_fetch(options: FetchOptions) -> None:
+    from ovam_core.tokens import fetch_voc_sd15
+
+    for path in fetch_voc_sd15(options.out):
+        typer.echo(path)
+
+
+def run_export(options: ExportOptions) -> None:
+    from ovam_core.tokens import Token, export_npy
+
+    typer.echo(export_npy(Token.load(options.file), options.out, options.name))
+
+
+ACTIONS = {
+    "list": (run_list, ListOptions),
+    "import": (run_import, ImportOptions),
+    "fetch": (run_fetch, FetchOptions),
+    "export": (run_export, ExportOptions),
+}

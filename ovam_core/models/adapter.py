@@ -1,0 +1,301 @@
+"""The adapter of a family of models: all that the recorder and text need to know of a diffusers pipeline.
+
+`Adapter` is the contract, with what most families have in common; each family says in its own file what is its own.
+Which pipeline has which adapter: registry.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from ovam_core.attention.heads import Attention, Turn, by_head
+from ovam_core.attention.self_attention import column_sums
+from ovam_core.attention.text_stream import TextStream
+from ovam_core.errors import InputError
+from ovam_core.models.listeners import Listener
+from ovam_core.models.reading import (
+    Tokenizer,
+    Tokens,
+    check_length,
+    check_same_cut,
+    check_unicode,
+    check_written,
+    read_tokens,
+    reader_of,
+)
+
+if TYPE_CHECKING:
+    from diffusers.models.modeling_utils import ModelMixin as Denoiser
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline as Pipeline
+    from transformers import PreTrainedModel as TextEncoder
+else:
+    Pipeline = Denoiser = TextEncoder = Any  # neither library is imported for a name
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What one call of the denoiser was given. batch: its size; height, width: of the latents.
+
+    rotary: what turns queries and keys by their position, None where nothing does.
+    """
+
+    batch: int
+    height: int
+    width: int
+    timestep: Tensor | float
+    rotary: Turn | None = None
+
+
+# A module's output for some images `[b, ...]` to what is kept of it, `[b, ...]`.
+Form = Callable[[Tensor, Call], Tensor]
+
+
+class Adapter(ABC):
+    """A family of models. An embedding is `[L, embed_dim]`, a row a token.
+
+    A family must say: `fits`, `denoiser`, `embed_dim`, `strides`, `side_multiple`, `attentions`, `call`, `grid`,
+    `encode`, `encode_padded` and `condition`. All else has the answer of most families.
+
+    name: as messages call it. about: what a word's map is, where it is not the cross-attention to the word in place of
+    the prompt. steps, guidance: usual settings of models that are not known by name (presets.py). pack: latents that
+    `packed` makes one of.
+    """
+
+    name: ClassVar[str]
+    about: ClassVar[str] = ""
+    steps: ClassVar[int]
+    guidance: ClassVar[float]
+    pack: ClassVar[int] = 1
+
+    def __init__(self, pipe: Pipeline):
+        """pipe: one that `fits`."""
+        self.pipe = pipe
+
+    @classmethod
+    @abstractmethod
+    def fits(cls, pipe: Pipeline) -> bool:
+        """Whether a pipeline is of this family."""
+
+    # The denoiser and its attention.
+
+    @property
+    @abstractmethod
+    def denoiser(self) -> Denoiser:
+        """The module that the scheduler calls once a step."""
+
+    @property
+    def sample_size(self) -> int | tuple[int, int]:
+        """Side, or (height, width), of the latents that the model was trained on."""
+        return self.denoiser.config.sample_size
+
+    @property
+    @abstractmethod
+    def embed_dim(self) -> int:
+        """Width of a text embedding."""
+
+    @property
+    @abstractmethod
+    def strides(self) -> tuple[int, ...]:
+        """Pixels of the image to one pixel of each attention grid, finest first."""
+
+    @property
+    @abstractmethod
+    def side_multiple(self) -> int:
+        """Pixels of which the image's sides must be multiples."""
+
+    @abstractmethod
+    def attentions(self) -> tuple[dict[str, Attention], dict[str, Attention]]:
+        """The denoiser's cross-attentions and self-attentions by name, in the order of its modules.
+
+        Joint attentions are both. Raises InputError where there is none, or of a kind that cannot be recorded.
+        """
+
+    def listen(self) -> Listener:
+        """Hears whether the run is guided; the recorder removes it after the run."""
+        return Listener(self.pipe)
+
+    @abstractmethod
+    def call(self, args: tuple, kwargs: dict[str, Any]) -> Call:
+        """What the denoiser was given, from its arguments."""
+
+    @abstractmethod
+    def grid(self, n: int, call: Call) -> tuple[int, int]:
+        """(height, width) of an attention of `n` pixels. Raises InputError for an `n` that does not fit the latents."""
+
+    def queries(self, attention: Attention, projected: Tensor, _call: Call) -> Tensor:
+        """`to_q`'s output `[b, n, heads * d]` to the queries of the product (Eq. 3), `[b, heads, n, d]`."""
+        return by_head(projected, attention.heads)
+
+    def self_keys(self, attention: Attention, projected: Tensor, _call: Call) -> Tensor:
+        """The same for `to_k`'s output in a self-attention."""
+        return by_head(projected, attention.heads)
+
+    def received(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
+        """Self-attention received by each pixel (Eq. 8), `[heads, n, d]` to float32 `[n]`."""
+        return column_sums(query, key, scale)
+
+    def scale(self, attention: Attention) -> float:
+        """Factor of the products before the softmax, 1 / sqrt(d)."""
+        return float(attention.scale)
+
+    def keys(self, attention: Attention) -> nn.Module | None:
+        """Eq. 4 by the model's own modules: an embedding `[L, embed_dim]` to keys `[L, heads * d]`.
+
+        None where the keys are not of the embedding alone: there `stream` makes them.
+        """
+        return attention.to_k
+
+    def beside_queries(self, _names: Collection[str]) -> dict[str, tuple[nn.Module, Form]]:
+        """What to keep of each step beside the queries of the attentions of these names.
+
+        By a name of its own: the module whose output it is, and its form.
+        """
+        return {}
+
+    def stream(self, _kept: dict[str, Tensor]) -> TextStream | None:
+        """The text stream of one image, of what `beside_queries` named, `[T, ...]` each; None with cross-attention."""
+        return None
+
+    # The text.
+
+    @property
+    def encoders(self) -> list[tuple[Tokenizer, TextEncoder]]:
+        """(tokenizer, text encoder) pairs."""
+        return [(self.pipe.tokenizer, self.pipe.text_encoder)]
+
+    def spelled(self, text: str) -> str:
+        """The text as the tokenizer gets it: textual inversion tokens of several vectors spelled out."""
+        convert = getattr(self.pipe, "maybe_convert_prompt", None)
+        if convert is None:
+            return text
+        with reader_of(self.encoders[0][0]) as reader:
+            return convert(text, reader)
+
+    @property
+    def max_tokens(self) -> int:
+        """How many tokens the text encoders take, special ones included."""
+        return min(
+            min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+            for tokenizer, encoder in self.encoders
+        )
+
+    def tokenize(self, text: str) -> Tokens:
+        """Raises InputError for an empty text, one that is not Unicode, and one that the pipeline would cut."""
+        check_unicode(text)
+        text = check_written(self.spelled(text))
+        read = [read_tokens(tokenizer, text) for tokenizer, _ in self.encoders]
+        check_length(max(len(x.ids[0]) for x in read), self.max_tokens)
+        check_same_cut(read)
+        return Tokens(text, tuple(x.ids[0] for x in read), read[0].spans, read[0].names)
+
+    @abstractmethod
+    def encode(self, tokens: Tokens) -> Tensor:
+        """`[L, embed_dim]` of tokens without padding: what the denoiser would be given for them."""
+
+    @abstractmethod
+    def encode_padded(self, text: str) -> Tensor:
+        """The embedding over which the softmax runs in generation, by the pipeline's own `encode_prompt`.
+
+        Padding is in it where the model attends to padding, and not where the pipeline masks it.
+        """
+
+    def _batch(self, ids: tuple[int, ...]) -> Tensor:
+        return torch.tensor([ids], device=self.pipe._execution_device)
+
+    # A photograph, as the denoiser gets it (hooks/photograph.py).
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether `condition` is all that the denoiser takes beside latents and a timestep."""
+        return self._sees_latents_alone
+
+    @property
+    def _sees_latents_alone(self) -> bool:
+        """Inpainting and editing models see a mask or an image beside them."""
+        vae = getattr(self.pipe, "vae", None)
+        return vae is not None and self.denoiser.config.in_channels == self.pack * vae.config.latent_channels
+
+    @property
+    def knows_noise(self) -> bool:
+        """Whether `noised` is the noise that the model was trained with."""
+        return "beta_schedule" in self.pipe.scheduler.config
+
+    @property
+    def photo_multiple(self) -> int:
+        """Pixels of which the sides of what the denoiser sees of a photograph must be multiples."""
+        return self.pipe.vae_scale_factor
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Pixels `[B, 3, H, W]` in [-1, 1], in the autoencoder's dtype, to scaled latents, float32 `[B, C, h, w]`.
+
+        The mean of the autoencoder's distribution, so that they depend on no seed.
+        """
+        vae = self.pipe.vae
+        mean = vae.encode(pixels).latent_dist.mean
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        return (mean.float() - shift) * vae.config.scaling_factor
+
+    def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """sqrt(a_t) x + sqrt(1 - a_t) noise (DDPM, Eq. 4), all `[T, C, h, w]`; timesteps: int64 `[T]`."""
+        from diffusers import DDIMScheduler
+
+        # The sampler's own add_noise counts on a schedule of inference steps and would take another moment's noise.
+        schedule = DDIMScheduler.from_config(self.pipe.scheduler.config)
+        return schedule.add_noise(latents, noise, timesteps)
+
+    def packed(self, latents: Tensor) -> Tensor:
+        """Latents `[B, C, h, w]` as the denoiser takes them, `[B, ...]`."""
+        return latents
+
+    def moment(self, timestep: int, _latents: Tensor) -> Tensor | int:
+        """A training timestep as the pipeline gives it to the denoiser, for latents `[B, ...]`."""
+        return timestep
+
+    @abstractmethod
+    def condition(self, captions: Sequence[str], size: tuple[int, int]) -> dict[str, Any]:
+        """What the pipeline gives the denoiser beside latents and timestep, by the denoiser's own argument names.
+
+        captions: B texts; an empty one gets what the unconditional half of a guided batch gets where no negative
+        prompt is given. size: (height, width) of the image in pixels. Tensors are on the pipeline's device.
+        """
+
+    # The pipeline's arguments, where they go by different names.
+
+    def arguments(self, negative_prompt: str | list[str], after_step: Callable[[int], None]) -> dict[str, Any]:
+        """Arguments of `pipe(...)`: a negative prompt, and a function told after each step how many are done.
+
+        `after_step` may raise to end the run.
+        """
+
+        def callback(_pipe: Pipeline, step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            after_step(step + 1)
+            return values
+
+        # Without a negative prompt SDXL leaves the embedding of one at 0, which an empty text's is not: None, not "".
+        prompts = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt or ()
+        return {"negative_prompt": negative_prompt if any(prompts) else None, "callback_on_step_end": callback}
+
+
+def default_of(pipe: Pipeline, argument: str) -> Any:
+    """The default of an argument of `pipe(...)`."""
+    return inspect.signature(type(pipe).__call__).parameters[argument].default
+
+
+def attentions_of(denoiser: Denoiser) -> tuple[dict[str, Attention], dict[str, Attention]]:
+    """The cross-attentions and the self-attentions among a denoiser's modules. Raises InputError without the former."""
+    attentions = {name: module for name, module in denoiser.named_modules() if _is_attention(module)}
+    cross = {name: x for name, x in attentions.items() if x.is_cross_attention}
+    if not cross:
+        raise InputError(f"This {type(denoiser).__name__} has no cross-attention: there is no word to ask for.")
+    return cross, {name: x for name, x in attentions.items() if not x.is_cross_attention}
+
+
+def _is_attention(module: object) -> TypeGuard[Attention]:
+    return all(hasattr(module, x) for x in ("to_q", "to_k", "heads", "is_cross_attention"))

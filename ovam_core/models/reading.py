@@ -1,0 +1,107 @@
+"""How a text is read: what a tokenizer makes of it, with the letters that each token stands for."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from ovam_core.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+else:
+    Tokenizer = Any  # transformers is not imported for its name
+
+SOT, EOT = "<SoT>", "<EoT>"
+
+# Words of a phrase that name nothing one could point at.
+FUNCTION_WORDS = frozenset(
+    """a an the this that these those of in on at to with and or by for from near under over behind beside between
+    into onto is are be its his her their my your our some any very""".split()
+)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a text, special ones included, not padded.
+
+    text: as the tokenizer saw it. ids: what each text encoder reads. An entry for each row of the embedding:
+    spans, the (start, end) of its letters in `text`; names, "<SoT>", "<EoT>" or those letters.
+    """
+
+    text: str
+    ids: tuple[tuple[int, ...], ...]
+    spans: tuple[tuple[int, int], ...]
+    names: tuple[str, ...]
+
+
+def read_tokens(tokenizer: Tokenizer, text: str, **options: Any) -> Tokens:
+    """One tokenizer's tokens: not padded, not truncated."""
+    encoded = read_ids(tokenizer, text, return_offsets_mapping=True, **options)
+    ids, pieces = tuple(encoded.input_ids), tokenizer.convert_ids_to_tokens(encoded.input_ids)
+    # A lone mark of a space is given the letter behind it, which is not its own.
+    offsets = zip(pieces, encoded.offset_mapping, strict=True)
+    spans = tuple((start, start if piece == "▁" else end) for piece, (start, end) in offsets)
+    names = [text[start:end].strip() or piece for piece, (start, end) in zip(pieces, spans, strict=True)]
+    # Only at the ends: CLIP's unknown token is its end token too.
+    if ids[0] in {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}:
+        names[0] = SOT
+    if ids[-1] in {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}:
+        names[-1] = EOT
+    return Tokens(text, (ids,), spans, tuple(names))
+
+
+def read_ids(tokenizer: Tokenizer, text: str, **options: Any) -> Any:
+    """The tokenizer's encoding of a text, not padded, not truncated."""
+    with reader_of(tokenizer) as reader:
+        return reader(text, **options)
+
+
+_readers: WeakKeyDictionary[Tokenizer, tuple[int, Tokenizer]] = WeakKeyDictionary()  # to its length and its copy
+_reading = threading.Lock()
+
+
+@contextmanager
+def reader_of(tokenizer: Tokenizer) -> Iterator[Tokenizer]:
+    """A copy of the tokenizer to read texts with, for one thread at a time.
+
+    Whether a fast tokenizer pads is state that its calls change: reading with the pipeline's own, another thread's
+    generation could come out unpadded, and a question padded.
+    """
+    with _reading:
+        known = _readers.get(tokenizer)
+        if known is None or known[0] != len(tokenizer):  # textual inversion adds tokens
+            known = _readers[tokenizer] = len(tokenizer), copy.deepcopy(tokenizer)
+        yield known[1]
+
+
+def check_written(text: str) -> str:
+    """The text. Raises InputError for one without a word."""
+    if not text.strip():
+        raise InputError("The text is empty: write at least one word.")
+    return text
+
+
+def check_unicode(text: str) -> None:
+    """Raises InputError for lone surrogates, which no tokenizer takes: bytes of another encoding arrive as these."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise InputError(f"{text[:40]!r} holds characters that are not Unicode: write it in UTF-8.")
+
+
+def check_length(tokens: int, limit: int) -> None:
+    """Raises InputError for a text of more tokens than the text encoder takes."""
+    if tokens > limit:
+        raise InputError(
+            f"The text has {tokens} tokens and the text encoder takes {limit}, its start and end included: shorten it."
+        )
+
+
+def check_same_cut(read: Sequence[Tokens]) -> None:
+    """Raises InputError where tokenizers, whose tokens stand beside each other, differ in their number."""
+    if len({len(x.ids[0]) for x in read}) > 1:
+        raise InputError("The tokenizers of this model cut the text in different places: write it another way.")

@@ -1,0 +1,77 @@
+"""Stable Diffusion 3 and 3.5: joint attention, three text encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ovam_core.models.adapter import TextEncoder, default_of
+from ovam_core.models.joint import JointTransformerAdapter
+from ovam_core.models.listeners import Listener, SkipListener
+from ovam_core.models.reading import Tokenizer, Tokens, check_length, check_same_cut, check_written, read_tokens
+
+
+class StableDiffusion3(JointTransformerAdapter):
+    """Stable Diffusion 3 and 3.5: the tokens of both CLIP encoders, beside each other, then those of T5.
+
+    CLIP's rows are filled up with zeros to T5's width. The pipeline can do without T5: then its rows are missing
+    in attribution prompts, and zeros in generation.
+    """
+
+    name = "Stable Diffusion 3"
+    steps, guidance = 28, 7.0
+    pipelines = ("StableDiffusion3Pipeline",)
+    timestep_position = 3
+
+    def listen(self) -> Listener:
+        return SkipListener(self.pipe)
+
+    @property
+    def encoders(self) -> list[tuple[Tokenizer, TextEncoder]]:
+        pipe = self.pipe
+        clip = [(pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)]
+        return clip if pipe.text_encoder_3 is None else [*clip, (pipe.tokenizer_3, pipe.text_encoder_3)]
+
+    def tokenize(self, text: str) -> Tokens:
+        text = check_written(text)
+        read = [read_tokens(tokenizer, text) for tokenizer, _ in self.encoders]
+        limits = (*[self.pipe.tokenizer_max_length] * 2, default_of(self.pipe, "max_sequence_length"))
+        for tokens, limit in zip(read, limits, strict=False):
+            check_length(len(tokens.spans), limit)
+        check_same_cut(read[:2])
+        return Tokens(
+            text,
+            tuple(x.ids[0] for x in read),
+            tuple(span for x in read[1:] for span in x.spans),
+            tuple(name for x in read[1:] for name in x.names),
+        )
+
+    def encode(self, tokens: Tokens) -> Tensor:
+        pairs = list(zip(tokens.ids, self.encoders, strict=True))
+        clip = torch.cat(
+            [
+                encoder(self._batch(ids), output_hidden_states=True).hidden_states[-2][0]
+                for ids, (_, encoder) in pairs[:2]
+            ],
+            dim=-1,
+        )
+        rows = [F.pad(clip, (0, self.embed_dim - clip.shape[-1]))]
+        rows += [self._encode_t5(*pair, ids).to(clip) for ids, pair in pairs[2:]]
+        return torch.cat(rows)
+
+    def encode_padded(self, text: str) -> Tensor:
+        return self._prompt(text)[0][0]
+
+    def _prompt(self, text: str) -> tuple[Tensor, Tensor]:
+        """Embeddings `[1, L, E]` with padding, and CLIP's pooled ones `[1, P]`."""
+        device = self.pipe._execution_device
+        return self.pipe.encode_prompt(text, None, None, device, do_classifier_free_guidance=False)[::2]
+
+    def condition(self, captions: Sequence[str], _size: tuple[int, int]) -> dict[str, Any]:
+        prompts = [self._prompt(caption) for caption in captions]
+        texts, pooled = (torch.cat(tensors) for tensors in zip(*prompts, strict=True))
+        return {"encoder_hidden_states": texts, "pooled_projections": pooled}
