@@ -142,6 +142,21 @@ class ExportTab:
                 self._lay_out_folds()
             with gr.Column(scale=7, min_width=320, elem_classes="get"):
                 self._lay_out_results()
+        self.given = {
+            self.way,
+            self.template,
+            self.text,
+            self.file,
+            self.classes,
+            self.by,
+            self.each,
+            self.seed,
+            self.low,
+            self.high,
+            self.formats,
+            self.steps,
+            self.crf,
+        }
         self._wire()
 
     def _lay_out_questions(self) -> None:
@@ -235,24 +250,11 @@ class ExportTab:
 
     def _wire(self) -> None:
         self.way.change(self.choose, self.way, [self.template, self.own, self.classes], queue=False, **QUIET)
-        given = {
-            self.way,
-            self.template,
-            self.text,
-            self.file,
-            self.classes,
-            self.by,
-            self.each,
-            self.seed,
-            self.low,
-            self.high,
-            self.formats,
-            self.steps,
-            self.crf,
-        }
-        begun = self.start.click(self.begin, given, [self.start, self.halt, self.note, self.state], **CHECKS, **QUIET)
+        begun = self.start.click(
+            self.begin, self.given, [self.start, self.halt, self.note, self.state], **CHECKS, **QUIET
+        )
         ran = begun.success(
-            self.run, given, [self.state, self.gallery, self.result, self.facts, self.download], **MODEL, **QUIET
+            self.run, self.given, [self.state, self.gallery, self.result, self.facts, self.download], **MODEL, **QUIET
         )
         ran.then(self.finish, None, [self.start, self.halt], queue=False, **QUIET)
         self.halt.click(self.stop_work, None, None, queue=False, **QUIET)

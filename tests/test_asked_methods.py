@@ -106,6 +106,7 @@ def test_one_method_after_another_is_not_the_last_answer(tiny, made):
     assert np.array_equal(first, OVAM(tiny).answer(made, SegmentSettings(WORDS, crf=False)).heatmaps)
 
 
+@pytest.mark.slow
 def test_attn2mask_looks_at_step_50_of_100(tiny):
     made = OVAM(tiny).draw(GenerateSettings.for_model(tiny, PROMPT, steps=100, **SIDES))
     answer = OVAM(tiny).answer(made, SegmentSettings(WORDS, method="Attn2Mask"))

@@ -166,10 +166,9 @@ def test_methods_and_families_are_all_described():
     from ovam_core.methods import METHODS
     from ovam_core.models.registry import ADAPTERS
 
-    rows = re.findall(
-        r"^\| `([^`]+)` \| .* \| ([^|]*) \| ([^|]*) \|$", (ROOT / "docs" / "methods.md").read_text(), re.MULTILINE
-    )
-    described = {name: (words.strip(), tokens.strip()) for name, words, tokens in rows if name in METHODS}
+    lines = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| `")]
+    described = {row[0].strip("`"): tuple(row[-2:]) for row in rows if row[0].strip("`") in METHODS}
     assert described.keys() == METHODS.keys()
     for name, method in METHODS.items():
         if method.takes_tokens:

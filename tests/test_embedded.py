@@ -85,6 +85,7 @@ def best_mean_iou(maps: list[np.ndarray], masks: list[np.ndarray]) -> float:
     return max(at(threshold) for threshold in figures.THRESHOLDS)
 
 
+@pytest.mark.slow
 def test_maps_find_their_objects_in_held_out_scenes(pipe):
     maps, masks, right, pixels = [], [], 0, 0
     for made in figures.two_object_scenes(40):
@@ -103,6 +104,7 @@ def test_maps_find_their_objects_in_held_out_scenes(pipe):
     assert ours > 1.5 * max(uniform, blob)
 
 
+@pytest.mark.slow
 def test_maps_find_their_objects_in_generated_images(pipe):
     """20 class words on 20 pictures of "A photograph of a <classname>"; the annotator says where the object is."""
     network, maps, masks = annotator.load(), [], []
@@ -121,6 +123,7 @@ def test_maps_find_their_objects_in_generated_images(pipe):
     assert ours > max(0.6, 1.4 * max(uniform, blob))
 
 
+@pytest.mark.slow
 def test_the_shipped_tokens_are_of_these_weights(pipe):
     """One a VOC class, and on the picture that each was found on it beats its class name: stale ones would not."""
     shipped = {token.names: token for token in tokens.library(pipe.ovam_name).values()}

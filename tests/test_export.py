@@ -242,6 +242,7 @@ def test_again_makes_nothing(result, tmp_path):
     assert tree(result) == before
 
 
+@pytest.mark.slow
 def test_killed_at_any_instant(server, result, tmp_path):
     """SIGKILL, 24 times, at random moments of exports with and without a worker; then each goes on to its end."""
     chance = random.Random(4)
@@ -317,6 +318,7 @@ def test_a_full_disk(server, result, tmp_path):
     assert differing(out, result) == []
 
 
+@pytest.mark.slow
 def test_a_full_disk_in_a_worker(tmp_path):
     """The limit is inherited by the worker, whose OSError comes back as the same sentence."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -363,6 +365,7 @@ def test_shares_of_several_processes(result, tmp_path):
         assert differing(out, result) == []
 
 
+@pytest.mark.slow
 def test_accelerate_with_two_processes(result, tmp_path):
     """The real launcher, two CPU processes, one model folder; against one process. With --cpu accelerate starts only
     one process, whatever --num_processes says; --multi_gpu starts two, and they find no GPU.

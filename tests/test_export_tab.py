@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import time
 import zipfile
+from types import SimpleNamespace
 
+import gradio as gr
 import numpy as np
 import pytest
 from page import set_number, shoot
@@ -79,6 +81,47 @@ def test_bad_prompts(way, template, names, text, said):
 def test_the_bar_says_how_far_how_fast_how_long():
     assert "<b>5</b> of 20 · 60 a minute · 15 s left" in bar(5, 20, 2, 2.0)
     assert "a minute" not in bar(20, 20, 5, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("each", "NaN", "Images a prompt is NaN; give a number"),
+        ("each", 1.5, "Images a prompt is 1.5; give a whole number"),
+        ("each", None, "number of images a prompt is None"),
+        ("each", 10**9, "images are too many"),
+        ("seed", -1, "seed is -1"),
+        ("low", "much", "Least coverage is much; give a number"),
+        ("high", None, "Most coverage is None; give a number"),
+        ("high", 7, "max coverage is 7"),
+        ("steps", 0, "steps is 0; choose"),
+        ("classes", "cat", "no list of names"),
+        ("classes", [1], "no list of names"),
+        ("formats", ["pdf"], "pdf"),
+        ("way", "another", "no choice 'another'"),
+        ("by", ["x"], "no choice"),
+        ("file", {"path": "/etc/passwd"}, "uploaded"),
+    ],
+)
+def test_what_a_client_may_send(blocks, field, value, said):
+    begin = next(
+        event.fn for event in blocks.fns.values() if getattr(event.fn, "__qualname__", "") == "ExportTab.begin"
+    )
+    page = begin.__self__
+    values = {component: component.value for component in page.given}
+    values[getattr(page, field)] = value
+    if field == "file":
+        values[page.way] = OWN
+    with pytest.raises(gr.Error, match=said):
+        begin(values, SimpleNamespace(session_hash="client"))
+
+
+def test_what_the_page_sends_begins(blocks):
+    begin = next(
+        event.fn for event in blocks.fns.values() if getattr(event.fn, "__qualname__", "") == "ExportTab.begin"
+    )
+    values = {component: component.value for component in begin.__self__.given}
+    assert "of 4" in begin(values, SimpleNamespace(session_hash="client"))[-1]
 
 
 # ---------------------------------------------------------------------------------------------- the browser

@@ -22,14 +22,23 @@ from ovam_core.attention.recording import LayerQueries
 from ovam_core.attention.self_attention import column_sums
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-CUDA = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs CUDA")
-KERNELS = pytest.mark.skipif(
+WITHOUT_CUDA = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs CUDA")
+WITHOUT_KERNELS = pytest.mark.skipif(
     not INTERPRETED and not (torch.cuda.is_available() and fused._runs(torch.device("cuda", 0))),
     reason="needs CUDA; without it test_all_of_these_interpreted runs this",
 )
 DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
 
 HALVES = {torch.float32: 1e-5, torch.float16: 1e-4, torch.bfloat16: 1e-4}  # and how near the plain form they come
+
+
+def with_kernels(test):
+    """Where kernels run: on CUDA, and in the interpreter's process."""
+    return pytest.mark.cuda(WITHOUT_KERNELS(test))
+
+
+def on_cuda(test):
+    return WITHOUT_CUDA(with_kernels(test))
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +99,7 @@ def assert_same(found, tolerance):
 # Sums of probabilities
 
 
-@KERNELS
+@with_kernels
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(
     ("steps", "heads", "n", "d", "sizes"),
@@ -111,7 +120,7 @@ def test_sums_and_gradients(monkeypatch, exact, dtype, steps, heads, n, d, sizes
     assert_same(both(monkeypatch, layer, keys, sizes), HALVES[dtype])
 
 
-@KERNELS
+@with_kernels
 @pytest.mark.parametrize("programs", [1, 12, 1 << 20])
 @pytest.mark.parametrize("sizes", [[2, 2], [4]], ids=str)
 @pytest.mark.parametrize("steps", [(), (3,)], ids=["shared keys", "keys of each step"])
@@ -121,13 +130,13 @@ def test_however_the_work_is_cut(monkeypatch, exact, steps, sizes, programs):
     assert_same(both(monkeypatch, layer, keys, sizes), 1e-4)
 
 
-@KERNELS
+@with_kernels
 def test_a_thousand_pixels(monkeypatch, exact):
     layer, keys = draw_layer(1, 2, 1000, 40, torch.float16), draw_keys(2, 5, 40)
     assert_same(both(monkeypatch, layer, keys, [5]), 1e-4)
 
 
-@KERNELS
+@with_kernels
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 2, 0), (2, 3, 0, 1)], ids=str)
 def test_however_the_queries_lie(monkeypatch, exact, order):
     """Also a part of a larger tensor, as one image's of a batch."""
@@ -140,7 +149,7 @@ def test_however_the_queries_lie(monkeypatch, exact, order):
     assert_same(both(monkeypatch, layer, draw_keys(3, 7, 20), [3, 4]), 1e-5)
 
 
-@KERNELS
+@with_kernels
 @pytest.mark.parametrize("sizes", [[2, 2], [3, 4]], ids=str)
 def test_products_far_beyond_the_exponential(monkeypatch, exact, sizes):
     layer = draw_layer(2, 2, 70, 16)
@@ -150,7 +159,7 @@ def test_products_far_beyond_the_exponential(monkeypatch, exact, sizes):
     assert gradient.isfinite().all()
 
 
-@KERNELS
+@with_kernels
 def test_small_gradients_are_not_lost(monkeypatch, exact):
     layer, keys = draw_layer(2, 2, 70, 40, torch.float16), draw_keys(2, 3, 40).requires_grad_()
     gradients = []
@@ -161,14 +170,14 @@ def test_small_gradients_are_not_lost(monkeypatch, exact):
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
 
 
-@KERNELS
+@with_kernels
 def test_two_runs_are_the_same_to_the_last_bit(monkeypatch):
     layer, keys = draw_layer(3, 2, 100, 40, torch.float16), draw_keys(2, 5, 40)
     once, again = (both(monkeypatch, layer, keys, [5])[0] for _ in range(2))
     assert all(map(torch.equal, once, again))
 
 
-@KERNELS
+@with_kernels
 def test_without_a_gradient_and_with_queries_of_inference_mode(monkeypatch):
     monkeypatch.setattr(fused, "serves", lambda *given: True)
     with torch.inference_mode():
@@ -185,7 +194,7 @@ def test_without_a_gradient_and_with_queries_of_inference_mode(monkeypatch):
 # Self-attention
 
 
-@KERNELS
+@with_kernels
 @pytest.mark.parametrize("programs", [1, 20])
 @pytest.mark.parametrize(
     ("heads", "n", "d", "dtype"),
@@ -223,8 +232,7 @@ def test_a_cpu_goes_the_plain_way():
     assert not fused.serves_columns(queries[0], queries[0])
 
 
-@CUDA
-@KERNELS
+@on_cuda
 def test_what_the_kernels_take():
     queries, keys = draw(1, 2, 9, 64), draw(2, 3, 64)
     assert fused.serves(keys, queries, [3])
@@ -259,6 +267,7 @@ def test_a_kernel_that_fails_is_said_once_and_replaced(monkeypatch, fails):
             torch.testing.assert_close(sums, plain_sums)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="is the run that it starts")
 def test_all_of_these_interpreted():
     """Sums, gradients and column sums of the kernels, without a GPU. No conftest: it brings pipelines and a browser."""

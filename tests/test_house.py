@@ -207,7 +207,6 @@ def picture(ovam):
     return ovam.generate("A photograph of a cat and a car on grass", seed=1)
 
 
-@pytest.mark.slow
 def test_generate_and_segment(ovam, picture, tmp_path):
     found = ovam.segment(picture, ["cat", "car", "animal"])
     assert found.labels == ["cat", "car", "animal"]
@@ -223,7 +222,6 @@ def test_generate_and_segment(ovam, picture, tmp_path):
     assert (ovam.name, ovam.device.type) == ("emoji-voc", "cpu")
 
 
-@pytest.mark.slow
 def test_a_token_of_a_mask(ovam, picture, tmp_path):
     mask = ovam.segment(picture, "cat").masks[0]
     token = ovam.optimize_token(picture, mask, "cat")
@@ -236,7 +234,6 @@ def test_a_token_of_a_mask(ovam, picture, tmp_path):
     assert (ours & mask).sum() / (ours | mask).sum() > 0.5
 
 
-@pytest.mark.slow
 def test_a_photograph(ovam, picture, tmp_path):
     picture.image.save(tmp_path / "street.jpg", quality=95)
     photo = ovam.photograph(tmp_path / "street.jpg", caption="a cat and a car")
@@ -245,7 +242,6 @@ def test_a_photograph(ovam, picture, tmp_path):
     assert ovam.segment(photo, ["cat"]).labels == ["cat"]
 
 
-@pytest.mark.slow
 def test_a_run_of_the_pipeline_itself(ovam):
     with ovam_core.record(ovam.pipe) as recorder:
         image = ovam.pipe("A photograph of a cat", num_inference_steps=3, width=128, height=128).images[0]

@@ -162,7 +162,7 @@ def kept_signal(name: str, timesteps) -> torch.Tensor:
 def noisy_latents(name: str, image: Image.Image, size, timesteps, seed: int) -> list[torch.Tensor]:
     pipe = pipe_of(name)
     values = torch.from_numpy(np.array(image.resize(size[::-1], Image.Resampling.LANCZOS)))
-    # The layout in memory is that of photo.py: a convolution's rounding depends on it, and the UNets make much of that.
+    # The layout in memory is photograph.py's: a convolution's rounding depends on it, and the UNets make much of that.
     encoded = pipe.vae.encode(values[None].permute(0, 3, 1, 2).float() / 127.5 - 1)
     mean = encoded.latent if name.startswith("sana") else encoded.latent_dist.mean
     clean = mean.contiguous() * pipe.vae.config.scaling_factor

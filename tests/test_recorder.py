@@ -359,6 +359,7 @@ def test_offloaded_weights(fresh, run, kind):
     torch.testing.assert_close(heatmaps(recording, embedding), heatmaps(run[0], embedding), atol=1e-6, rtol=0)
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="enable_model_cpu_offload() needs an accelerator")
 def test_model_cpu_offload_on_cuda(fresh):
     fresh.enable_model_cpu_offload()
@@ -372,6 +373,7 @@ def test_model_cpu_offload_on_cuda(fresh):
     assert maps.isfinite().all()
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="offload= moves memory only from an accelerator")
 def test_offload_frees_the_accelerator(fresh):
     fresh.to("cuda")

@@ -463,6 +463,7 @@ def same_answers(one: Path, other: Path) -> bool:
     return first == second and all(tree(other)[name] == data for name, data in labels.items())
 
 
+@pytest.mark.slow
 def test_the_command_killed_and_started_again(root, model, result, tmp_path, capsys):
     """A real kill, in a process of its own, while the third image is written."""
     out = tmp_path / "out"
@@ -493,6 +494,7 @@ def test_the_command_killed_and_started_again(root, model, result, tmp_path, cap
     assert not list(out.rglob("*.part"))
 
 
+@pytest.mark.slow
 def test_accelerate_with_two_processes(root, model, result, tmp_path):
     """The real launcher and a worker process each; --multi_gpu starts two processes, which find no GPU."""
     launch = [

@@ -53,4 +53,5 @@ def shipped_folder(name: str) -> Path:
     """Where "models" or "tokens" that come with the package lie: beside it in a checkout, within it when installed."""
     package = Path(__file__).resolve().parents[1]
     beside = package.parent / name
-    return beside if beside.is_dir() else package / "shipped" / name
+    # Another package may have a folder of this name in site-packages.
+    return beside if (beside / "emoji-voc").is_dir() else package / "shipped" / name
