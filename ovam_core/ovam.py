@@ -259,11 +259,11 @@ class OVAM:
     ) -> Segmentation:
         """Heatmaps and masks of anything in a picture, from its recording alone.
 
-        queries: words, phrases and tokens, in any number; with `sentence`, words to be found in it, and without words
-        every token of the sentence. method: a name in METHODS. tau, alpha: threshold (Eq. 9) and self-attention floor
-        (Eq. 8), 0 to 1; None: the model's own for words, each token's own for tokens. step_indices, resolutions:
-        denoising steps and attention grids to use; None: those that the model recommends.
-        Raises InputError, one sentence, for what the recording cannot answer.
+        queries: words, phrases and tokens, in any number; in the answer the words come first, then the tokens. With
+        `sentence`, words to be found in it, and without words every token of the sentence. method: a name in METHODS.
+        tau, alpha: threshold (Eq. 9) and self-attention floor (Eq. 8), 0 to 1; None: the model's own for words, each
+        token's own for tokens. step_indices, resolutions: denoising steps and attention grids to use; None: those that
+        the model recommends. Raises InputError, one sentence, for what the recording cannot answer.
         """
         asked = [queries] if isinstance(queries, str | Token) else list(queries)
         settings = SegmentSettings(

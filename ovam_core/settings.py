@@ -134,6 +134,8 @@ def _sentence(info: FieldInfo, value: Any) -> str:
     if "max_length" in limits:
         if not isinstance(value, str):
             return f"{info.title} is not text."
+        if len(value) <= limits["max_length"]:  # which leaves halves of surrogate pairs: bytes of another encoding
+            return f"{value[:40]!r} holds characters that are not Unicode: write it in UTF-8."
         return f"{info.title} has {len(value):,} characters; at most {limits['max_length']:,} are allowed."
     if "ge" in limits:
         whole = isinstance(limits["le"], int) and limits["le"] > 1

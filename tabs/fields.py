@@ -18,7 +18,7 @@ from ovam_core.settings import TIMESTEPS, PhotoSettings, SegmentSettings, parse_
 from .events import Inputs
 
 MAX_UPLOAD_MB = 20  # of any file
-NO_CRF = "Off: the package SimpleCRF is not installed."
+NO_CRF = "SimpleCRF is not installed."
 
 
 def takes_photographs(ovam: OVAM) -> bool:

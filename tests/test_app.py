@@ -566,3 +566,31 @@ def test_a_session_that_has_run_out_says_so(visit, monkeypatch):
     monkeypatch.setattr(Session, "find", lambda self, key: None)
     page.fill("#words textarea, #words input", "dog")
     page.wait_for_selector(f"#note:has-text('{NO_IMAGE[:20]}')")
+
+
+def test_the_page_goes_on_after_a_bug(visit, monkeypatch):
+    page = visit()
+    set_steps(page, STEPS)
+    with monkeypatch.context() as patch:
+        patch.setattr(OVAM, "draw", lambda *_, **__: [][1])
+        page.click("#generate")
+        page.wait_for_selector(f".toast-body:has-text('{OUR_FAULT}')")
+        page.wait_for_selector("#generate:not([disabled])")
+        assert "index" not in page.inner_text(".toast-body")
+    generate_now(page)
+
+
+def test_a_page_without_simplecrf(browser, ovam, monkeypatch):
+    monkeypatch.setattr(mask, "crf_available", lambda: False)
+    without = app.build(ovam)
+    monkeypatch.setattr("gradio.networking.url_ok", lambda url: True)
+    _, url, _ = app.launch(without, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    page = browser.new_page()
+    page.goto(url)
+    page.wait_for_selector("#crf input[disabled]")
+    assert not page.is_checked("#crf input")
+    assert NO_CRF in page.inner_text("#crf")
+    set_steps(page, STEPS)
+    generate_now(page)
+    page.close()
+    without.close()

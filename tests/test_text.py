@@ -21,6 +21,7 @@ from ovam_core.query import (
     token_strings,
     words_in_sentence,
 )
+from ovam_core.settings import SegmentSettings
 
 
 def test_parse_words():
@@ -197,3 +198,9 @@ def test_tokens_that_are_added_later_are_known(tiny):
     assert len(read_tokens(pipe.tokenizer, "zebra").names) == 7
     tokenizer.add_tokens(["zebra"])
     assert len(read_tokens(pipe.tokenizer, "zebra").names) == 3
+
+
+@pytest.mark.parametrize("field", ["sentence", "template"])
+def test_settings_of_another_encoding(field):
+    with pytest.raises(InputError, match=r"^'a \\udcff \{\}' holds characters that are not Unicode: write it in UTF-8"):
+        SegmentSettings(("cat",), **{field: "a \udcff {}"}).validate()

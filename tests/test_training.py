@@ -72,7 +72,8 @@ def test_every_stage_runs_stops_and_goes_on(tiny, tmp_path):
         assert not train.train_annotator(tiny, work, 0.01, pool, train.Clock(0))
         assert train.train_annotator(tiny, work, 0.01, pool, forever)
     marks = json.loads((work / "annotator" / "figures.json").read_text())
-    assert marks["images"] > 0 and all(
+    assert marks["images"] > 0
+    assert all(
         0 <= marks[name] <= 1 for name in ("rendered", "rendered_inside", "reconstructed", "reconstructed_inside")
     )
     train.write_pipeline(tiny, work, out)
@@ -85,7 +86,8 @@ def test_every_stage_runs_stops_and_goes_on(tiny, tmp_path):
     adopted.mkdir()
     train.adopt(out, tiny, adopted)
     state = torch.load(adopted / "unet.pt", weights_only=True)
-    assert state["samples"] == again["samples"] and state["spent"] == pytest.approx(again["spent"], abs=3)
+    assert state["samples"] == again["samples"]
+    assert state["spent"] == pytest.approx(again["spent"], abs=3)
     averages = again["masters"]["average"]["shadow_params"]
     adopted_weights = state["masters"]["weights"]
     assert len(averages) == len(adopted_weights)
@@ -99,7 +101,8 @@ def test_every_stage_runs_stops_and_goes_on(tiny, tmp_path):
         assert json.loads((adopted / "annotator" / "figures.json").read_text()) == marks
         assert train.train_annotator(tiny, adopted, 0.02, pool, forever)
     more = json.loads((adopted / "annotator" / "figures.json").read_text())
-    assert more["minutes"] == 0.02 and more["images"] > marks["images"]
+    assert more["minutes"] == 0.02
+    assert more["images"] > marks["images"]
     with pytest.raises(ValueError, match="was made by the recipe cpu"):
         train.adopt(out, replace(tiny, name="other"), adopted)
 
@@ -120,7 +123,8 @@ def test_common_words_take_no_place_of_those_that_are_learned():
     moon, astronaut = (
         grown.get_input_embeddings().weight[larger.convert_tokens_to_ids(word)] for word in ("moon", "astronaut")
     )
-    assert torch.equal(moon, astronaut) and moon.norm() > 0
+    assert torch.equal(moon, astronaut)
+    assert moon.norm() > 0
 
 
 def test_latents_are_the_principal_components_of_patches(tiny):
@@ -163,7 +167,9 @@ def test_budgets_that_cannot_be_spent(monkeypatch, capsys, tmp_path, option, tex
     monkeypatch.setattr("sys.argv", ["train", "cpu", f"{option}={text}", "--work", str(tmp_path / "work")])
     with pytest.raises(SystemExit) as left:
         train.main()
-    assert left.value.code == 2 and text in capsys.readouterr().err and not (tmp_path / "work").exists()
+    assert left.value.code == 2
+    assert text in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
 
 
 def test_borders_can_be_left_out():

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
 from ovam_core.cli.options import argument, named, one_of, option
 from ovam_core.errors import InputError
+
+if TYPE_CHECKING:
+    from ovam_core.attention.recording import Branch
 
 BRANCHES = ("conditional", "unconditional")  # ovam_core.tokens.BRANCHES, whose module imports torch
 PUBLISHED = ("voc-sd15",)
@@ -79,7 +84,8 @@ def run_list(options: ListOptions) -> None:
 def run_import(options: ImportOptions) -> None:
     from ovam_core.tokens import file_name, folder_for, import_file
 
-    tokens = import_file(options.file, options.model, classes=options.classes or (), branch=options.branch)
+    branch = cast("Branch", options.branch)
+    tokens = import_file(options.file, options.model, classes=options.classes or (), branch=branch)
     folder = Path(options.out or folder_for(options.model))
     paths = [folder / file_name(token.names) for token in tokens]
     for path in paths:
@@ -102,7 +108,7 @@ def run_export(options: ExportOptions) -> None:
     typer.echo(export_npy(Token.load(options.file), options.out, options.name))
 
 
-ACTIONS = {
+ACTIONS: dict[str, tuple[Callable[[Any], None], type[Any]]] = {
     "list": (run_list, ListOptions),
     "import": (run_import, ImportOptions),
     "fetch": (run_fetch, FetchOptions),
