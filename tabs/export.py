@@ -32,7 +32,7 @@ from ovam_core.data.voc import VOC_CLASSES
 from ovam_core.errors import InputError
 from ovam_core.settings import MAX_STEPS
 
-from .events import CHECKS, MODEL, QUIET, Inputs, handler
+from .events import CHECKS, MODEL, QUIET, Inputs, give_back, handler
 from .fields import crf_switch
 from .model import Model
 from .render import side_by_side
@@ -256,7 +256,7 @@ class ExportTab:
         ran = begun.success(
             self.run, self.given, [self.state, self.gallery, self.result, self.facts, self.download], **MODEL, **QUIET
         )
-        ran.then(self.finish, None, [self.start, self.halt], queue=False, **QUIET)
+        give_back(ran, self.start, self.halt)
         self.halt.click(self.stop_work, None, None, queue=False, **QUIET)
 
     @handler
@@ -267,10 +267,6 @@ class ExportTab:
     @handler
     def stop_work(self, request: gr.Request):
         self.sessions.of(request).stop(WORK)
-
-    @handler
-    def finish(self):
-        return gr.Button(interactive=True), gr.Button(interactive=False)
 
     def understood(self, given: Inputs) -> tuple[Work, ExportSettings]:
         """Work and settings, without tokens; everything that can be wrong is said here."""

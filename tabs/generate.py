@@ -34,7 +34,7 @@ from ovam_core.settings import (
 )
 from ovam_core.tokens import SUFFIX, Token, last_part
 
-from .events import CHECKS, MODEL, PRIVATE, QUIET, RAW, Inputs, handler
+from .events import CHECKS, MODEL, PRIVATE, QUIET, RAW, Inputs, give_back, handler
 from .fields import PhotoFields, check_photo, crf_switch, takes_photographs
 from .model import Model
 from .render import SCALE, annotation, gallery_items, image_facts, shrunk
@@ -393,6 +393,7 @@ class GenerateTab:
         )
 
     def asked_for(self, session: Session, picture: Picture | None, given: Inputs) -> SegmentSettings:
+        names = given.names(self.pick, NO_TOKENS)[: MAX_TOKENS + 1]  # one too many is enough to be refused
         return segment_settings(
             self.ovam,
             picture,
@@ -403,7 +404,7 @@ class GenerateTab:
             crf=given.ticked(self.crf),
             steps=given.text(self.used),
             grids=given.several(self.grids),
-            tokens=[session.token(name) for name in given.names(self.pick, NO_TOKENS)],
+            tokens=[session.token(name) for name in names],
             method=given.text(self.method),
         )
 
@@ -452,7 +453,7 @@ class GenerateTab:
             **PRIVATE,
         )
         begun.success(None, js=SHOW_PICTURE, **PRIVATE)
-        ran.then(self.finish, None, [self.start, self.halt], queue=False, **QUIET)
+        give_back(ran, self.start, self.halt)
         ran.success(self.redraw, {self.key, *self.asked_by}, [*self.answers, self.note], **MAPS, **QUIET)
 
     @handler
@@ -486,10 +487,6 @@ class GenerateTab:
     @handler
     def stop_work(self, request: gr.Request):
         self.sessions.of(request).stop(WORK)
-
-    @handler
-    def finish(self):
-        return gr.Button(interactive=True), gr.Button(interactive=False)
 
     @handler
     def choose(self, source):

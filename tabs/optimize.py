@@ -28,7 +28,7 @@ from ovam_core.query import branch_of
 from ovam_core.settings import GenerateSettings, PhotoSettings, SegmentSettings
 from ovam_core.tokens import Token
 
-from .events import CHECKS, MODEL, PRIVATE, QUIET, RAW, Inputs, handler
+from .events import CHECKS, MODEL, PRIVATE, QUIET, RAW, Inputs, give_back, handler
 from .fields import PhotoFields, check_photo, takes_photographs
 from .model import Model
 from .render import (
@@ -499,7 +499,7 @@ class OptimizeTab:
             **MODEL,
             **QUIET,
         )
-        ran.then(self.finish, None, [self.start, self.halt], queue=False, **QUIET)
+        give_back(ran, self.start, self.halt)
         self.halt.click(self.stop_work, None, None, queue=False, **QUIET)
 
     @handler
@@ -548,10 +548,6 @@ class OptimizeTab:
             gr.Dropdown(choices=session.token_names()),
             gr.Button(interactive=True),
         )
-
-    @handler
-    def finish(self):
-        return gr.Button(interactive=True), gr.Button(interactive=False)
 
     @handler
     def stop_work(self, request: gr.Request):

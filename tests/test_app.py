@@ -48,12 +48,14 @@ def generated(client):
 
 
 def test_the_api_has_these_endpoints_and_no_other(client):
-    assert set(client.view_api(return_format="dict")["named_endpoints"]) == {
-        "/generate",
-        "/photograph",
-        "/attribute",
-        "/stop",
-        "/optimize",
+    found = client.view_api(return_format="dict")["named_endpoints"]
+    names = {name: [one["parameter_name"] for one in about["parameters"]] for name, about in found.items()}
+    assert names == {
+        "/generate": ["prompt", "negative_prompt", "seed", "steps", "guidance", "width", "height"],
+        "/photograph": ["photo", "caption", "timesteps", "seed", "words"],
+        "/attribute": ["words", "sentence", "tau", "alpha", "crf", "steps", "grids", "tokens", "method"],
+        "/stop": [],
+        "/optimize": ["mask", "name", "recipe", "epochs", "rate"],
     }
 
 
@@ -137,6 +139,7 @@ BAD_WORDS = {
     "a token that is no name": ({"tokens": [["x"]]}, "no token"),
     "a tau that is no number": ({"tau": [0.4]}, "is .0.4.; give a number"),
     "no alpha": ({"alpha": None}, "is None; give a number"),
+    "too many tokens": ({"tokens": ["cat · emoji-voc"] * 100_000}, "33 tokens are too many"),
     "tau nan": ({"tau": "NaN"}, "is NaN; give a number"),
     "alpha too large": ({"alpha": 7}, "Alpha is 7; choose a number from 0 to 1"),
     "steps": ({"steps": "0-99999999999"}, "steps"),

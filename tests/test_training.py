@@ -269,7 +269,10 @@ def test_a_start_of_weights_alone(tiny, tmp_path):
     save_file(state, source / "live.safetensors")
     (source / "facts.json").write_text(json.dumps({"samples": 93120, "minutes": 75.3}))
     PatchSpace.fit(np.stack([world.scene(seed, 32).image for seed in range(20)]), tiny).save(source / "space.npz")
+    vae = model.autoencoder(tiny)
+    save_file({name: weight.contiguous() for name, weight in vae.state_dict().items()}, source / "vae.safetensors")
     train.adopt(source / "live.safetensors", tiny, work)
+    assert torch.allclose(train.load_autoencoder(tiny, work).cpu().encoder.conv_in.weight, vae.encoder.conv_in.weight)
     begun = torch.load(work / "unet.pt", weights_only=True)
     assert begun["samples"] == 93120
     assert begun["spent"] == pytest.approx(75.3 * 60)

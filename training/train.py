@@ -452,8 +452,9 @@ def adopt(source: Path, recipe: Recipe, work: Path) -> None:
     """Checkpoints in `work`, where it has none, from weights alone, so that a run can go on: the optimisers begin anew.
 
     source: a pipeline folder that this script wrote; or a safetensors file of a UNet and its text encoder (keys `unet.`
-    and `text_encoder.`), beside which a facts.json may say how many samples and minutes they had, and a space.npz is
-    their latent space. Raises ValueError for what is neither, and for weights of another build than the recipe's.
+    and `text_encoder.`), beside which a facts.json may say how many samples and minutes they had, space.npz is their
+    latent space, and vae.safetensors its autoencoder. Raises ValueError for what is neither, and for weights of another
+    build than the recipe's.
     """
     words = model.tokenizer(world.all_words(recipe.nouns), recipe.max_tokens)
     if source.is_file():
@@ -477,6 +478,10 @@ def _adopt_weights(file: Path, recipe: Recipe, work: Path, words: CLIPTokenizer)
     _begin_from(
         parts["unet"], parts["text_encoder"], recipe, work, words, facts.get("minutes", 0), facts.get("samples", 0)
     )
+    autoencoder = file.with_name("vae.safetensors")
+    if autoencoder.exists():
+        weights = {name: weight.float() for name, weight in load_file(autoencoder).items()}
+        _begin_autoencoder(weights, recipe, work, facts.get("vae_minutes", 0), facts.get("vae_images", 0))
 
 
 def _adopt_pipeline(folder: Path, recipe: Recipe, work: Path, words: CLIPTokenizer) -> None:
@@ -491,12 +496,7 @@ def _adopt_pipeline(folder: Path, recipe: Recipe, work: Path, words: CLIPTokeniz
     _begin_from(
         pipe.unet.float().state_dict(), table, recipe, work, words, facts["unet_minutes"], facts["unet_samples"]
     )
-    if not (work / "vae.pt").exists():
-        vae = model.autoencoder(recipe)
-        vae.load_state_dict(pipe.vae.float().state_dict())
-        masters = Masters([vae], recipe.vae_rate, decay=0.998, plain=VAE_PLAIN)
-        about = {"spent": facts["vae_minutes"] * 60, "samples": facts["vae_images"]}
-        save(work / "vae.pt", {"masters": masters.state_dict()} | about)
+    _begin_autoencoder(pipe.vae.float().state_dict(), recipe, work, facts["vae_minutes"], facts["vae_images"])
     if annotator.FOLDER.exists() and not (work / "annotator.pt").exists():
         marks = json.loads((annotator.FOLDER / "figures.json").read_text())
         network = annotator.load().float()
@@ -517,6 +517,16 @@ def _begin_from(unet_state, encoder_state, recipe: Recipe, work: Path, words: CL
         raise ValueError(f"These weights are of another build than the recipe {recipe.name}'s; begin anew.") from None
     masters = Masters([unet, encoder], recipe.unet_rate, plain=UNET_PLAIN)
     save(work / "unet.pt", {"masters": masters.state_dict(), "spent": minutes * 60, "samples": samples})
+
+
+def _begin_autoencoder(weights: dict, recipe: Recipe, work: Path, minutes: float, images: int) -> None:
+    """The autoencoder's checkpoint from weights, where there is none."""
+    if (work / "vae.pt").exists():
+        return
+    vae = model.autoencoder(recipe)
+    vae.load_state_dict(weights)
+    masters = Masters([vae], recipe.vae_rate, decay=0.998, plain=VAE_PLAIN)
+    save(work / "vae.pt", {"masters": masters.state_dict(), "spent": minutes * 60, "samples": images})
 
 
 def averaged_unet(recipe: Recipe, work: Path, words: CLIPTokenizer) -> tuple[torch.nn.Module, torch.nn.Module]:
