@@ -7,12 +7,9 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
-import torch
 from pipelines import make_pipe
 
 pytest_plugins = ["page"]  # the server and the browser
-
-torch.set_num_threads(1)  # the tiny pipelines lose time to threads that wait for each other
 
 
 @pytest.fixture(scope="session")

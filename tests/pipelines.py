@@ -51,6 +51,10 @@ from transformers import (
     T5Tokenizer,
 )
 
+# They lose time to threads that wait for each other; and a process forked after threads have run (export_child.py)
+# would wait for them for ever.
+torch.set_num_threads(1)
+
 WORDS = ("the", "cat", "car", "red", "bus", "of", "photograph", "a")
 EMBED = 32
 

@@ -190,6 +190,16 @@ def card(figures: dict, training: dict, marks: dict) -> str:
         if full
         else "**The shipped weights are from the CPU recipe, not from the full GPU recipe**: 20 VOC classes, 128 x 128 pixels."
     )
+    is_current = training["latent_size"] == RECIPES[training["recipe"]].latent_size
+    edition = (
+        ""
+        if is_current
+        else """
+These are weights of the first edition, made by the recipe and the world of version 1. `training/` holds the second
+edition's already (a 32 x 32 grid, an easier world, another optimiser); its weights are not trained to the end yet.
+"""
+    )
+    how = "bfloat16 weights with float32 masters, Muon and AdamW" if is_current else "bfloat16 autocast, AdamW"
     grids = " and ".join(f"{side} x {side}" for side in training["attention_grids"])
     drawn = figures["drawn_by_class"]
     weakest = [name for name in sorted(drawn, key=drawn.get)[:5] if drawn[name] < 0.9]
@@ -208,7 +218,7 @@ A latent diffusion model small enough to ship with the code that reads its atten
 picture maker.
 
 {shipped}
-
+{edition}
 | | |
 |---|---|
 | recipe | `{command_of(training, marks)}` ({training["device"]}); a run can be several, each going on from the last |
@@ -216,7 +226,7 @@ picture maker.
 | UNet | {training["unet_parameters"] / 1e6:.1f} M parameters, {training["unet_samples"]:,} samples in {training["unet_minutes"]:.0f} minutes, drawn from {training["scenes"]:,} scenes |
 | autoencoder | {training["vae_parameters"] / 1e6:.1f} M parameters, {training["vae_images"]:,} crops in {training["vae_minutes"]:.0f} minutes |
 | text encoder | CLIP with no layers: token and position embeddings and the final norm, trained with the UNet |
-| objective | v-prediction, min-SNR weights, 10 % empty captions, EMA; bfloat16 autocast |
+| objective | v-prediction, min-SNR weights, 10 % empty captions, EMA; {how} |
 
 **Data.** Scenes of 1 to {len(RECIPES[training["recipe"]].counts)} Noto Color Emoji pictures over {len(world.backgrounds.BACKGROUNDS)} procedural backgrounds, rendered by `training/world.py`
 with captions. No mask ever supervised the diffusion model, its attention least of all: what the maps show emerged.
