@@ -537,3 +537,14 @@ def test_a_bug_keeps_its_traceback(tmp_path):
     assert ran.returncode == 1
     assert "Traceback (most recent call last)" in ran.stderr
     assert ran.stderr.endswith("ValueError: not what we thought\n")
+
+
+def test_a_reader_that_goes_away_is_no_bug():
+    """`ovam --help | head -1`: no traceback, whether the pipe was closed before or while it is written to."""
+    source, sink = os.pipe()
+    os.close(source)
+    with os.fdopen(sink, "wb") as pipe:
+        command = [sys.executable, "-m", "ovam_core", "--help"]
+        child = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+    assert child.returncode == 1
+    assert child.stderr == ""

@@ -5,6 +5,7 @@ What a person can mend is one sentence on stderr and exit status 2; Ctrl-C is 13
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, Any
 
@@ -73,6 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("\nStopped.\n")
         return 130
+    except BrokenPipeError:  # who read has gone, as `| head` goes: nothing more is written, not even at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 
