@@ -211,6 +211,17 @@ def test_the_shipped_card_says_what_was_measured():
     assert measured["annotator"] == json.loads((annotator.FOLDER / "figures.json").read_text())
 
 
+def test_rows_of_an_edition_that_was_measured_for_more():
+    assert figures.further_rows({}) == ""
+    beside = {"which_of_two": 0.9, "three_found": 0.25, "iou": 0.61}
+    found = {"three_found": 0.5, "three_prompts": 100, "grid": 32, "ceiling": 0.845}
+    rows = figures.further_rows(found | {"named": {"right": 150, "of": 200}, "beside": beside}).splitlines()
+    assert len(rows) == 4
+    assert all(row.count(" | ") == 2 for row in rows)
+    assert all(part in row for row, part in zip(rows, ("50.0%", "84.5%", "75.0%", "IoU 0.610"), strict=True))
+    assert 1 > figures.ceiling(64, 4) > figures.ceiling(16, 4) > 0.3
+
+
 def test_the_figures_noise_a_scene_as_the_training_did():
     """Eq. 4 of DDPM with the schedule's own sums, whatever sampler the pipeline carries."""
     pipe = load_pipeline("emoji-voc", "cpu")

@@ -182,6 +182,25 @@ def command_of(training: dict, marks: dict) -> str:
     return f"python -m training.train {recipe.name}{more}"
 
 
+def further_rows(figures: dict) -> str:
+    """Rows of the card for what an edition may have been measured for: Markdown, "" for nothing."""
+    rows = []
+    if "three_found" in figures:
+        what = f"all of three found, each on 1 % of the picture at least ({figures['three_prompts']} prompts)"
+        rows.append((what, f"{figures['three_found']:.1%}", "60 %"))
+    if "ceiling" in figures:
+        what = f"a perfect map of the {figures['grid']} x {figures['grid']} grid, cut at 0.8: mIoU"
+        rows.append((what, f"{figures['ceiling']:.1%}", "84 %"))
+    if "named" in figures:
+        what = f"pictures of the sheet that a person named right without its rows' names ({figures['named']['of']})"
+        rows.append((what, f"{figures['named']['right'] / figures['named']['of']:.1%}", "85 %"))
+    if "beside" in figures:
+        other = figures["beside"]
+        shares = f"which of two {other['which_of_two']:.1%}, three found {other['three_found']:.1%}"
+        rows.append(("the first edition on the same scenes", f"IoU {other['iou']:.3f}, {shares}", ""))
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
 def card(figures: dict, training: dict, marks: dict) -> str:
     full = training["recipe"] == "full"
     targets = ("90 %", "95 %", "0.75") if full else ("60 %", "90 %", "0.60")
@@ -239,7 +258,7 @@ Measured by `python -m training.figures` on a CPU, on scenes and seeds that no t
 | "A photograph of a <classname>": the annotator finds that class as the largest ({figures["seeds"]} seeds x 20 classes) | {figures["drawn"]:.1%} | {targets[0]} |
 | which of two: object pixels won by the right noun, each asked for alone in "A photograph of a <classname>" ({figures["scenes"]} scenes, t = 100, 200, 300; chance 50 %) | {figures["which_of_two"]:.1%} | {targets[1]} |
 | mean IoU of those maps (attention grids that the model's defaults use) at the best single threshold ({figures["iou_threshold"]:.2f} of the peak) | {figures["iou"]:.3f} | {targets[2]} |
-| self-attention map (Eq. 8): a pixel of an object receives more attention than one of the background (0.5 says nothing) | {figures["received_auc"]:.2f} | |
+{further_rows(figures)}| self-attention map (Eq. 8): a pixel of an object receives more attention than one of the background (0.5 says nothing) | {figures["received_auc"]:.2f} | |
 | seconds for one image, default steps, {figures["threads"]} cores | {figures["seconds_an_image"]:.1f} | 8 at most |
 | annotator ({marks["images"]:,} images in {marks["minutes"]:.0f} minutes), mIoU on 400 held-out rendered scenes | {marks["rendered"]:.1%} | 95 % |
 | the same without the pixel on either side of a border, as VOC leaves out its objects' outlines | {marks["rendered_inside"]:.1%} | |
