@@ -296,10 +296,11 @@ class GocaMethod:
     def heatmaps(self, pipe: Pipeline, picture: Picture, queries: Sequence[Query]) -> Tensor:
         if any(query.kind == "token" for query in queries):
             raise InputError(f"{self.name} compares words; for a token choose {GOCA_TOKEN.name} or {OVAM_TOKEN.name}.")
+        recorded = _pass_of(self.name, picture)
         words = [label for query in queries for label in query.labels]
         background = background_words(picture.caption, words) if self.background is None else self.background
         prompt = self.asking(pipe, picture.caption, [*words, *background])
-        return goca(_pass_of(self.name, picture), prompt, self.options)
+        return goca(recorded, prompt, self.options)
 
     def masks(self, picture: Picture, maps: Tensor, queries: Sequence[Query], crf: bool = True) -> np.ndarray:
         words = sum(len(query.labels) for query in queries)

@@ -533,4 +533,6 @@ def _as_image(mask: Any) -> Any:
     """A mask as `read_mask` takes it: an array becomes a picture."""
     if not isinstance(mask, np.ndarray):
         return mask
+    if mask.dtype.kind not in "biu" or mask.ndim != 2:
+        raise InputError(f"The mask is {mask.dtype} {list(mask.shape)}; give bool or whole numbers, [H, W].")
     return Image.fromarray(mask.astype(np.uint8) * 255 if mask.dtype == bool else mask)

@@ -11,6 +11,7 @@ from PIL import Image
 from reference import found_by, generate
 
 from ovam_core import METHODS, InputError, Picture, record
+from ovam_core import OVAM as Model
 from ovam_core.attention.goca import attribute_weighted, goca, label_pixels
 from ovam_core.attention.heatmap import AttributionPrompt, attribute, resize
 from ovam_core.attention.mask import make_masks
@@ -168,3 +169,16 @@ def test_methods_of_another_share_keep_it():
     assert ATTN2MASK.cut(Query(("cat",), None), Cut(), PRESET).tau == 0.5
     assert DAAM.cut(Query(("cat",), None), Cut(alpha=0.2), PRESET).alpha == 1  # it has no self-attention map
     assert GOCA.cut(Query(("cat",), None), Cut(), PRESET).tau == 0.36
+
+
+def test_a_picture_made_by_hand_says_what_it_lacks(tiny, seen):
+    """Not that a text is empty: there is no caption beside the pass that is missing."""
+    bare = Picture(seen.image, seen.recording)
+    with pytest.raises(InputError, match="needs a pass that was not recorded"):
+        found_by(GOCA, tiny, bare, words=["cat"])
+
+
+@pytest.mark.parametrize("mask", [np.full((32, 48), 0.7), np.ones((32, 48, 3), np.uint8)], ids=["float", "colours"])
+def test_a_mask_that_is_no_mask(tiny, seen, mask):
+    with pytest.raises(InputError, match="give bool or whole numbers"):
+        Model(tiny).optimize_token(seen, mask, "cat")
