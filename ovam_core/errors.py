@@ -38,14 +38,20 @@ class Stopped(Exception):
         self.steps, self.total = steps, total
 
 
+OUT_OF_MEMORY = (
+    *("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc"),
+    *("failed to map segment", "can't start new thread", "unable to allocate"),
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an accelerator, or the allocator of the CPU, had no memory left."""
     torch = sys.modules.get("torch")  # not imported for this: without it, no allocator of its own has failed
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
-    # torch's CPU allocator raises a bare RuntimeError: its words are all there is to know it by.
+    # torch's CPU allocator, oneDNN and the linker raise bare errors: their words are all there is to know them by.
     said = str(error).lower()
-    return any(words in said for words in ("out of memory", "can't allocate memory", "not enough memory"))
+    return any(words in said for words in OUT_OF_MEMORY) or said.strip() == "could not create a primitive"
 
 
 @contextmanager
@@ -53,7 +59,7 @@ def out_of_memory_as(sentence: str) -> Iterator[None]:
     """Raises OutOfMemory(sentence) in place of what an allocator raises when memory is short."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+    except Exception as error:
+        if isinstance(error, InputError) or not is_out_of_memory(error):
             raise
         raise OutOfMemory(sentence) from None

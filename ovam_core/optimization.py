@@ -5,27 +5,24 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from ovam_core.attention.heatmap import heatmaps, resize
+from ovam_core.attention.heatmap import check_embedding, check_weights, heatmaps, resize
 from ovam_core.attention.recording import Recording
 from ovam_core.errors import InputError
 from ovam_core.io.masks import IGNORE
 from ovam_core.query import background_embedding, words_in_sentence
-from ovam_core.settings import Settings
+from ovam_core.settings import RECIPES, OptimizeSettings
 
 if TYPE_CHECKING:
     from ovam_core.models.adapter import Pipeline
 
 MAX_TOKEN_CLASSES = 32
-
-MAX_EPOCHS = 10_000
 
 PROMPT = "A photograph of a {}"
 
@@ -33,52 +30,6 @@ EDGE = 1e-6  # heatmaps are kept this far from 0 and 1: past it the logarithm ha
 
 
 # ------------------------------------------------------------------------------------------ optimisation
-
-
-@dataclass(frozen=True)
-class OptimizeSettings(Settings):
-    """How the embedding is found. `RECIPES` holds the two that are known to be good.
-
-    epochs: evaluations of loss and gradient. method: "descent" (plain gradient descent), "momentum" (0.9), "adam" or
-    "lbfgs" (every evaluation of its line search counts as an epoch). rate: the learning rate, times `decay` every
-    `decay_every` epochs. proximity: weight of the mean squared distance from the start, added to what is minimised but
-    not to the losses that are reported; 0 leaves it out.
-
-    The default: the loss is smooth, has no noise and few unknowns, which is what L-BFGS is for. Seven classes, one
-    image each, on the embedded model's first edition: the paper's recipe reached 0.240 in 500 epochs, L-BFGS 0.251 in
-    20 and 0.226 in 50; momentum and Adam took 100 epochs and more. Without `proximity` it walks hundreds of times the
-    length of the class name's embedding for the last hundredth, out of float16's range. A low loss on one image is not
-    all: on other images of the class what stays nearer gains more (mIoU 0.790 by default, 0.816 with 0.1, 0.824 with 1;
-    the paper's recipe 0.803, the class name 0.766): `python -m benchmarks.optimize`, its table in benchmarks/README.md.
-    """
-
-    recipe: str = "fast"
-    epochs: Annotated[
-        int, Field(title="The number of epochs", ge=1, le=MAX_EPOCHS, description="steps of the search")
-    ] = 60
-    method: Literal["descent", "momentum", "adam", "lbfgs"] = "lbfgs"
-    rate: float = 1.0
-    decay: float = 1.0
-    decay_every: int = 120
-    proximity: float = field(default=0.003, metadata={"key": "stay"})
-
-    def validate(self) -> None:
-        """Raises InputError, one sentence, for settings that could find nothing."""
-        self.check_fields()
-        if self.method not in ("descent", "momentum", "adam", "lbfgs"):
-            raise InputError(f"There is no method '{self.method}'; choose descent, momentum, adam or lbfgs.")
-        if not math.isfinite(self.rate) or self.rate <= 0:
-            raise InputError(f"The learning rate is {self.rate}; choose a number above 0.")
-        if not 0 < self.decay <= 1 or self.decay_every < 1:
-            raise InputError("The learning rate must decay by a factor above 0 and up to 1, every epoch or less often.")
-        if not math.isfinite(self.proximity) or self.proximity < 0:
-            raise InputError(f"The weight on staying near the start is {self.proximity}; choose 0 or more.")
-
-
-RECIPES = {
-    "fast": OptimizeSettings(),
-    "paper": OptimizeSettings("paper", 500, "descent", 100.0, 0.7, 120, proximity=0.0),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,10 +98,27 @@ def optimize(
     Raises InputError for targets that do not fit.
     """
     settings.validate()
+    # Whatever mode the caller is in: this is a search by gradients, and nothing of it is a tensor of inference mode.
+    with torch.inference_mode(False), torch.enable_grad():
+        return _optimize(recordings, targets, start, settings, on_epoch, should_stop, weights)
+
+
+def _optimize(
+    recordings: Sequence[Recording],
+    targets: Sequence[np.ndarray],
+    start: Tensor,
+    settings: OptimizeSettings,
+    on_epoch: Callable[[Epoch], None] | None,
+    should_stop: Callable[[], bool] | None,
+    weights: Sequence[float] | None,
+) -> Optimized:
+    for recording in recordings:
+        check_embedding(start, recording.embed_dim)
+        check_weights(recording)
     tasks = _tasks(recordings, targets, start, weights)
     device = start.device if recordings[0].layers[0].queries.device.type == "cpu" else tasks[0].target.device
     begun = time.perf_counter()
-    search = _Search(tasks, start.detach().to(device, torch.float32), settings, on_epoch, should_stop)
+    search = _Search(tasks, start.detach().to(device, torch.float32).clone(), settings, on_epoch, should_stop)
     reason = search.run()
     epochs, seconds = len(search.losses), time.perf_counter() - begun
     stopped = epochs < settings.epochs
@@ -197,7 +165,7 @@ class _Search:
         total = torch.zeros((), device=self.x.device)
         for task in self.tasks:  # one graph at a time: the memory of one image, however many there are
             loss = task.loss(self.x)
-            loss.backward()
+            loss.backward(inputs=[self.x])  # and to no weight of the model
             total = total + loss.detach()
         self._note(float(total))
         if settings.proximity:

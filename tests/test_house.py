@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
 import subprocess
 import sys
@@ -177,21 +176,6 @@ def test_a_constant_has_one_value():
 def test_the_names_of_the_methods_are_listed_without_torch():
     assert tuple(METHODS) == settings.METHOD_NAMES
     assert settings.DEFAULT_METHOD in METHODS
-
-
-# Names that the command line holds to list them without importing torch.
-COPIES = [
-    ("ovam_core.cli.optimize", "RECIPES", "ovam_core.optimization"),
-    ("ovam_core.cli.arguments", "LIBRARY", "ovam_core.data.export"),
-    ("ovam_core.cli.export", "FORMATS", "ovam_core.data.formats"),
-    ("ovam_core.cli.tokens", "BRANCHES", "ovam_core.tokens"),
-]
-
-
-@pytest.mark.parametrize(("copy", "name", "home"), COPIES)
-def test_what_the_command_line_lists_is_what_there_is(copy, name, home):
-    here, there = (getattr(importlib.import_module(module), name) for module in (copy, home))
-    assert here == (tuple(there) if isinstance(here, tuple) else there)
 
 
 # ------------------------------------------------------------------------------------------------ first lines

@@ -5,6 +5,7 @@ What a person can mend is one sentence on stderr and exit status 2; Ctrl-C is 13
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import Annotated, Any
@@ -21,6 +22,16 @@ from ovam_core.errors import InputError, out_of_memory_as
 NAME = "ovam"
 # click's own, whose module depends on typer's version.
 UsageError: Any = typer.BadParameter.__bases__[0]
+
+# What the system refuses, whatever the program does: no bug.
+OUTSIDE = {
+    getattr(errno, name)
+    for name in (
+        *("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EACCES", "EPERM"),
+        *("ENAMETOOLONG", "EISDIR", "ENOTDIR", "ELOOP", "EMFILE", "ENFILE"),
+    )
+    if hasattr(errno, name)
+}
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 for name, module in (
@@ -77,6 +88,11 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # who read has gone, as `| head` goes: nothing more is written, not even at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno not in OUTSIDE:
+            raise
+        where = f" '{str(error.filename)[:200]}'" if error.filename else ""
+        return _refuse(f"Cannot use the file or folder{where}: {(error.strerror or 'not possible').lower()}.")
     return 0
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-LIBRARY = "library"  # ovam_core.data.export.LIBRARY, whose module imports torch
+from ovam_core.settings import LIBRARY
 
 # What an option that is given without a value stands for.
 WITHOUT_VALUE = {"--tokens": LIBRARY}

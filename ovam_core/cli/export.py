@@ -21,16 +21,18 @@ from ovam_core.cli.options import (
     StepOptions,
     given,
     named,
+    of_type,
     open_model,
     option,
+    setting,
 )
-from ovam_core.cli.progress import image_bar, move
+from ovam_core.cli.progress import image_bar, move, prompt_bar
 from ovam_core.errors import InputError
+from ovam_core.settings import FORMATS, BatchSize, Filters, Uncertain
 
 if TYPE_CHECKING:
     from ovam_core.data.prompts import Prompt
 
-FORMATS = ("voc", "coco", "parquet")  # ovam_core.data.formats.FORMATS, whose module imports torch
 FILTERS = "Filters"
 
 
@@ -43,7 +45,7 @@ class Options(BatchOptions, ModelOptions, GridOptions, StepOptions, CutOptions, 
     ovam_core export ... (several CPU processes too: --cpu would start only one).
     """
 
-    prompts: str | None = option("lines of text, .csv, .tsv, .jsonl, or COCO captions .json", metavar="FILE")
+    prompts: str | None = option("lines of text, .csv, .tsv, .jsonl, .json (a list, or COCO captions)", metavar="FILE")
     template: str | None = option("a prompt for each class: 'A photograph of a {}'", metavar="TEXT")
     classes: str | None = option("voc, or names in the order of their labels: 'cat, red bus'", metavar="LIST")
     images_per_prompt: int = option("images of each prompt", default=1, metavar="N")
@@ -53,14 +55,14 @@ class Options(BatchOptions, ModelOptions, GridOptions, StepOptions, CutOptions, 
     heatmaps: bool = option("keep the maps as float16", "--heatmaps", default=False)
     dry_run: bool = option("say what would be made, how long and how large", "--dry-run", default=False)
     seed: int = option("of the first image; the next has the next", default=0, panel=PICTURE)
-    uncertain: float | None = option("label pixels this close to the threshold 255", said="0", panel=MASKS, metavar="U")
+    uncertain: float | None = of_type(Uncertain, said="0", panel=MASKS, metavar="U")
     clip: str | None = option(
         "a CLIP model, such as openai/clip-vit-base-patch32, for its filter", panel=FILTERS, metavar="MODEL"
     )
-    clip_drop: float | None = option("lowest share of each class to drop", said="0.3", panel=FILTERS, metavar="SHARE")
-    min_coverage: float | None = option("drop masks that cover less", said="0.05", panel=FILTERS, metavar="SHARE")
-    max_coverage: float | None = option("drop masks that cover more", said="0.95", panel=FILTERS, metavar="SHARE")
-    batch_size: int | None = option("images made together", said="4 on a GPU, else 1", panel=RUN, metavar="N")
+    clip_drop: float | None = setting(Filters, "clip_drop", panel=FILTERS, metavar="SHARE")
+    min_coverage: float | None = setting(Filters, "min_coverage", panel=FILTERS, metavar="SHARE")
+    max_coverage: float | None = setting(Filters, "max_coverage", panel=FILTERS, metavar="SHARE")
+    batch_size: int | None = of_type(BatchSize, said="4 on a GPU, else 1", panel=RUN, metavar="N")
 
 
 def run(options: Options) -> None:
@@ -72,7 +74,7 @@ def run(options: Options) -> None:
 
     from ovam_core.data import ExportSettings, export_dataset, work_list
     from ovam_core.data.export import Progress, measure, plan
-    from ovam_core.data.filters import ClipScorer, Filters
+    from ovam_core.data.filters import ClipScorer
     from ovam_core.data.layout import SHEET
     from ovam_core.data.runs import launched
 
@@ -105,10 +107,19 @@ def run(options: Options) -> None:
         filters=filters,
     )
     settings.validate(ovam)
-    work = work_list(prompts, classes, options.images_per_prompt, options.seed, options.limit, settings.check(ovam))
+    first = process.rank == 0
+    with prompt_bar(first) as looked:
+        work = work_list(
+            prompts,
+            classes,
+            options.images_per_prompt,
+            options.seed,
+            options.limit,
+            settings.check(ovam),
+            lambda done, total: move(looked, done, total),
+        )
     planned = plan(ovam, work, settings, options.out)
     clip = None if settings.clip is None else ClipScorer(settings.clip, ovam.device)
-    first = process.rank == 0
     if first:
         typer.echo(planned.text())
         if process.ranks > 1:

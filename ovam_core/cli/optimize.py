@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,19 +25,18 @@ from ovam_core.cli.options import (
     named,
     open_model,
     option,
+    setting,
 )
 from ovam_core.cli.progress import EpochBar
-from ovam_core.cli.tokens import BRANCHES
 from ovam_core.errors import InputError
-from ovam_core.settings import GenerateSettings, PhotoSettings
+from ovam_core.settings import HALVES, RECIPES, GenerateSettings, OptimizeSettings, PhotoSettings
 
 if TYPE_CHECKING:
     from ovam_core.data.annotated import Example
-    from ovam_core.optimization import Epoch, Optimized, OptimizeSettings
+    from ovam_core.optimization import Epoch, Optimized
     from ovam_core.ovam import OVAM
     from ovam_core.tokens import Token
 
-RECIPES = ("fast", "paper")  # ovam_core.optimization.RECIPES, whose module imports torch
 SEARCH = "Search"
 
 
@@ -60,15 +60,15 @@ class Options(ModelOptions, NoiseOptions, SamplingOptions):
     out: str = option("token file; with --annotated, a folder", required=True, metavar="PATH", check=named)
     photo: str | None = option("a photograph in place of a generated image", panel=PHOTO, metavar="FILE")
     caption: str | None = option("what the photograph shows", said="names the class", panel=PHOTO, metavar="TEXT")
-    recipe: str = option("fast, or the paper's own", default="fast", panel=SEARCH, choices=RECIPES)
-    epochs: int | None = option("epochs instead of the recipe's", panel=SEARCH)
-    proximity: float | None = option("weight on staying near the class name's embedding", panel=SEARCH, metavar="W")
+    recipe: str = option("fast, or the paper's own", default="fast", panel=SEARCH, choices=tuple(RECIPES))
+    epochs: int | None = setting(OptimizeSettings, "epochs", said="the recipe's", panel=SEARCH)
+    proximity: float | None = setting(OptimizeSettings, "proximity", said="the recipe's", panel=SEARCH, metavar="W")
     contrast: float | None = option(
         "with --annotated: weight on staying dark in the other classes' images; all recordings are held at a time",
         panel=SEARCH,
         metavar="W",
     )
-    branch: str = option("half of the guided batch", default="conditional", panel=SEARCH, choices=BRANCHES)
+    branch: str = option("half of the guided batch", default="conditional", panel=SEARCH, choices=HALVES)
     tau: float | None = option("threshold that the token file recommends", said=MODELS, panel=MASKS)
     alpha: float | None = option("self-attention floor that the token file recommends", said=MODELS, panel=MASKS)
 
@@ -78,24 +78,40 @@ def run(options: Options) -> None:
 
     Ctrl-C while a token is learned keeps the best so far, and those before it.
     """
-    from ovam_core.io.files import make_folder
-    from ovam_core.optimization import RECIPES
+    from ovam_core.io.files import check_file_name, make_folder
 
     settings = replace(RECIPES[options.recipe], **given(epochs=options.epochs, proximity=options.proximity))
     settings.validate()
     about_image = check_options(options)
     ovam = open_model(options.model, options.device)
     sets = examples_of(ovam, options, about_image)
-    make_folder(Path(options.out) if options.annotated is not None else Path(options.out).parent)
+    if options.annotated is not None:
+        make_folder(options.out)
+    else:
+        check_file_name(Path(options.out))
     with interruptible() as stop:
         for path, token, found in learned(ovam, sets, settings, options, stop):
-            token.save(path)
+            save(token, path)
             result = f"loss {found.loss:.4f} after {found.epochs} epochs, {found.seconds:.1f} s"
             why = f" ({found.reason})" if found.reason else ""
             typer.echo(f"{', '.join(token.names)}: {result}{why}: {path}")
             if stop.asked:
                 raise KeyboardInterrupt
             stop.waits = False
+
+
+def save(token: Token, path: Path) -> None:
+    """Writes a token; where that cannot be done any more, elsewhere. Raises InputError that says where."""
+    from ovam_core.tokens import file_name
+
+    try:
+        token.save(path)
+    except InputError as error:
+        try:
+            kept = token.save(Path(tempfile.mkdtemp(prefix="ovam-")) / file_name(token.names))
+        except (InputError, OSError):
+            raise error from None
+        raise InputError(f"{error} The token is kept in '{kept}'.") from None
 
 
 def check_options(options: Options) -> dict[str, Any]:

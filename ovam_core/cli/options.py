@@ -70,8 +70,16 @@ def option(
 
 
 def setting(settings: type[Settings], name: str, **more: Any) -> Any:
-    """The option of a setting: its description and its range are the help."""
+    """The option of a setting: its description, its range and its default are the help."""
+    default = getattr(settings, name, None)
+    if default not in (None, ""):
+        more.setdefault("said", f"{default}")
     return option(help_of(setting_info(settings, name)), **more)
+
+
+def of_type(hint: Any, **more: Any) -> Any:
+    """The option of a type of settings.py, such as `Threads`: its description and its range are the help."""
+    return option(help_of(get_args(hint)[1]), **more)
 
 
 def help_of(info: FieldInfo) -> str:
@@ -234,7 +242,7 @@ class BatchOptions:
     """Of the commands that make many images, perhaps in several processes."""
 
     tokens: str | None = option("ask by class token: the model's own, or DIR's", panel=MASKS, metavar="[DIR]")
-    threads: int | None = option(help_of(get_args(Threads)[1]), said="all cores", panel=RUN, metavar="N")
+    threads: int | None = of_type(Threads, said="all cores", panel=RUN, metavar="N")
     workers: int | None = option("processes for dense CRF and files; 0 for none beside", panel=RUN, metavar="N")
 
     def check_workers(self) -> None:

@@ -26,6 +26,12 @@ def image_bar(shown: bool = True, total: int | None = None, done: int = 0) -> tq
     return tqdm(total=total, initial=done, unit="image", disable=not shown, mininterval=between)
 
 
+def prompt_bar(shown: bool = True) -> tqdm:
+    """A bar for prompts that are looked at, where that takes more than a second or two."""
+    between = 0.5 if sys.stderr.isatty() else 10.0
+    return tqdm(unit="prompt", disable=not shown, mininterval=between, delay=1.0, leave=False)
+
+
 def move(bar: tqdm, done: int, total: int) -> None:
     """Brings a bar to `done` of `total`."""
     bar.total = total

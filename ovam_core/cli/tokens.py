@@ -11,11 +11,11 @@ import typer
 
 from ovam_core.cli.options import argument, named, one_of, option
 from ovam_core.errors import InputError
+from ovam_core.settings import HALVES
 
 if TYPE_CHECKING:
     from ovam_core.attention.recording import Branch
 
-BRANCHES = ("conditional", "unconditional")  # ovam_core.tokens.BRANCHES, whose module imports torch
 PUBLISHED = ("voc-sd15",)
 
 
@@ -36,14 +36,16 @@ class OutOptions:
 
 @dataclass(kw_only=True)
 class ImportOptions(OutOptions):
-    """A NumPy file, such as the paper's tokens_VOC.npy, to token files."""
+    """A NumPy file, such as the paper's tokens_VOC.npy, or a textual inversion (.safetensors, .bin, .pt), to token
+    files.
+    """
 
-    file: str = argument("the NumPy file")
+    file: str = argument("the NumPy file, or the textual inversion")
     model: str = option("the model that the tokens were found with", required=True, metavar="NAME")
     branch: str = option(
-        "half of the guided batch; the paper's are of the unconditional one", default="unconditional", choices=BRANCHES
+        "half of the guided batch; the paper's are of the unconditional one", default="unconditional", choices=HALVES
     )
-    classes: list[str] | None = option("names of a plain array's rows", "--class", metavar="NAME...")  # noqa: RUF009
+    classes: list[str] | None = option("names of a plain array's rows, or of the words", "--class", metavar="NAME...")  # noqa: RUF009
 
 
 @dataclass(kw_only=True)
@@ -63,21 +65,21 @@ class ExportOptions:
 
 
 def run_list(options: ListOptions) -> None:
-    from ovam_core.tokens import Token, folder_for
+    from ovam_core.io.token_files import FOLDER, SUFFIX, folder_in, list_token
 
-    folder = Path(options.folder or folder_for(options.model))
-    files = sorted(folder.glob("*.safetensors"))
+    folder = Path(options.folder or folder_in(FOLDER, options.model))
+    files = sorted(folder.glob(f"*{SUFFIX}"))
     if not files:
         typer.echo(f"There are no tokens in {folder}.")
     for path in files:
         try:
-            token = Token.load(path)
+            token = list_token(path)
         except InputError as error:
             typer.echo(f"{path.name}: {error}")
             continue
         loss = "" if token.loss is None else f", loss {token.loss:.4f}"
         seed = "" if token.seed is None else f", seed {token.seed}"
-        shape = "x".join(map(str, token.embedding.shape))
+        shape = "x".join(map(str, token.shape))
         typer.echo(f"{', '.join(token.names)}: {shape}, {token.model}, {token.branch}{loss}{seed}: {path}")
 
 
@@ -93,6 +95,11 @@ def run_import(options: ImportOptions) -> None:
             raise InputError(f"There is a token '{path}' already; give another folder by --out, or remove it.")
     for path, token in zip(paths, tokens, strict=True):
         typer.echo(f"{', '.join(token.names)}: {token.save(path)}")
+    if any(token.init.startswith("textual inversion") for token in tokens):
+        typer.echo(
+            "A textual inversion is what a text encoder reads, not what it gives: if the maps mean little, load the "
+            "file into the pipeline (load_textual_inversion) and ask for its word."
+        )
 
 
 def run_fetch(options: FetchOptions) -> None:

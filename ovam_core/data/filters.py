@@ -16,29 +16,9 @@ import torch
 from PIL import Image
 
 from ovam_core.errors import InputError
+from ovam_core.settings import Filters
 
 CLIP_TEMPLATE = "A photograph of a {}"
-
-
-@dataclass(frozen=True)
-class Filters:
-    """min_coverage, max_coverage: shares of the image that the labelled pixels may cover, 0 to 1.
-    clip_drop: share of each class, those of the lowest CLIP similarity, that is dropped; needs scores.
-    """
-
-    min_coverage: float = 0.05
-    max_coverage: float = 0.95
-    clip_drop: float = 0.3
-
-    def validate(self) -> None:
-        """Raises InputError, one sentence, for what is no share."""
-        for name in ("min_coverage", "max_coverage", "clip_drop"):
-            value = getattr(self, name)
-            real = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not real or not math.isfinite(value) or not 0 <= value <= 1:
-                raise InputError(f"The {name.replace('_', ' ')} is {value}; choose a number from 0 to 1.")
-        if self.min_coverage > self.max_coverage:
-            raise InputError("The min coverage is above the max coverage; no image could be kept.")
 
 
 @dataclass(frozen=True)

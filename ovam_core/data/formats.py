@@ -17,8 +17,7 @@ from ovam_core.data.layout import PARQUET, STATE
 from ovam_core.errors import InputError
 from ovam_core.io.files import atomic_path, write_atomically
 from ovam_core.io.masks import IGNORE
-
-FORMATS = ("voc", "coco", "parquet")
+from ovam_core.settings import FORMATS
 
 SHARD_ROWS = 1000
 
@@ -176,7 +175,7 @@ def zip_folder(folder: str | Path, path: str | Path) -> Path:
         atomic_path(path) as part,
         zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive,
     ):  # JPEG and PNG do not get smaller
-        for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        for file in sorted(file for file in folder.rglob("*") if file.is_file() and not file.is_symlink()):
             inside = file.relative_to(folder)
             if inside.parts[0] == STATE or file.name.endswith(".part"):
                 continue
