@@ -32,6 +32,7 @@ from ovam_core.tokens import SUFFIX, Token
 MadeBy = TypeVar("MadeBy", GenerateSettings, PhotoSettings)
 
 SETTINGS_FILE = "settings.json"
+MAX_STRETCH = 1.25  # by which an image may be wider or higher than the recorded one; a photograph's sides are rounded
 
 
 @dataclass
@@ -54,6 +55,23 @@ class Picture:
     others: dict[str, Recording] = field(default_factory=dict, repr=False)
     # The last heatmaps with what they answered: a new threshold needs no new ones.
     last_maps: tuple[Any, Tensor] | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Raises InputError for no picture, and for one of another shape than the recorded one's (a crop's, perhaps).
+
+        A photograph's may differ: the model sees it in the size that its settings give.
+        """
+        if not isinstance(self.image, Image.Image):
+            raise InputError(
+                f"The image is a {type(self.image).__name__}: give a PIL image, as with output_type='pil'."
+            )
+        height, width = self.recording.image_size
+        ratio = self.image.width * height / (self.image.height * width)
+        if not isinstance(self.settings, PhotoSettings) and max(ratio, 1 / ratio) > MAX_STRETCH:
+            raise InputError(
+                f"The image is {self.image.width}x{self.image.height} and what was recorded {width}x{height}: the maps "
+                "would not fit it; give the image of the recorded run, whole and without a border."
+            )
 
     @property
     def caption(self) -> str:

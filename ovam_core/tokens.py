@@ -14,7 +14,7 @@ import re
 import tempfile
 import urllib.request
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -28,22 +28,26 @@ from torch import Tensor
 
 from ovam_core.attention.recording import Branch
 from ovam_core.errors import InputError
-from ovam_core.io.files import shipped_folder, write_atomically
+from ovam_core.io.files import write_atomically
 from ovam_core.io.names import hyphenated
 from ovam_core.io.npy import MAX_ROWS, read_npy
+from ovam_core.io.textual_inversion import is_textual_inversion, read_textual_inversion
+from ovam_core.io.token_files import (
+    BACKGROUND,
+    FOLDER,
+    MAX_BYTES,
+    MAX_VALUE,
+    SUFFIX,
+    TOKEN_FORMAT,
+    check_file,
+    check_width,
+    folder_in,
+    is_sane,
+    read_header,
+)
+from ovam_core.io.token_files import last_part as last_part  # where others look for it
 from ovam_core.models.presets import DEFAULT_HUB_MODEL
-
-TOKEN_FORMAT = "ovam-token/1"
-
-SUFFIX = ".safetensors"
-
-FOLDER = shipped_folder("tokens")
-
-BACKGROUND = "background"
-
-BRANCHES = ("conditional", "unconditional")
-
-MAX_BYTES = 4 << 20  # a hundred times the largest token one would make
+from ovam_core.settings import HALVES
 
 MAX_NAME = 200  # characters of a class name
 
@@ -61,6 +65,7 @@ class Token:
     batch whose queries it belongs to. tau, alpha: threshold and self-attention floor for its masks, 0 to 1.
     steps, prompt, seed: the image it was found on. init: what it started from. loss: the lowest one (Eq. 6).
     settings: how the image was made and the search was run, as JSON text. source: the file it was read from.
+    Raises InputError for an embedding that is none.
     """
 
     embedding: Tensor
@@ -82,19 +87,32 @@ class Token:
         """The classes without the background."""
         return self.classes[1:] if len(self.classes) > 1 else self.classes
 
+    def __post_init__(self) -> None:
+        x = self.embedding
+        if not isinstance(x, Tensor):
+            raise InputError(f"The token's embedding is a {type(x).__name__}; it must be a tensor [rows, width].")
+        if x.ndim != 2 or not 1 <= x.shape[0] <= MAX_ROWS or x.shape[1] == 0 or not x.is_floating_point():
+            kind = str(x.dtype).removeprefix("torch.")
+            raise InputError(f"The token's embedding is {kind} {list(x.shape)}; it must be float [rows, width].")
+        x = x.detach().float()
+        if not torch.isfinite(x).all():
+            raise InputError("The token's embedding holds numbers that are not finite; make the token again.")
+        largest = float(x.abs().max())
+        if not is_sane(largest):
+            raise InputError(
+                f"The token's embedding holds {largest:.3g}, where a text encoder gives some tens and "
+                f"{MAX_VALUE:,.0f} is the most that is taken; make the token again."
+            )
+
     def validate(self) -> None:
         """Raises InputError, one sentence, for what is no token."""
         x = self.embedding
-        if x.ndim != 2 or not 1 <= x.shape[0] <= MAX_ROWS or x.shape[1] == 0 or not x.is_floating_point():
-            raise InputError(f"The token's embedding is {x.dtype} {list(x.shape)}; it must be float [rows, width].")
-        if not torch.isfinite(x).all():
-            raise InputError("The token's embedding holds numbers that are not finite; make the token again.")
         if len(self.classes) != len(x):
             raise InputError(f"The token has {len(x)} rows but {len(self.classes)} class names; give one name a row.")
         if len(x) > 1 and self.classes[0] != BACKGROUND:
             raise InputError(f"The first row of a token of several rows is called '{BACKGROUND}'; name it so.")
         self._check_names()
-        if self.branch not in BRANCHES:
+        if self.branch not in HALVES:
             raise InputError(f"The token's branch is '{self.branch[:40]}'; it must be conditional or unconditional.")
         for name, value in (("tau", self.tau), ("alpha", self.alpha)):
             if not math.isfinite(value) or not 0 <= value <= 1:
@@ -138,12 +156,12 @@ class Token:
     def load(cls, path: str | Path) -> Token:
         """Reads a token file. Raises InputError, one sentence, for a file that is too large, broken or no token."""
         path = Path(path)
-        _check_file(path)
+        check_file(path)
         try:
             data = path.read_bytes()
             tensors = from_bytes(data)
             metadata = _metadata(data)
-        except (SafetensorError, OSError, ValueError):
+        except (SafetensorError, OSError, ValueError, KeyError):
             raise InputError(f"'{path.name}' is not a whole safetensors file; download or make it again.") from None
         embedding = tensors.get("embedding")
         if metadata.get("format") != TOKEN_FORMAT or embedding is None:
@@ -151,7 +169,7 @@ class Token:
         try:
             classes = json.loads(metadata["classes"])
             token = cls(
-                embedding=embedding.float(),
+                embedding=embedding.float() if embedding.is_floating_point() else embedding,
                 classes=tuple(classes) if isinstance(classes, list) else (classes,),
                 model=metadata["model"],
                 branch=cast(Branch, metadata["branch"]),
@@ -178,8 +196,7 @@ class Token:
 
 def _metadata(data: bytes) -> dict[str, str]:
     """The metadata of a safetensors file that was found to be whole."""
-    length = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    return read_header(data)[0].get("__metadata__", {})
 
 
 def _read(data: bytes) -> tuple[dict[str, str], bytes]:
@@ -189,17 +206,6 @@ def _read(data: bytes) -> tuple[dict[str, str], bytes]:
 
 def _optional(kind: type, text: str) -> Any:
     return kind(text) if text else None
-
-
-def _check_file(path: Path) -> None:
-    try:
-        regular, size = path.is_file(), path.stat().st_size
-    except (OSError, ValueError):
-        regular, size = False, 0
-    if not regular:
-        raise InputError(f"There is no token file '{path}' that can be read.")
-    if size > MAX_BYTES:
-        raise InputError(f"'{path.name}' has {size:,} bytes; a token has at most {MAX_BYTES:,}.")
 
 
 def _write(path: Path, data: bytes) -> Path:
@@ -221,7 +227,7 @@ def file_name(names: Sequence[str]) -> str:
 
 def folder_for(model: str) -> Path:
     """Where the tokens of a model lie: `tokens/<last part of its name>`."""
-    return FOLDER / (re.sub(r"[^\w.-]+", "-", last_part(model)).strip(".-") or "model")
+    return folder_in(FOLDER, model)
 
 
 def library(model: str, folder: str | Path | None = None) -> dict[str, Token]:
@@ -240,45 +246,71 @@ def library(model: str, folder: str | Path | None = None) -> dict[str, Token]:
     return dict(sorted(found.items()))
 
 
-def last_part(model: str) -> str:
-    """Forks and local copies keep the last part of a hub id: runwayml/stable-diffusion-v1-5 is
-    stable-diffusion-v1-5.
-    """
-    return model.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
-
-
 # ------------------------------------------------------------------------------------ import and export
 
 
 def import_file(
     path: str | Path, model: str, *, classes: Sequence[str] = (), branch: Branch = "conditional", **about: Any
 ) -> list[Token]:
-    """Tokens of a `.npy` file: one array `[E]` or `[L, E]`, or a pickled dict of such arrays, one token an entry.
+    """Tokens of a `.npy` file: one array `[E]` or `[L, E]`, or a pickled dict of such arrays, one token an entry; or of
+    a textual inversion, one token of one row a word.
 
-    model: the model they were found with. classes: names for a plain array's rows, its background left out (default:
-    the file's name); the keys of a dict are names themselves, "potted-plant" becomes "potted plant".
-    about: further fields of Token. Raises InputError for anything but arrays of finite numbers: a pickle that
-    asks for any other object is refused before it is made.
+    model: the model they were found with. classes: names for a plain array's rows, its background left out, or for the
+    words of a textual inversion (default: the file's name, or what it names); the keys of a dict are names themselves,
+    "potted-plant" becomes "potted plant". Several vectors of a word become their mean, as the tokens of a word do.
+    about: further fields of Token. Raises InputError for anything but arrays of finite floating-point numbers, of the
+    model's width where that is known: a pickle that asks for any other object is refused before it is made.
     """
     path = Path(path)
-    _check_file(path)
-    content = read_npy(path.read_bytes(), path.name)
-    entries: list[tuple[tuple[str, ...], np.ndarray]]
-    if isinstance(content, dict):
-        entries = [((re.sub(r"[-_]+", " ", str(key)).strip(),), value) for key, value in content.items()]
+    check_file(path)
+    data = path.read_bytes()
+    inverted = is_textual_inversion(data)
+    if inverted:
+        entries = _words_of(read_textual_inversion(data, path.name), path, classes)
     else:
-        entries = [(tuple(classes) or (re.sub(r"[-_]+", " ", path.stem).strip(),), content)]
+        entries = _entries_of(read_npy(data, path.name), path, classes)
     made = []
+    init = f"{'textual inversion ' if inverted else ''}imported from {path.name}"
     for names, array in entries:
-        rows = torch.from_numpy(np.atleast_2d(array).astype(np.float32))
-        all_names = (BACKGROUND, *names) if rows.ndim == 2 and len(rows) > 1 else names
-        token = Token(rows, all_names, model, branch, **{"init": f"imported from {path.name}", **about})
+        if array.dtype.kind != "f":
+            raise InputError(
+                f"'{path.name}' cannot be imported: it holds {array.dtype}, and no floating-point numbers."
+            )
+        with np.errstate(over="ignore"):
+            rows = torch.from_numpy(np.atleast_2d(array).astype(np.float32))
+        all_names = (BACKGROUND, *names) if len(rows) > 1 else names
+        check_width(path.name, rows.shape[1], model, FOLDER)
         try:
+            token = Token(rows, all_names, model, branch, **{"init": init, **about})
             token.validate()
         except InputError as error:
             raise InputError(f"'{path.name}' cannot be imported: {error}") from None
         made.append(token)
     return made
+
+
+Entries = list[tuple[tuple[str, ...], np.ndarray]]  # names of the classes, and their rows
+
+
+def _entries_of(content: np.ndarray | Mapping[str, np.ndarray], path: Path, classes: Sequence[str]) -> Entries:
+    """Those of a NumPy file."""
+    if isinstance(content, Mapping):
+        return [((_spaced(key),), value) for key, value in content.items()]
+    return [(tuple(classes) or (_spaced(path.stem),), content)]
+
+
+def _words_of(vectors: Mapping[str, np.ndarray], path: Path, classes: Sequence[str]) -> Entries:
+    """Those of a textual inversion. Raises InputError where the names are not as many as the words."""
+    if classes and len(classes) != len(vectors):
+        raise InputError(f"'{path.name}' holds {len(vectors)} words and {len(classes)} names are given; give as many.")
+    names = classes or [_spaced(word.strip("<>")) or _spaced(path.stem) for word in vectors]
+    rows = (x.mean(axis=0, keepdims=True) for x in vectors.values())
+    return [((name,), row) for name, row in zip(names, rows, strict=True)]
+
+
+def _spaced(name: str) -> str:
+    """ "potted-plant" to "potted plant"."""
+    return re.sub(r"[-_]+", " ", name).strip()
 
 
 def fetch_voc_sd15(folder: str | Path | None = None, url: str = VOC_SD15_URL) -> list[Path]:

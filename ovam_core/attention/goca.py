@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor
 
-from ovam_core.attention.heatmap import AttributionPrompt, layer_keys, resize, summed
+from ovam_core.attention.heatmap import (
+    AttributionPrompt,
+    check_embedding,
+    check_finite,
+    check_layer_weights,
+    layer_keys,
+    resize,
+    summed,
+)
 from ovam_core.attention.recording import LayerQueries
 from ovam_core.errors import InputError
 
@@ -160,7 +168,11 @@ def _scores(recording: GocaRecording, prompts: list[AttributionPrompt], options:
     """`token_scores` of each prompt."""
     if not prompts:
         raise InputError("There is no word to attribute: give at least one.")
-    return [token_scores(recording, prompt.embedding, options) for prompt in prompts]
+    check_layer_weights((x.layer for x in recording.layers), recording.embed_dim)
+    scores = [token_scores(recording, prompt.embedding, options) for prompt in prompts]
+    for one in scores:
+        check_finite(one)
+    return scores
 
 
 def _content(prompt: AttributionPrompt) -> list[int]:
@@ -174,10 +186,7 @@ def token_scores(recording: GocaRecording, embedding: Tensor, options: GocaOptio
     Returns float32 `[L, recording.height, recording.width]`, at each pixel one in sum over tokens.
     """
     options = options or GocaOptions()
-    if embedding.ndim != 2 or embedding.shape[1] != recording.embed_dim or len(embedding) == 0:
-        raise InputError(
-            f"The embedding has shape {list(embedding.shape)}, but this model takes [tokens, {recording.embed_dim}]."
-        )
+    check_embedding(embedding, recording.embed_dim)
     maps = []
     for weighted in recording.layers:
         heads = weighted.heads if options.heads else torch.full_like(weighted.heads, 1 / len(weighted.heads))

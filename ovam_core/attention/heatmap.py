@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ovam_core.attention.kernels import fused
+from ovam_core.attention.modules import call_frozen, check_same, probe, without_hooks
 from ovam_core.attention.recording import LayerQueries, Recording
-from ovam_core.attention.text_stream import call_frozen
 from ovam_core.errors import InputError
 
 # Values (float32) of one block of attention or of converted queries, whichever is more. On a CPU a block
@@ -31,7 +31,8 @@ def heatmaps(recording: Recording, embedding: Tensor) -> Tensor:
     Returns float32 `[L, recording.height, recording.width]` in [0, 1] that sum to one over tokens at each
     pixel, on the device of the queries (or of the embedding, when only that is on an accelerator).
     Differentiable with respect to `embedding`, and to nothing else. Raises InputError for an embedding of
-    another shape.
+    another shape or of whole or complex numbers and for one that is too large for the model. Without a gradient also
+    for weights that are no longer those of the run; see `check_weights`.
     """
     return _heatmaps(recording, [embedding])[0]
 
@@ -70,11 +71,7 @@ def _heatmaps(recording: Recording, embeddings: list[Tensor]) -> list[Tensor]:
     Raises InputError for an embedding of another shape.
     """
     for embedding in embeddings:
-        if embedding.ndim != 2 or embedding.shape[1] != recording.embed_dim or len(embedding) == 0:
-            raise InputError(
-                f"The embedding has shape {list(embedding.shape)}, "
-                f"but this model takes [tokens, {recording.embed_dim}]."
-            )
+        check_embedding(embedding, recording.embed_dim)
     sizes = [len(x) for x in embeddings]
     device = _compute_device(recording, embeddings[0])
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in embeddings)
@@ -88,7 +85,54 @@ def _heatmaps(recording: Recording, embeddings: list[Tensor]) -> list[Tensor]:
         # Resizing is linear: once a grid, after the sum over layers, steps and heads.
         total = summed(resize(maps, (recording.height, recording.width)) for maps in grids.values())
         count = sum(x.queries.shape[0] * x.queries.shape[1] for x in recording.layers)
-        return list((total / count).split(sizes))
+        maps = total / count
+    if not wants_grad:
+        check_weights(recording)
+        check_finite(maps)
+    return list(maps.split(sizes))
+
+
+def check_embedding(embedding: Tensor, width: int) -> None:
+    """Raises InputError for what is not `[tokens, width]` of floating-point numbers."""
+    if embedding.ndim != 2 or embedding.shape[1] != width or len(embedding) == 0:
+        raise InputError(f"The embedding has shape {list(embedding.shape)}, but this model takes [tokens, {width}].")
+    if not embedding.is_floating_point():
+        kind = str(embedding.dtype).removeprefix("torch.")
+        raise InputError(f"The embedding is {kind}, but this model takes floating-point numbers, such as float32.")
+
+
+def check_finite(maps: Tensor) -> None:
+    """Raises InputError for maps that are no numbers."""
+    if not torch.isfinite(maps).all():
+        raise InputError(
+            "The maps are no numbers: the embedding is too large for this model and its number format, or the run "
+            "itself went wrong; take another token, or make the picture again in float32."
+        )
+
+
+@torch.no_grad()
+def check_weights(recording: Recording) -> None:
+    """Raises InputError where the weights that make the keys are no longer those of the run."""
+    check_layer_weights(recording.layers, recording.embed_dim)
+    if recording.stream is not None and any(x.made is not None for x in recording.stream.blocks):
+        check_same(
+            (block.name, then, now)
+            for block, made in recording.stream.tried(recording.embed_dim)
+            for then, now in zip(block.made or (), made, strict=False)  # the last block of a part carries nothing on
+        )
+
+
+@torch.no_grad()
+def check_layer_weights(layers: Iterable[LayerQueries], width: int) -> None:
+    """`check_weights` of layers whose keys are of the embedding alone."""
+    check_same((x.name, x.made, tried_keys(x.keys, width, x.dtype)) for x in layers if x.made is not None)
+
+
+@torch.no_grad()
+def tried_keys(keys: nn.Module | None, width: int, dtype: torch.dtype | None) -> Tensor:
+    """What a layer's way to its keys makes of a probe: `[1, heads * d]`."""
+    assert keys is not None, "a layer of a text stream"
+    return call_frozen(without_hooks(keys), probe(1, width), dtype=dtype)
 
 
 def _compute_device(recording: Recording, embedding: Tensor) -> torch.device:
@@ -99,7 +143,8 @@ def _compute_device(recording: Recording, embedding: Tensor) -> torch.device:
 def layer_keys(layer: LayerQueries, embedding: Tensor) -> Tensor:
     """Eq. 4: the layer's keys, float32 `[heads, L, d]`, times the softmax's scale, on the embedding's device."""
     assert layer.keys is not None, "a layer of a text stream"
-    keys = rearrange(call_frozen(layer.keys, embedding), "l (h d) -> h l d", h=layer.queries.shape[1])
+    keys = call_frozen(layer.keys, embedding, dtype=layer.dtype)
+    keys = rearrange(keys, "l (h d) -> h l d", h=layer.queries.shape[1])
     return _scaled(keys, layer, embedding)
 
 

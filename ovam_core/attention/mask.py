@@ -35,7 +35,10 @@ def self_attention_map(recording: Recording, alpha: float) -> Tensor:
     if alpha == 1:
         return torch.ones(recording.height, recording.width, device=recording.layers[0].queries.device)
     if not recording.column_sums:
-        raise InputError("This recording has no self-attention: record with self_attention=True or set alpha to 1.")
+        raise InputError(
+            "This recording has no self-attention (or a cache skipped it at these steps): record with "
+            "self_attention=True, choose other steps, or set alpha to 1."
+        )
     size = (recording.height, recording.width)
     received = summed(
         resize(rearrange(layer.sums.sum(dim=0), "(h w) -> 1 h w", h=layer.height), size)[0]

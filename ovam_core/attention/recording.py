@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
+from ovam_core.attention.rows import common, rows_of
 from ovam_core.attention.text_stream import TextStream
 from ovam_core.errors import InputError
 
@@ -26,6 +27,9 @@ class LayerQueries:
     keys: the model's own way from embedding to keys, `[L, embed_dim]` -> `[L, heads * d]` (`to_k` in a UNet); None
     where they come from the recording's text stream.
     scale: factor of the products before the softmax, 1 / sqrt(d) (Eq. 3).
+    steps: of the rows of `queries`, numbers of the run; None: those of the recording. A cache may have skipped some.
+    dtype: what the layer computed in, see `call_frozen`. made: the keys of a probe at the end of the run, by which it
+    is noticed that the weights have changed; None where that was not asked.
     """
 
     name: str
@@ -34,24 +38,40 @@ class LayerQueries:
     queries: Tensor
     keys: nn.Module | None
     scale: float
+    steps: tuple[int, ...] | None = None
+    dtype: torch.dtype | None = None
+    made: Tensor | None = None
 
     @property
     def resolution(self) -> int:
         """The larger side of the layer's grid."""
         return max(self.height, self.width)
 
+    def at(self, kept: tuple[int, ...], steps: tuple[int, ...]) -> LayerQueries:
+        """The layer, whose rows are of `steps`, with those of the kept ones."""
+        return replace(self, queries=rows_of(self.queries, steps, kept), steps=kept)
+
 
 @dataclass(frozen=True, eq=False)
 class LayerColumnSums:
     """How much attention each pixel received in one self-attention layer: float32 `[T, height * width]`.
 
-    Summed over heads and over the pixels that attend, so each row of `sums` adds up to heads * n.
+    Summed over heads and over the pixels that attend, so each row of `sums` adds up to heads * n. steps: of the rows,
+    as in LayerQueries.
     """
 
     name: str
     height: int
     width: int
     sums: Tensor
+    steps: tuple[int, ...] | None = None
+
+    def at(self, kept: tuple[int, ...], steps: tuple[int, ...]) -> LayerColumnSums:
+        """As `LayerQueries.at`."""
+        return replace(self, sums=rows_of(self.sums, steps, kept), steps=kept)
+
+
+AnyLayer = TypeVar("AnyLayer", LayerQueries, LayerColumnSums)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,10 +82,12 @@ class Recording:
     image_size: (height, width) of the image in pixels.
     timesteps: the scheduler's timestep of each kept step; step_indices: its number in the run, from 0. A step is
     one call of the denoiser: second-order schedulers (Heun, KDPM2) and PNDM call it more often than
-    `num_inference_steps`.
+    `num_inference_steps`. Where a cache (DeepCache, FasterCache, ...) skipped a layer at some of them, the layer's own
+    `steps` are fewer, and all means are over the attention maps that there are.
     stream: with joint attention, what carries words to their keys; None with cross-attention. Its tensors are up to
     twice the size of the queries.
-    The keys come from the pipeline's own layers: an adapter loaded or unloaded afterwards changes the maps.
+    The keys come from the pipeline's own layers as they were set in the run: the scale of a LoRA then, and not what is
+    set, loaded or unloaded afterwards. Weights that have themselves changed are refused (`check_same`).
     """
 
     layers: tuple[LayerQueries, ...]
@@ -101,8 +123,8 @@ class Recording:
 
         steps: step numbers of the run (members of `step_indices`); layers: names or parts of names;
         resolutions: larger grid sides. None keeps all. Evenly spaced steps are views of the same memory, others
-        are copied. Column sums follow `steps` only. The heatmap size stays.
-        Raises InputError when nothing is left.
+        are copied. Column sums follow `steps` only. The heatmap size stays. A layer that a cache skipped at all of
+        these steps is left out, with a warning. Raises InputError when nothing is left.
         """
         kept = named(self.layers, layers, lambda x: x.name)
         if resolutions is not None:
@@ -117,18 +139,39 @@ class Recording:
         if steps is None:
             return replace(self, layers=tuple(kept), stream=stream)
 
-        wanted = set(steps)
-        rows = [row for row, index in enumerate(self.step_indices) if index in wanted]
-        if not rows:
+        chosen = common(self.step_indices, set(steps))
+        if not chosen:
             raise InputError(f"None of these steps was recorded: choose among {_ranges(self.step_indices)}.")
+        there = self._at(kept, chosen)
+        if not there:
+            own = sorted({step for x in kept for step in self._steps_of(x)})
+            raise InputError(
+                f"The run took these layers from a cache at the steps {_listed(chosen)}: choose among {_listed(own)}."
+            )
+        if len(there) < len(kept):
+            skipped = ", ".join(sorted({x.name for x in kept} - {x.name for x in there}))
+            warnings.warn(
+                f"The run took these layers from a cache at the steps {_listed(chosen)}, so they are not in the maps: "
+                f"{skipped}.",
+                stacklevel=2,
+            )
+        numbers = self.step_indices
         return replace(
             self,
-            layers=tuple(replace(x, queries=_take_rows(x.queries, rows)) for x in kept),
-            column_sums=tuple(replace(x, sums=_take_rows(x.sums, rows)) for x in self.column_sums),
-            timesteps=tuple(self.timesteps[row] for row in rows),
-            step_indices=tuple(self.step_indices[row] for row in rows),
-            stream=None if stream is None else stream.each(lambda x: _take_rows(x, rows)),
+            layers=tuple(there),
+            column_sums=tuple(self._at(self.column_sums, chosen)),
+            timesteps=tuple(at for at, number in zip(self.timesteps, numbers, strict=True) if number in chosen),
+            step_indices=chosen,
+            stream=None if stream is None else stream.at(chosen),
         )
+
+    def _steps_of(self, layer: LayerQueries | LayerColumnSums) -> tuple[int, ...]:
+        return self.step_indices if layer.steps is None else layer.steps
+
+    def _at(self, layers: Sequence[AnyLayer], chosen: tuple[int, ...]) -> list[AnyLayer]:
+        """The layers with those of their own rows that are chosen; without the layers that have none."""
+        own = [(x, self._steps_of(x)) for x in layers]
+        return [x.at(common(steps, chosen), steps) for x, steps in own if common(steps, chosen)]
 
     def to(self, device: torch.device | str) -> Recording:
         """The same recording with its tensors on `device`. The model's layers stay where they are."""
@@ -151,12 +194,29 @@ def named(items: Iterable, parts: Iterable[str] | str | None, name_of: Callable[
     return [x for x in items if wanted(name_of(x))]
 
 
-def _take_rows(x: Tensor, rows: list[int]) -> Tensor:
-    """Rows of `x`: a view where they are evenly spaced, a copy otherwise."""
-    step = rows[1] - rows[0] if len(rows) > 1 else 1
-    if all(b - a == step for a, b in itertools.pairwise(rows)):
-        return x[rows[0] : rows[-1] + 1 : step]
-    return x[rows]
+def along_stream(
+    layers: Sequence[LayerQueries], stream: TextStream | None
+) -> tuple[tuple[LayerQueries, ...], TextStream | None]:
+    """Layers and the text stream that leads to them, each with the steps at which a word comes to it.
+
+    layers: with steps of their own. Those that no word comes to are left out.
+    """
+    if stream is None:
+        return tuple(layers), None
+    own = {x.name: x.steps or () for x in layers}
+    steps, blocks = stream.steps, []
+    for block in stream.blocks:
+        steps = common(common(steps, block.steps), own.get(block.name, steps))
+        if not steps:
+            break
+        blocks.append(block.at(steps))
+    reached = {block.name: block.steps for block in blocks}
+    kept = [x.at(reached[x.name], x.steps or ()) for x in layers if x.name in reached]
+    return tuple(kept), replace(stream, blocks=tuple(blocks))
+
+
+def _listed(steps: Iterable[int]) -> str:
+    return ", ".join(map(str, steps))
 
 
 def _ranges(indices: tuple[int, ...]) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ovam_core.attention.heads import Attention, Turn, by_head, rotated
+from ovam_core.attention.modules import LoraSettings, as_set, call_frozen, probe, without_hooks
+from ovam_core.attention.rows import Rows, common, rows_of
 
 
 class JointAttention(Attention, Protocol):
@@ -51,24 +53,49 @@ class StreamBlock:
 
     name: of its attention. to_keys: text and modulation to keys. carry: the text to the next block's, by
     image_keys and image_values `[T, heads, n, d]`, normalised and rotated; all three None in the last block.
+    steps: those whose text comes to this block and goes through it, fewer from block to block where a cache skipped
+    some. made: what `tried` gave at the end of the run, None where that was not asked.
     """
 
     name: str
-    to_keys: TextKeys
-    carry: TextStep | None
+    to_keys: nn.Module
+    carry: nn.Module | None
     image_keys: Tensor | None
     image_values: Tensor | None
+    steps: tuple[int, ...]
+    made: tuple[Tensor, ...] | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
         return [x for x in (self.image_keys, self.image_values) if x is not None]
 
-    def onwards(self, text: Tensor, modulation: Tensor, turn: Turn | None, sizes: Sequence[int]) -> Tensor:
+    def onwards(
+        self, text: Tensor, modulation: Tensor, turn: Turn | None, sizes: Sequence[int], dtype: torch.dtype | None
+    ) -> Tensor:
         """The text `[T, L, C]` after this block; prompts of `sizes` tokens do not read one another."""
         if self.carry is None or self.image_keys is None:
             raise ValueError(f"The text ends in the block {self.name}.")
         mask = _prompt_mask(sizes, self.image_keys.shape[2], text.device)
-        return call_frozen(self.carry, text, modulation, turn, self.image_keys, self.image_values, mask)
+        shown = self.image_keys, self.image_values
+        return call_frozen(self.carry, text, modulation, turn, *shown, mask, dtype=dtype)
+
+    def tried(self, text: Tensor, modulation: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+        """Keys, and what is carried on before one pixel of probes, of one text `[1, 1, C]` and modulation `[1, C]`."""
+        keys = call_frozen(without_hooks(self.to_keys), text, modulation, None, dtype=dtype)
+        if self.carry is None or self.image_keys is None:
+            return (keys,)
+        _, heads, _, width = self.image_keys.shape
+        shown = probe(1, heads, 1, width, seed=1), probe(1, heads, 1, width, seed=2)
+        return keys, call_frozen(without_hooks(self.carry), text, modulation, None, *shown, None, dtype=dtype)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> StreamBlock:
+        """The same with `change` applied to both tensors."""
+        keys, values = (None if x is None else change(x) for x in (self.image_keys, self.image_values))
+        return replace(self, image_keys=keys, image_values=values)
+
+    def at(self, steps: tuple[int, ...]) -> StreamBlock:
+        """The same with some of its steps."""
+        return replace(self.each(lambda x: rows_of(x, self.steps, steps)), steps=steps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,12 +105,15 @@ class TextStream:
     embed: from an embedding `[L, E]` into the stream, `[L, C]`. blocks: every block up to the last one whose keys are
     asked for. modulation: `[T, C]`, what the timestep (and the prompt as a whole) says to the blocks at each step.
     rotary: turns queries and keys by their tokens' places `[L]` in the prompt; None where the model does not.
+    steps: of the modulation's rows. dtype: what the modules compute in, see `call_frozen`.
     """
 
     embed: nn.Module
     blocks: tuple[StreamBlock, ...]
     modulation: Tensor
     rotary: Callable[[Tensor], Turn] | None
+    steps: tuple[int, ...]
+    dtype: torch.dtype | None = None
 
     @property
     def nbytes(self) -> int:
@@ -96,15 +126,21 @@ class TextStream:
         embedding: `[L, E]`, attribution prompts of `sizes` rows one after the other; each is carried as if it were
         alone. Differentiable with respect to it; of every block the inputs alone are kept for the gradient.
         """
-        text = repeat(call_frozen(self.embed, embedding), "l c -> t l c", t=len(self.modulation))
+        # Tensors of a run under inference_mode: autograd refuses to save even what is cut from them.
+        modulation = self.modulation.clone() if self.modulation.is_inference() else self.modulation
+        text = repeat(call_frozen(self.embed, embedding, dtype=self.dtype), "l c -> t l c", t=len(modulation))
         places = torch.cat([torch.arange(size, device=text.device) for size in sizes])
         turn = None if self.rotary is None else self.rotary(places)
+        steps = self.steps
         for block in self.blocks:
+            if block.steps != steps:
+                text, modulation = (rows_of(x, steps, block.steps) for x in (text, modulation))
+                steps = block.steps
             if block.name in names:
-                yield call_frozen(block.to_keys, text, self.modulation, turn)
+                yield call_frozen(block.to_keys, text, modulation, turn, dtype=self.dtype)
             if block.carry is not None:
                 # Text is its only argument: autograd refuses to save tensors of a run under inference_mode.
-                onwards = partial(block.onwards, modulation=self.modulation, turn=turn, sizes=sizes)
+                onwards = partial(block.onwards, modulation=modulation, turn=turn, sizes=sizes, dtype=self.dtype)
                 text = checkpoint(onwards, text, use_reentrant=False, preserve_rng_state=False)
 
     def up_to(self, names: Collection[str]) -> TextStream:
@@ -115,33 +151,67 @@ class TextStream:
 
     def each(self, change: Callable[[Tensor], Tensor]) -> TextStream:
         """The same with `change` applied to every tensor; all of them have the steps first."""
+        return replace(self, blocks=tuple(x.each(change) for x in self.blocks), modulation=change(self.modulation))
 
-        def changed(x: Tensor | None) -> Tensor | None:
-            return None if x is None else change(x)
-
-        blocks = tuple(
-            replace(x, image_keys=changed(x.image_keys), image_values=changed(x.image_values)) for x in self.blocks
+    def at(self, steps: Collection[int]) -> TextStream:
+        """The same with some of its steps, as far as any of them comes."""
+        chosen = [(block, common(block.steps, steps)) for block in self.blocks]
+        kept = common(self.steps, steps)
+        return replace(
+            self,
+            blocks=tuple(block.at(own) for block, own in chosen if own),
+            modulation=rows_of(self.modulation, self.steps, kept),
+            steps=kept,
         )
-        return replace(self, blocks=blocks, modulation=change(self.modulation))
+
+    def as_set(self, settings: LoraSettings) -> TextStream:
+        """The same, its modules as `as_set` has them."""
+        blocks = tuple(
+            replace(
+                x, to_keys=as_set(x.to_keys, settings), carry=None if x.carry is None else as_set(x.carry, settings)
+            )
+            for x in self.blocks
+        )
+        return replace(self, embed=as_set(self.embed, settings), blocks=blocks)
+
+    @torch.no_grad()
+    def tried(self, width: int) -> Iterator[tuple[StreamBlock, tuple[Tensor, ...]]]:
+        """What each block makes of a probe; width: of an embedding."""
+        text = call_frozen(without_hooks(self.embed), probe(1, width), dtype=self.dtype)[None]
+        modulation = probe(1, self.modulation.shape[-1], seed=3)
+        for block in self.blocks:
+            yield block, block.tried(text, modulation, self.dtype)
 
 
 def text_stream(
     embed: nn.Module,
     blocks: Mapping[str, JointBlock],
-    kept: dict[str, Tensor],
+    kept: Mapping[str, Rows | None],
     rotary: Callable[[Tensor], Turn] | None = None,
 ) -> TextStream:
     """A stream of the model's own modules.
 
     blocks: those of diffusers by the name of their attention, up to the last one that is asked for. kept:
-    "modulation", and for every block but the last "<name>.keys" and "<name>.values".
+    "modulation", and for every block but the last "<name>.keys" and "<name>.values". Ends before a block that none of
+    the steps went through.
     """
+    modulation = kept["modulation"]
+    assert modulation is not None, "every call of the denoiser has one"
     *before, last = blocks
-    carrying = [
-        StreamBlock(x, TextKeys(blocks[x]), TextStep(blocks[x]), kept[f"{x}.keys"], kept[f"{x}.values"]) for x in before
-    ]
-    end = StreamBlock(last, TextKeys(blocks[last]), None, None, None)
-    return TextStream(embed, (*carrying, end), kept["modulation"], rotary)
+    steps, stream = modulation.steps, []
+    for name in before:
+        keys, values = (kept.get(f"{name}.{x}") for x in ("keys", "values"))
+        if keys is None or values is None:
+            break
+        steps = common(common(steps, keys.steps), values.steps)
+        if not steps:
+            break
+        shown_keys, shown_values = (rows_of(x.values, x.steps, steps) for x in (keys, values))
+        block = blocks[name]
+        stream.append(StreamBlock(name, TextKeys(block), TextStep(block), shown_keys, shown_values, steps))
+    else:
+        stream.append(StreamBlock(last, TextKeys(blocks[last]), None, None, None, steps))
+    return TextStream(embed, tuple(stream), modulation.values, rotary, modulation.steps)
 
 
 class TextKeys(nn.Module):
@@ -236,25 +306,3 @@ def _prompt_mask(sizes: Sequence[int], n: int, device: torch.device) -> Tensor |
         return None
     prompt = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(device)
     return F.pad(prompt[:, None] == prompt, (0, n), value=True)
-
-
-def call_frozen(module: nn.Module, *inputs: Any) -> Tensor:
-    """`module(*inputs)`, tensors in the dtype and on the device of its weights, with no gradient for them.
-
-    The module may be elsewhere than the inputs (CPU offload) and in another dtype.
-    """
-    weight = next(module.parameters(), None)
-    if weight is None:
-        return module(*inputs)
-
-    def brought(x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        x = x.to(weight.dtype) if x.is_floating_point() else x
-        return x if weight.is_meta else x.to(weight.device)  # accelerate's hooks bring weights and input together
-
-    arguments = tuple(brought(x) for x in inputs)
-    if not torch.is_grad_enabled():
-        return module(*arguments)
-    frozen = {name: p.detach() for name, p in module.named_parameters()}
-    return torch.func.functional_call(module, frozen, arguments)

@@ -34,10 +34,11 @@ from ovam_core.attention.goca import (
     resized_self_attention,
 )
 from ovam_core.attention.heads import Attention
+from ovam_core.attention.heatmap import tried_keys
 from ovam_core.attention.recording import Branch, LayerQueries, named
 from ovam_core.errors import InputError
 from ovam_core.hooks.recorder import NO_CALL, Hooked
-from ovam_core.models.adapter import Adapter, Call, Pipeline
+from ovam_core.models.adapter import Adapter, Call, Pipeline, Take, sources
 from ovam_core.models.pixart import PixArt
 from ovam_core.models.presets import EMBEDDED
 from ovam_core.models.registry import adapter_of
@@ -49,6 +50,7 @@ GOCA_ADAPTERS: tuple[type[Adapter], ...] = (  # those whose blocks have both att
     StableDiffusionXL,
     PixArt,
 )
+CAUGHT = ("queries", "hidden", "self queries", "self keys")  # of each block
 NOISE = 0.1  # the paper's t = 100 of 1000 training timesteps
 # Layers of the reference affinity that `reference_layer`'s rule would not choose.
 REFERENCES = {EMBEDDED: "up_blocks.2.attentions.1.transformer_blocks.0.attn2"}
@@ -150,20 +152,28 @@ class GocaRecorder(Hooked[GocaRecording]):
     def _attach(self, on: Callable[[Any], None]) -> None:
         on(self._adapter.denoiser.register_forward_pre_hook(self._on_call, with_kwargs=True))
         for block in self._blocks:
-            on(block.cross_attention.to_q.register_forward_hook(self._after(block.name, "queries")))
             on(block.cross_attention.to_out[0].register_forward_pre_hook(self._before(block.name, "hidden")))
-            on(block.self_attention.to_q.register_forward_hook(self._after(block.name, "self queries")))
-            on(block.self_attention.to_k.register_forward_hook(self._after(block.name, "self keys")))
+            for attention, projection, what in (
+                (block.cross_attention, "to_q", "queries"),
+                (block.self_attention, "to_q", "self queries"),
+                (block.self_attention, "to_k", "self keys"),
+            ):
+                for module, take in sources(attention, projection):
+                    on(module.register_forward_hook(self._after(block.name, what, take)))
 
     def _before(self, name: str, what: str) -> Callable[..., None]:
         return lambda _module, inputs: self._keep(name, what, inputs[0])
 
-    def _after(self, name: str, what: str) -> Callable[..., None]:
-        return lambda _module, _inputs, output: self._keep(name, what, output)
+    def _after(self, name: str, what: str, take: Take) -> Callable[..., None]:
+        return lambda _module, _inputs, output: self._keep(name, what, take(output))
 
     def _keep(self, name: str, what: str, tensor: Tensor) -> None:
+        self._heard.add(f"{name}, {what}")
         if self._keeping:  # a copy of its own, else the view would keep the whole batch alive
-            self._caught[name, what] = tensor.detach()[self._images].clone()
+            self._note_settings()
+            own = self._own(name, tensor.detach())
+            if own is not None:
+                self._caught[name, what] = own.clone()
 
     def _on_call(self, _denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._number += 1
@@ -186,16 +196,29 @@ class GocaRecorder(Hooked[GocaRecording]):
 
     @torch.no_grad()
     def _finish(self) -> list[GocaRecording]:
+        self._check_heard(self._number + 1)
+        self._check_all_heard([f"{x.name}, {what}" for x in self._blocks for what in CAUGHT])
         if not self._caught:
             raise InputError(
                 f"Nothing was recorded for GoCA: the model was called {self._number + 1} times, and the wanted call "
                 "was not among them; call the pipeline inside the `with` block, or name another step."
             )
+        skipped = [x.name for x in self._blocks if any((x.name, what) not in self._caught for what in CAUGHT)]
+        if skipped:
+            raise InputError(
+                f"GoCA looks at all layers of one call, and the run took these from a cache: {', '.join(skipped)}; "
+                "switch the cache off, or name another step."
+            )
         device = self._caught[self._reference, "queries"].device
         timesteps = torch.as_tensor(self._call.timestep).flatten().expand(self._call.batch)[self._images].tolist()
         with torch.autocast(device.type, enabled=False):
             projections = {
-                x.name: _projections(x.cross_attention, self._caught[x.name, "hidden"]) for x in self._blocks
+                x.name: _projections(
+                    self._as_in_run(x.cross_attention.to_out[0]),
+                    x.cross_attention.heads,
+                    self._caught[x.name, "hidden"],
+                )
+                for x in self._blocks
             }
             return [self._recording(image, int(at), projections) for image, at in enumerate(timesteps)]
 
@@ -225,10 +248,11 @@ class GocaRecorder(Hooked[GocaRecording]):
         queries = self._adapter.queries(attention, projected, self._call).contiguous()
         hidden = rearrange(self._of_image(block.name, "hidden", image)[0], "n (h d) -> h n d", h=attention.heads)
         grid = self._adapter.grid(projected.shape[1], self._call)
-        keys, scale = self._adapter.keys(attention), self._adapter.scale(attention)
-        return WeightedLayer(
-            LayerQueries(block.name, *grid, queries, keys, scale), head_weights(hidden, projections), weight
-        )
+        scale, own = self._adapter.scale(attention), self._adapter.keys(attention)
+        keys = None if own is None else self._as_in_run(own)
+        made = tried_keys(keys, self._adapter.embed_dim, projected.dtype)
+        layer = LayerQueries(block.name, *grid, queries, keys, scale, dtype=projected.dtype, made=made)
+        return WeightedLayer(layer, head_weights(hidden, projections), weight)
 
     def _self_layer(self, block: _Block, image: int) -> SelfLayer:
         attention = block.self_attention
@@ -246,15 +270,14 @@ class GocaRecorder(Hooked[GocaRecording]):
         return self._caught[name, what][image : image + 1].clone()
 
 
-def _projections(attention: Attention, hidden: Tensor) -> Tensor:
+def _projections(project: nn.Module, heads: int, hidden: Tensor) -> Tensor:
     """The output projection's slice of each head, `[heads, d, C]`, without the bias.
 
     The module may be wrapped (LoRA, offloaded weights): what it does to unit vectors is its matrix.
     """
-    project = attention.to_out[0]
     units = torch.eye(hidden.shape[-1], dtype=hidden.dtype, device=hidden.device)
     matrix = project(units) - project(torch.zeros_like(units[:1]))
-    return rearrange(matrix, "(h d) c -> h d c", h=attention.heads)
+    return rearrange(matrix, "(h d) c -> h d c", h=heads)
 
 
 def _blocks(adapter: Adapter) -> list[_Block]:

@@ -13,7 +13,7 @@ one latent, or of one patch. What a denoiser is given and what a timestep means 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,14 @@ from PIL import Image
 from torch import Tensor
 
 from ovam_core.attention.recording import Branch, Recording
-from ovam_core.checks import MAX_PROMPT, MAX_SEED, check_text, check_whole
-from ovam_core.errors import InputError
+from ovam_core.checks import MAX_PROMPT, MAX_SEED, TIMESTEPS, check_text, check_whole
+from ovam_core.errors import InputError, Stopped
 from ovam_core.hooks.recorder import record
 from ovam_core.io.pictures import read_photo
 from ovam_core.models.adapter import Pipeline
 from ovam_core.models.presets import defaults_for
 from ovam_core.models.registry import ADAPTERS, adapter_of, check_fits
 
-TIMESTEPS = (100,)  # of 1000, as GoCA takes for SD 1.5, SDXL and PixArt
 MAX_TIMESTEPS = 50
 MIN_PHOTO_SIDE = 32  # pixels
 MIN_LATENTS = 8  # a side of what the model sees, at least
@@ -134,11 +133,17 @@ def prepare(
 
 
 @torch.no_grad()
-def denoise(pipe: Pipeline, noisy: Noisy) -> None:
-    """One forward pass a timestep, all photographs in it. Recorders with branch="all" see one image each."""
+def denoise(pipe: Pipeline, noisy: Noisy, should_stop: Callable[[], bool] | None = None) -> None:
+    """One forward pass a timestep, all photographs in it. Recorders with branch="all" see one image each.
+
+    should_stop: asked before each pass. Raises Stopped where it says True.
+    """
     adapter = adapter_of(pipe)
-    for latents, timestep in zip(noisy.latents, noisy.timesteps, strict=True):
-        adapter.denoiser(latents, timestep=adapter.moment(timestep, latents), **noisy.condition)
+    for done, (latents, timestep) in enumerate(zip(noisy.latents, noisy.timesteps, strict=True)):
+        if should_stop is not None and should_stop():
+            raise Stopped(done, len(noisy.timesteps))
+        with adapter.text_alone():
+            adapter.denoiser(latents, timestep=adapter.moment(timestep, latents), **noisy.condition)
 
 
 def with_run_facts(recording: Recording, noisy: Noisy) -> Recording:
@@ -194,12 +199,13 @@ def noised(pipe: Pipeline, latents: Tensor, timesteps: Sequence[int], seed: int 
 
 
 def check_kind(pipe: Pipeline) -> None:
-    """Raises InputError for a pipeline of no family, whose denoiser takes more than an image and a text, or which was
-    trained with noise that is not known.
+    """Raises InputError for a pipeline of no family, which lacks a part, whose denoiser takes more than an image and a
+    text, or which was trained with noise that is not known.
     """
     adapter, name = adapter_of(pipe), type(pipe).__name__
     *names, last = (kind.name for kind in ADAPTERS)
     able = f"load a text-to-image model of {', '.join(names)} or {last}."
+    adapter.check_whole()
     if not adapter.is_plain:
         raise InputError(f"The denoiser of this {name} takes more than an image and a text; {able}")
     if not adapter.knows_noise:

@@ -10,7 +10,8 @@ The hooks only read: the image is bit-identical to one made without them, and no
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
@@ -18,9 +19,22 @@ import torch
 from torch import Tensor, nn
 
 from ovam_core.attention.heads import Attention
-from ovam_core.attention.recording import BRANCHES, Branch, LayerColumnSums, LayerQueries, Recording, named
+from ovam_core.attention.heatmap import tried_keys
+from ovam_core.attention.modules import LoraSettings, as_set, lora_settings
+from ovam_core.attention.recording import (
+    BRANCHES,
+    Branch,
+    LayerColumnSums,
+    LayerQueries,
+    Recording,
+    along_stream,
+    named,
+)
+from ovam_core.attention.rows import Rows
+from ovam_core.attention.text_stream import TextStream
 from ovam_core.errors import InputError
-from ovam_core.models.adapter import Call, Form, Pipeline
+from ovam_core.models.adapter import Call, Form, Pipeline, Take, sources
+from ovam_core.models.listeners import EVERY_ROW
 from ovam_core.models.registry import adapter_of
 
 Made = TypeVar("Made")  # the kind of recording
@@ -82,6 +96,10 @@ class Hooked(ABC, Generic[Made]):
         self._branch = branch
         self._adapter = adapter_of(pipe)
         self._handles: list[_Removable] = []
+        self._heard: set[str] = set()  # attentions of which a hook has been called, kept or not
+        self._lora: LoraSettings | None = None  # what the denoiser's LoRA layers were set to within the run
+        self._call = NO_CALL  # what the denoiser was given
+        self._images = slice(0)  # the wanted part of the batch
 
     @abstractmethod
     def _attach(self, on: Callable[[_Removable], None]) -> None:
@@ -99,8 +117,14 @@ class Hooked(ABC, Generic[Made]):
         if self._handles:
             raise InputError("This recorder is already in use: make a new one.")
         self._reset()
-        self.recordings = []
+        self.recordings, self._lora, self._heard = [], None, set()
+        if self._branch != "all" and not self._adapter.parts_known:
+            raise InputError(
+                f"What the rows of a batch of this {type(self._pipe).__name__} mean is not known: use a text-to-image "
+                f"pipeline of the same model, or {EVERY_ROW}"
+            )
         self._listener = self._adapter.listen()
+        self._listener.on_step = self._check_heard
         self._handles.append(self._listener)
         self._attach(self._handles.append)
         return self
@@ -117,16 +141,45 @@ class Hooked(ABC, Generic[Made]):
         finally:
             self._reset()
 
+    def _note_settings(self) -> None:
+        """What holds for the run alone, from within a call: diffusers takes its LoRA scale back at its end."""
+        if self._lora is None:
+            self._lora = lora_settings(self._adapter.denoiser)
+
+    def _as_in_run(self, module: nn.Module) -> nn.Module:
+        return as_set(module, self._lora or {})
+
+    def _own(self, name: str, output: Tensor) -> Tensor | None:
+        """A module's output for the wanted images; None where a cache left them out of the batch."""
+        batch = self._call.batch
+        if len(output) == batch:
+            return output[self._images]
+        parts = self._listener.parts
+        if parts.perturbed and len(output) * parts.count == batch * (parts.count - parts.perturbed):
+            return None if self._branch == "all" else output[self._images]
+        if 2 * len(output) == batch and self._branch != "all" and self._listener.guided:
+            # FasterCache makes out the negative half at some steps, and passes on the positive one alone.
+            return output if self._branch == "conditional" else None
+        raise InputError(f"The layer {name} computed {len(output)} parts of a batch of {batch}: it cannot be recorded.")
+
     def _wanted_images(self, batch: int) -> slice:
         """The part of the denoiser's batch that the branch means."""
         if self._branch == "all":
             return slice(0, batch)
-        if not self._listener.guided:
-            if self._branch == "unconditional":
-                raise InputError("Without guidance there is no unconditional half: record the conditional branch.")
-            return slice(0, batch)
-        half = batch // 2  # diffusers concatenates [negative, positive]
-        return slice(half, batch) if self._branch == "conditional" else slice(0, half)
+        return self._listener.images(self._branch, batch)
+
+    def _check_heard(self, calls: int = 1) -> None:
+        """Raises InputError where no hook of an attention was called: at the first step, before the image is made."""
+        denoiser = self._adapter.denoiser
+        if not self._heard and (calls or is_compiled(denoiser)):
+            raise InputError(f"Nothing can be recorded: {why_unheard(denoiser)}")
+
+    def _check_all_heard(self, names: Collection[str]) -> None:
+        """Raises InputError where a part of the model is compiled, and with it some of these attentions."""
+        denoiser = self._adapter.denoiser
+        unheard = [name for name in names if name not in self._heard]
+        if unheard and is_compiled(denoiser):
+            raise InputError(f"The layer {unheard[0]} cannot be recorded: {why_unheard(denoiser)}")
 
 
 class Recorder(Hooked[Recording]):
@@ -165,26 +218,41 @@ class Recorder(Hooked[Recording]):
         self._largest = (0, 0)  # largest attention grid seen
         self._timesteps: list[Tensor | float] = []
         self._step_indices: list[int] = []
-        self._queries: dict[str, list[Tensor]] = {}
+        self._queries: dict[str, dict[int, Tensor]] = {}  # of each layer, by the number of the step
+        self._dtypes: dict[str, torch.dtype] = {}  # what the layers compute in
         self._grids: dict[str, tuple[int, int]] = {}
         self._waiting: dict[str, Tensor] = {}  # self-attention queries until their keys come
-        self._sums: dict[str, list[Tensor]] = {}
-        self._streamed: dict[str, list[Tensor]] = {}  # what the adapter keeps beside the queries
+        self._sums: dict[str, dict[int, Tensor]] = {}
+        self._streamed: dict[str, dict[int, Tensor]] = {}  # what the adapter keeps beside the queries
 
     def _attach(self, on: Callable[[_Removable], None]) -> None:
         on(self._adapter.denoiser.register_forward_pre_hook(self._on_call, with_kwargs=True))
         for name, attention in self._cross_attentions.items():
-            on(attention.to_q.register_forward_hook(self._hook(self._on_query, name, attention)))
+            for module, take in sources(attention, "to_q"):
+                on(module.register_forward_hook(self._hook(self._on_query, name, attention, take)))
         for name, attention in self._self_attentions.items():
-            on(attention.to_q.register_forward_hook(self._hook(self._on_self_query, name, attention)))
-            on(attention.to_k.register_forward_hook(self._hook(self._on_self_key, name, attention)))
-        for name, (module, form) in self._beside.items():
-            on(module.register_forward_hook(self._hook(self._on_beside, name, form)))
+            for module, take in sources(attention, "to_q"):
+                on(module.register_forward_hook(self._hook(self._on_self_query, name, attention, take)))
+            for module, take in sources(attention, "to_k"):
+                on(module.register_forward_hook(self._hook(self._on_self_key, name, attention, take)))
+        for name, made in self._beside.items():
+            for module, form in made:
+                on(module.register_forward_hook(self._hook(self._on_beside, name, form)))
 
-    def _hook(self, method: Callable[[str, Subject, Tensor], None], name: str, subject: Subject) -> Callable[..., None]:
+    def _hook(
+        self,
+        method: Callable[[str, Subject, Tensor], None],
+        name: str,
+        subject: Subject,
+        take: Take = lambda output: output,
+    ) -> Callable[..., None]:
         def hook(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+            self._heard.add(name)
             if self._keeping:
-                method(name, subject, output.detach())
+                self._note_settings()
+                own = self._own(name, take(output.detach()))
+                if own is not None:
+                    method(name, subject, own)
 
         return hook
 
@@ -213,8 +281,9 @@ class Recorder(Hooked[Recording]):
         if self._resolutions is not None and max(grid) not in self._resolutions:
             return
         self._grids[name] = grid
-        query = self._adapter.queries(attention, query[self._images], self._call)
-        self._queries.setdefault(name, []).append(self._stored(query))
+        self._dtypes[name] = query.dtype
+        query = self._adapter.queries(attention, query, self._call)
+        self._queries.setdefault(name, {})[self._number] = self._stored(query)
 
     def _stored(self, query: Tensor) -> Tensor:
         """A copy of its own, else the view would keep the whole batch alive."""
@@ -227,10 +296,10 @@ class Recorder(Hooked[Recording]):
         return store.copy_(query, non_blocking=pinned)
 
     def _on_beside(self, name: str, form: Form, output: Tensor) -> None:
-        self._streamed.setdefault(name, []).append(self._stored(form(output[self._images], self._call)))
+        self._streamed.setdefault(name, {})[self._number] = self._stored(form(output, self._call))
 
     def _on_self_query(self, name: str, _attention: Attention, query: Tensor) -> None:
-        self._waiting[name] = query[self._images]
+        self._waiting[name] = query
 
     def _on_self_key(self, name: str, attention: Attention, key: Tensor) -> None:
         query = self._waiting.pop(name, None)
@@ -243,12 +312,14 @@ class Recorder(Hooked[Recording]):
             self._sums = {}
         self._grids[name] = self._adapter.grid(query.shape[1], self._call)
         query = self._adapter.queries(attention, query, self._call)
-        key = self._adapter.self_keys(attention, key[self._images], self._call)
+        key = self._adapter.self_keys(attention, key, self._call)
         scale = self._adapter.scale(attention)
         sums = torch.stack([self._adapter.received(q, k, scale) for q, k in zip(query, key, strict=True)])
-        self._sums.setdefault(name, []).append(sums.cpu() if self._offload else sums)
+        self._sums.setdefault(name, {})[self._number] = sums.cpu() if self._offload else sums
 
     def _finish(self) -> list[Recording]:
+        self._check_heard(self._number + 1)
+        self._check_all_heard(self._kept_names | self._self_attentions.keys())
         if self._number < 0:
             raise InputError("Nothing was recorded: call the pipeline inside the `with record(pipe)` block.")
         if not self._queries:
@@ -259,48 +330,100 @@ class Recorder(Hooked[Recording]):
         for device in self._copied_from:
             torch.cuda.synchronize(device)  # the copies to pinned memory are asynchronous
         sums = {name: _by_image(self._sums[name]) for name in self._self_attentions if name in self._sums}
-        beside = {name: _by_image(self._streamed.pop(name)) for name in self._beside}
+        images = self._layers()
+        streams = self._streams(len(images))
         height, width = self._largest
         factor = self._pipe.vae_scale_factor
-        return [
-            Recording(
-                layers=tuple(layers),
-                column_sums=tuple(LayerColumnSums(n, *self._grids[n], sums[n][image]) for n in sums),
-                timesteps=tuple(int(t) for t in self._timesteps),
-                step_indices=tuple(self._step_indices),
-                height=height,
-                width=width,
-                image_size=(self._call.height * factor, self._call.width * factor),
-                embed_dim=self._adapter.embed_dim,
-                branch=self._branch,
-                stream=self._adapter.stream({name: x[image] for name, x in beside.items()}),
+        recordings = []
+        for image, (layers, stream) in enumerate(zip(images, streams, strict=True)):
+            reached, stream = along_stream(layers, stream)
+            recordings.append(
+                Recording(
+                    layers=reached,
+                    column_sums=tuple(
+                        LayerColumnSums(n, *self._grids[n], x[image].values, x[image].steps) for n, x in sums.items()
+                    ),
+                    timesteps=tuple(int(t) for t in self._timesteps),
+                    step_indices=tuple(self._step_indices),
+                    height=height,
+                    width=width,
+                    image_size=(self._call.height * factor, self._call.width * factor),
+                    embed_dim=self._adapter.embed_dim,
+                    branch=self._branch,
+                    stream=stream,
+                )
             )
-            for image, layers in enumerate(self._layers())
-        ]
+        return recordings
 
     def _layers(self) -> list[list[LayerQueries]]:
         """The layers of each image. The queries that were caught are taken: stacking costs the memory of one layer."""
         images: list[list[LayerQueries]] = []
         for name in [x for x in self._cross_attentions if x in self._queries]:
             attention, (height, width) = self._cross_attentions[name], self._grids[name]
-            keys, scale = self._adapter.keys(attention), self._adapter.scale(attention)
-            for image, queries in enumerate(_by_image(self._queries.pop(name))):
+            keys, scale, dtype = self._adapter.keys(attention), self._adapter.scale(attention), self._dtypes.get(name)
+            made = None
+            if keys is not None:
+                keys = self._as_in_run(keys)
+                made = tried_keys(keys, self._adapter.embed_dim, dtype)
+            for image, rows in enumerate(_by_image(self._queries.pop(name))):
                 if image == len(images):
                     images.append([])
-                images[image].append(LayerQueries(name, height, width, queries, keys, scale))
+                layer = LayerQueries(name, height, width, rows.values, keys, scale, rows.steps, dtype, made)
+                images[image].append(layer)
         return images
 
+    def _streams(self, images: int) -> list[TextStream | None]:
+        """The text stream of each image; None with cross-attention."""
+        caught = {name: _by_image(self._streamed.pop(name)) for name in self._beside if name in self._streamed}
+        streams: list[TextStream | None] = []
+        made: dict[str, tuple[Tensor, ...]] = {}
+        for image in range(images):
+            kept = {name: caught[name][image] if name in caught else None for name in self._beside}
+            stream = self._adapter.stream(kept)
+            if stream is not None:
+                stream = replace(stream.as_set(self._lora or {}), dtype=next(iter(self._dtypes.values()), None))
+                made = made or {block.name: now for block, now in stream.tried(self._adapter.embed_dim)}
+                stream = replace(stream, blocks=tuple(replace(x, made=made[x.name]) for x in stream.blocks))
+            streams.append(stream)
+        return streams
 
-def _by_image(steps: list[Tensor]) -> list[Tensor]:
-    """T tensors `[images, ...]` to one `[T, ...]` an image, each in memory of its own, pinned if they are."""
-    images = []
-    for image in range(steps[0].shape[0]):
-        rows = [step[image] for step in steps]
+
+def is_compiled(denoiser: nn.Module) -> bool:
+    """Whether torch.compile was put on a model, its forward, or modules within it."""
+    return any(
+        hasattr(module, "_orig_mod")
+        or getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+        for module in denoiser.modules()
+    )
+
+
+def why_unheard(denoiser: nn.Module) -> str:
+    """Why no hook was called, and what to do about it."""
+    if is_compiled(denoiser):
+        return (
+            "the model is compiled, and what was compiled calls no hooks; call the pipeline within "
+            "torch.compiler.set_stance('force_eager'), or load the model again and do not compile it."
+        )
+    kinds = sorted({type(x.processor).__name__ for x in denoiser.modules() if hasattr(x, "processor")})
+    return (
+        f"the attention layers of this {type(denoiser).__name__} run without to_q and to_qkv, by their processor "
+        f"({', '.join(kinds) or 'unknown'}); set the usual one with set_default_attn_processor()."
+    )
+
+
+def _by_image(caught: dict[int, Tensor]) -> list[Rows]:
+    """Tensors `[images, ...]` by the number of their step to rows for each image, in memory of its own, pinned if they
+    are.
+    """
+    images, tensors = [], list(caught.values())
+    for image in range(tensors[0].shape[0]):
+        rows = [tensor[image] for tensor in tensors]
         store = torch.empty(
             (len(rows), *rows[0].shape),
             dtype=rows[0].dtype,
             device=rows[0].device,
-            pin_memory=steps[0].is_pinned(),
+            pin_memory=tensors[0].is_pinned(),
         )
-        images.append(torch.stack(rows, out=store))
+        images.append(Rows(tuple(caught), torch.stack(rows, out=store)))
     return images

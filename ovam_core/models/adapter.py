@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ovam_core.attention.heads import Attention, Turn, by_head
+from ovam_core.attention.rows import Rows
 from ovam_core.attention.self_attention import column_sums
 from ovam_core.attention.text_stream import TextStream
 from ovam_core.errors import InputError
@@ -27,6 +29,7 @@ from ovam_core.models.reading import (
     check_same_cut,
     check_unicode,
     check_written,
+    has_vectors,
     read_tokens,
     reader_of,
 )
@@ -55,6 +58,7 @@ class Call:
 
 # A module's output for some images `[b, ...]` to what is kept of it, `[b, ...]`.
 Form = Callable[[Tensor, Call], Tensor]
+Take = Callable[[Tensor], Tensor]  # a projection out of the output of the module that makes it
 
 
 class Adapter(ABC):
@@ -63,12 +67,13 @@ class Adapter(ABC):
     A family must say: `fits`, `denoiser`, `embed_dim`, `strides`, `side_multiple`, `attentions`, `call`, `grid`,
     `encode`, `encode_padded` and `condition`. All else has the answer of most families.
 
-    name: as messages call it. about: what a word's map is, where it is not the cross-attention to the word in place of
-    the prompt. steps, guidance: usual settings of models that are not known by name (presets.py). pack: latents that
-    `packed` makes one of.
+    name: as messages call it. pipelines: diffusers' classes that draw from a text alone. about: what a word's map is,
+    where it is not the cross-attention to the word in place of the prompt. steps, guidance: usual settings of models
+    that are not known by name (presets.py). pack: latents that `packed` makes one of.
     """
 
     name: ClassVar[str]
+    pipelines: ClassVar[tuple[str, ...]]
     about: ClassVar[str] = ""
     steps: ClassVar[int]
     guidance: ClassVar[float]
@@ -77,6 +82,11 @@ class Adapter(ABC):
     def __init__(self, pipe: Pipeline):
         """pipe: one that `fits`."""
         self.pipe = pipe
+
+    @classmethod
+    def draws(cls, kind: type) -> bool:
+        """Whether a class of pipelines is one of the family that draws from a text alone."""
+        return any(x.__name__ in cls.pipelines for x in kind.__mro__)
 
     @classmethod
     @abstractmethod
@@ -121,6 +131,11 @@ class Adapter(ABC):
         """Hears whether the run is guided; the recorder removes it after the run."""
         return Listener(self.pipe)
 
+    @property
+    def parts_known(self) -> bool:
+        """Whether it is known what the rows of the pipeline's batch mean (`Listener.parts`)."""
+        return True
+
     @abstractmethod
     def call(self, args: tuple, kwargs: dict[str, Any]) -> Call:
         """What the denoiser was given, from its arguments."""
@@ -152,15 +167,18 @@ class Adapter(ABC):
         """
         return attention.to_k
 
-    def beside_queries(self, _names: Collection[str]) -> dict[str, tuple[nn.Module, Form]]:
+    def beside_queries(self, _names: Collection[str]) -> dict[str, list[tuple[nn.Module, Form]]]:
         """What to keep of each step beside the queries of the attentions of these names.
 
-        By a name of its own: the module whose output it is, and its form.
+        By a name of its own: the modules whose output it may be, of which one runs, and its form.
         """
         return {}
 
-    def stream(self, _kept: dict[str, Tensor]) -> TextStream | None:
-        """The text stream of one image, of what `beside_queries` named, `[T, ...]` each; None with cross-attention."""
+    def stream(self, _kept: dict[str, Rows | None]) -> TextStream | None:
+        """The text stream of one image, of what `beside_queries` named; None with cross-attention.
+
+        Each has rows of its own; it is None where the run never came to it.
+        """
         return None
 
     # The text.
@@ -173,10 +191,15 @@ class Adapter(ABC):
     def spelled(self, text: str) -> str:
         """The text as the tokenizer gets it: textual inversion tokens of several vectors spelled out."""
         convert = getattr(self.pipe, "maybe_convert_prompt", None)
-        if convert is None:
+        if convert is None or not has_vectors(self.encoders[0][0]):
             return text
         with reader_of(self.encoders[0][0]) as reader:
             return convert(text, reader)
+
+    @property
+    def word_encoders(self) -> list[tuple[Tokenizer, TextEncoder]]:
+        """Those of them that words are read by."""
+        return self.encoders
 
     @property
     def max_tokens(self) -> int:
@@ -187,7 +210,17 @@ class Adapter(ABC):
         )
 
     def tokenize(self, text: str) -> Tokens:
-        """Raises InputError for an empty text, one that is not Unicode, and one that the pipeline would cut."""
+        """Raises InputError for an empty text, one that is not Unicode, one that the pipeline would cut, and where the
+        pipeline was loaded without what reads it.
+        """
+        if any(part is None for pair in self.word_encoders for part in pair):
+            raise InputError(
+                f"This {type(self.pipe).__name__} was loaded without a text encoder or its tokenizer, by which words "
+                "are read: load the whole model, or ask with embeddings of your own."
+            )
+        return self._tokenize(text)
+
+    def _tokenize(self, text: str) -> Tokens:
         check_unicode(text)
         text = check_written(self.spelled(text))
         read = [read_tokens(tokenizer, text) for tokenizer, _ in self.encoders]
@@ -209,18 +242,33 @@ class Adapter(ABC):
     def _batch(self, ids: tuple[int, ...]) -> Tensor:
         return torch.tensor([ids], device=self.pipe._execution_device)
 
+    def check_whole(self) -> None:
+        """Raises InputError where a part was left out without which no image is made of a text, or seen with one."""
+        parts = {part: getattr(self.pipe, part, None) for part in ("vae", "scheduler")}
+        parts["text encoder"] = None if any(x is None for pair in self.encoders for x in pair) else True
+        missing = [part for part, found in parts.items() if found is None]
+        if missing:
+            raise InputError(
+                f"This {type(self.pipe).__name__} was loaded without its {missing[0]}: load the whole model."
+            )
+
     # A photograph, as the denoiser gets it (hooks/photograph.py).
+
+    def text_alone(self) -> AbstractContextManager[None]:
+        """Within it the denoiser takes `condition`, whatever else was loaded into it (an IP-Adapter)."""
+        return nullcontext()
 
     @property
     def is_plain(self) -> bool:
         """Whether `condition` is all that the denoiser takes beside latents and a timestep."""
-        return self._sees_latents_alone
+        return self.sees_latents_alone
 
     @property
-    def _sees_latents_alone(self) -> bool:
+    def sees_latents_alone(self) -> bool:
         """Inpainting and editing models see a mask or an image beside them."""
         vae = getattr(self.pipe, "vae", None)
-        return vae is not None and self.denoiser.config.in_channels == self.pack * vae.config.latent_channels
+        seen = getattr(self.denoiser.config, "in_channels", None)  # ControlNet-XS, within the UNet, tells none
+        return vae is not None and seen == self.pack * vae.config.latent_channels
 
     @property
     def knows_noise(self) -> bool:
@@ -278,9 +326,26 @@ class Adapter(ABC):
             after_step(step + 1)
             return values
 
-        # Without a negative prompt SDXL leaves the embedding of one at 0, which an empty text's is not: None, not "".
         prompts = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt or ()
+        if "negative_prompt" not in inspect.signature(type(self.pipe).__call__).parameters:  # LCM's
+            if any(prompts):
+                raise InputError(f"This {type(self.pipe).__name__} takes no negative prompt: leave it empty.")
+            return {"callback_on_step_end": callback}
+        # Without a negative prompt SDXL leaves the embedding of one at 0, which an empty text's is not: None, not "".
         return {"negative_prompt": negative_prompt if any(prompts) else None, "callback_on_step_end": callback}
+
+
+def sources(attention: Attention, projection: str) -> list[tuple[nn.Module, Take]]:
+    """The modules that may give an attention's projection, "to_q", "to_k" or "to_v", each with what takes it out.
+
+    Its own one; and where `fuse_qkv_projections` has put all three into one product, that. Only one of them runs.
+    """
+    found: list[tuple[nn.Module, Take]] = [(getattr(attention, projection), lambda output: output)]
+    fused = getattr(attention, "to_qkv", None)
+    if fused is not None:
+        place = ("to_q", "to_k", "to_v").index(projection)
+        found.append((fused, lambda output: output.chunk(3, dim=-1)[place]))
+    return found
 
 
 def default_of(pipe: Pipeline, argument: str) -> Any:

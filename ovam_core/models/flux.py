@@ -47,6 +47,8 @@ class Flux(JointTransformerAdapter):
         sample = args[0] if args else kwargs["hidden_states"]
         ids = kwargs["img_ids"]
         ids = ids[0] if ids.ndim == 3 else ids
+        if len(ids[:, 0].unique()) > 1:
+            raise InputError(f"{self.name} sees an image beside the one it makes: record it without reference images.")
         height, width = (int(x) + 1 for x in ids[:, 1:3].amax(dim=0))
         # The pipeline scales the scheduler's timestep by 0.001; rounding takes out what that cost.
         timestep = (kwargs["timestep"].float() * 1000).round(decimals=2)
@@ -58,10 +60,14 @@ class Flux(JointTransformerAdapter):
         return [(self.pipe.tokenizer_2, self.pipe.text_encoder_2), *super().encoders]
 
     @property
+    def word_encoders(self) -> list[tuple[Tokenizer, TextEncoder]]:
+        return self.encoders[:1]
+
+    @property
     def max_tokens(self) -> int:
         return default_of(self.pipe, "max_sequence_length")
 
-    def tokenize(self, text: str) -> Tokens:
+    def _tokenize(self, text: str) -> Tokens:
         read = read_tokens(self.pipe.tokenizer_2, check_written(self.spelled(text)))
         check_length(len(read.spans), self.max_tokens)
         return read
@@ -88,10 +94,16 @@ class Flux(JointTransformerAdapter):
         """An empty caption is the empty prompt; where the model is told a guidance, it is the family's usual one."""
         texts, (stride,) = self._captions(captions), self.strides
         places = self._image_places(texts["encoder_hidden_states"], size[0] // stride, size[1] // stride)
-        condition = {**texts, "img_ids": places}
+        condition: dict[str, Any] = {**texts, "img_ids": places}
         if self.denoiser.config.guidance_embeds:
             condition["guidance"] = torch.full((len(captions),), self.guidance, device=places.device)
-        return condition
+        return {**condition, **self._no_images}
+
+    @property
+    def _no_images(self) -> dict[str, Any]:
+        """What a loaded IP-Adapter gets beside the text: no image."""
+        loaded = getattr(self.denoiser, "encoder_hid_proj", None) is not None
+        return {"joint_attention_kwargs": {"ip_hidden_states": []}} if loaded else {}
 
     def _captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
         prompts = [self._prompt(caption) for caption in captions]
@@ -110,7 +122,7 @@ class Flux(JointTransformerAdapter):
                 f"{self.name} takes no negative prompt, as its guidance is part of the model: leave it empty."
             )
         shared = super().arguments("", after_step)
-        return {"callback_on_step_end": shared["callback_on_step_end"]}
+        return {"callback_on_step_end": shared["callback_on_step_end"], **self._no_images}
 
 
 class Flux2(Flux):
@@ -136,7 +148,7 @@ class Flux2(Flux):
     def encoders(self) -> list[tuple[Tokenizer, TextEncoder]]:
         return [(self.pipe.tokenizer, self.pipe.text_encoder)]
 
-    def tokenize(self, text: str) -> Tokens:
+    def _tokenize(self, text: str) -> Tokens:
         from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 
         text = check_written(text.replace("[IMG]", "")).strip()

@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ovam_core.attention.heads import Attention, Turn, by_head, normed, rotated
+from ovam_core.attention.modules import call_frozen
 from ovam_core.models.adapter import Call, TextEncoder, default_of
 from ovam_core.models.reading import Tokenizer, Tokens, check_length, check_written, read_tokens
 from ovam_core.models.transformer import TransformerAdapter
@@ -45,7 +46,7 @@ class HunyuanDiT(TransformerAdapter):
     def encoders(self) -> list[tuple[Tokenizer, TextEncoder]]:
         return [*super().encoders, (self.pipe.tokenizer_2, self.pipe.text_encoder_2)]
 
-    def tokenize(self, text: str) -> Tokens:
+    def _tokenize(self, text: str) -> Tokens:
         text = check_written(text)
         config = self.denoiser.config
         read = [read_tokens(tokenizer, text) for tokenizer, _ in self.encoders]
@@ -116,11 +117,8 @@ class HunyuanDiT(TransformerAdapter):
         )
 
     def _joined(self, bert: Tensor, t5: Tensor) -> Tensor:
-        project = self.denoiser.text_embedder
-        weight = next(project.parameters())
-        # Weights that are offloaded as a whole wait elsewhere; those on "meta" come and go by themselves.
-        device = t5.device if weight.is_meta else weight.device
-        return torch.cat([bert.to(weight.dtype), project(t5.to(device, weight.dtype)).to(bert.device)])
+        projected = call_frozen(self.denoiser.text_embedder, t5, dtype=self.denoiser.dtype).to(bert.device)
+        return torch.cat([bert.to(projected.dtype), projected])
 
     def arguments(self, negative_prompt: str | list[str], after_step: Callable[[int], None]) -> dict[str, Any]:
         return {**super().arguments(negative_prompt, after_step), "use_resolution_binning": False}

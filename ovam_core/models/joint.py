@@ -9,8 +9,9 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ovam_core.attention.heads import Attention, Turn, by_head, rotated
+from ovam_core.attention.rows import Rows
 from ovam_core.attention.text_stream import JointBlock, TextStream, text_stream
-from ovam_core.models.adapter import Call, Form, TextEncoder, default_of
+from ovam_core.models.adapter import Call, Form, Take, TextEncoder, default_of, sources
 from ovam_core.models.reading import Tokenizer
 from ovam_core.models.transformer import FlowTransformerAdapter
 
@@ -52,14 +53,15 @@ class JointTransformerAdapter(FlowTransformerAdapter):
     def keys(self, _attention: Attention) -> None:
         return None
 
-    def beside_queries(self, names: Collection[str]) -> dict[str, tuple[nn.Module, Form]]:
+    def beside_queries(self, names: Collection[str]) -> dict[str, list[tuple[nn.Module, Form]]]:
         """The image's keys and values in all blocks before the last of `names`: words come to it through them."""
         blocks = self._blocks()
         last = max((i for i, name in enumerate(blocks) if name in names), default=0)
-        kept: dict[str, tuple[nn.Module, Form]] = {"modulation": (self._modulation, lambda output, _call: output)}
+        whole: Form = lambda output, _call: output  # noqa: E731
+        kept = {"modulation": [(self._modulation, whole)]}
         for name, block in list(blocks.items())[:last]:
-            kept[f"{name}.keys"] = (block.attn.to_k, functools.partial(self.self_keys, block.attn))
-            kept[f"{name}.values"] = (block.attn.to_v, functools.partial(_values, block.attn))
+            kept[f"{name}.keys"] = _forms(block.attn, "to_k", functools.partial(self.self_keys, block.attn))
+            kept[f"{name}.values"] = _forms(block.attn, "to_v", functools.partial(_values, block.attn))
         return kept
 
     @property
@@ -67,7 +69,7 @@ class JointTransformerAdapter(FlowTransformerAdapter):
         """Its output tells the text's half of each block what the timestep is."""
         return self.denoiser.time_text_embed
 
-    def stream(self, kept: dict[str, Tensor]) -> TextStream:
+    def stream(self, kept: dict[str, Rows | None]) -> TextStream:
         blocks = self._blocks()
         before = sum(f"{name}.keys" in kept for name in blocks)  # the last one's are not needed
         used = dict(list(blocks.items())[: before + 1])
@@ -85,6 +87,15 @@ class JointTransformerAdapter(FlowTransformerAdapter):
         """T5's last hidden state of the tokens `[L, E]`, which here see the padding behind them as in generation."""
         padding = (tokenizer.pad_token_id,) * (default_of(self.pipe, "max_sequence_length") - len(ids))
         return encoder(self._batch(ids + padding))[0][0, : len(ids)]
+
+
+def _forms(attention: Attention, projection: str, form: Form) -> list[tuple[nn.Module, Form]]:
+    """A form of a projection, by each module that may make it."""
+    return [(module, functools.partial(_taken, take, form)) for module, take in sources(attention, projection)]
+
+
+def _taken(take: Take, form: Form, output: Tensor, call: Call) -> Tensor:
+    return form(take(output), call)
 
 
 def _values(attention: Attention, projected: Tensor, _call: Call) -> Tensor:

@@ -13,12 +13,12 @@ import diffusers
 import torch
 import transformers
 
-from ovam_core.errors import HubUnreachable, InputError
+from ovam_core.errors import HubUnreachable, InputError, OutOfMemory, is_out_of_memory
 from ovam_core.io.files import shipped_folder
 from ovam_core.models.adapter import Pipeline
 from ovam_core.models.presets import DEFAULT_HUB_MODEL, EMBEDDED, defaults_for
 from ovam_core.models.reading import FUNCTION_WORDS
-from ovam_core.models.registry import adapter_of
+from ovam_core.models.registry import adapter_of, check_draws
 
 WORDS_FILE = "words.json"  # the words that a model has learned, where it is known
 
@@ -46,6 +46,8 @@ def load_pipeline(model: str | None = None, device: str | None = None, dtype: to
     if dtype is None:
         dtype = defaults_for(model).dtype if on_cuda else torch.float32
     folder = _folder(model)
+    if folder is not None:
+        _check_saved(folder, model)
     pipe = _from_pretrained(model, folder, dtype)
     _check_kind(pipe, model)
     pipe.to(device)
@@ -125,6 +127,10 @@ def _from_pretrained(model: str, folder: Path | None, dtype: torch.dtype) -> Pip
             warnings.filterwarnings("ignore", message=".*torch_dtype.*")
             return DiffusionPipeline.from_pretrained(str(folder or model), **settings)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise OutOfMemory(
+                f"There is too little memory to load the model {model}: free some, or take one that is smaller."
+            ) from None
         if folder is not None and isinstance(error, KeyError):
             raise InputError(f"The model_index.json in {folder} lacks {error}: save the pipeline again.") from error
         if folder is not None:
@@ -161,10 +167,36 @@ def _one_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
+def _check_saved(folder: Path, model: str) -> None:
+    """Raises InputError where model_index.json names another kind of pipeline, before all of it is loaded."""
+    try:
+        name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # diffusers says what is wrong with it
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if isinstance(kind, type):
+        _check_class(kind, model)
+
+
+def _check_class(kind: type, model: str) -> None:
+    try:
+        check_draws(kind)
+    except InputError as error:
+        raise InputError(f"{model} cannot be used: {error}") from None
+
+
 def _check_kind(pipe: Pipeline, model: str) -> None:
+    _check_class(type(pipe), model)
     try:
         adapter = adapter_of(pipe)
     except InputError as error:
         raise InputError(f"{model} cannot be used: {error}") from None
     if any(part is None for pair in adapter.encoders for part in pair):
         raise InputError(f"{model} lies here without its text encoder: get the whole model.")
+    if getattr(pipe, "vae", None) is None:
+        raise InputError(f"{model} lies here without its autoencoder (vae): get the whole model.")
+    if not adapter.sees_latents_alone:
+        raise InputError(
+            f"{model} cannot be used: its denoiser sees more than the image that it makes, as for inpainting or "
+            "editing; load a text-to-image model."
+        )

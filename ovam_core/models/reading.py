@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from ovam_core.attention.modules import lora_settings
 from ovam_core.errors import InputError
 
 if TYPE_CHECKING:
@@ -78,6 +79,54 @@ def reader_of(tokenizer: Tokenizer) -> Iterator[Tokenizer]:
         if known is None or known[0] != len(tokenizer):  # textual inversion adds tokens
             known = _readers[tokenizer] = len(tokenizer), copy.deepcopy(tokenizer)
         yield known[1]
+
+
+_with_vectors: WeakKeyDictionary[Tokenizer, tuple[int, bool]] = WeakKeyDictionary()
+
+
+def has_vectors(tokenizer: Tokenizer) -> bool:
+    """Whether a word of textual inversion stands for several vectors: diffusers names them "<toy>", "<toy>_1", ...
+
+    Found once for each length of a tokenizer, which sorts its added words whenever it is asked for them.
+    """
+    known = _with_vectors.get(tokenizer)
+    if known is None or known[0] != len(tokenizer):
+        added = tokenizer.added_tokens_encoder
+        known = _with_vectors[tokenizer] = len(tokenizer), any(f"{word}_1" in added for word in added)
+    return known[1]
+
+
+def last_clip_skip(pipe: Any) -> int | None:
+    """How many of CLIP's last layers the pipeline's last call left out (`clip_skip`): words are read as its prompt was.
+
+    None before its first call.
+    """
+    return getattr(pipe, "_clip_skip", None)
+
+
+def last_lora_scale(pipe: Any) -> float | None:
+    """The scale of LoRA layers that the pipeline's last call was given, text encoders included; None for none."""
+    given = (getattr(pipe, f"_{name}_kwargs", None) for name in ("cross_attention", "joint_attention"))
+    return next((x["scale"] for x in given if x and x.get("scale") is not None), None)
+
+
+@contextmanager
+def at_last_scale(pipe: Any, encoders: Sequence[Any]) -> Iterator[None]:
+    """Within it the LoRA layers of text encoders are at `last_lora_scale`."""
+    scale = last_lora_scale(pipe)
+    scaled = [] if scale is None else [x for x in encoders if x is not None and lora_settings(x)]
+    if not scaled:
+        yield
+        return
+    from diffusers.utils import scale_lora_layers, unscale_lora_layers
+
+    for encoder in scaled:
+        scale_lora_layers(encoder, scale)
+    try:
+        yield
+    finally:
+        for encoder in scaled:
+            unscale_lora_layers(encoder, scale)
 
 
 def check_written(text: str) -> str:

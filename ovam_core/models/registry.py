@@ -26,12 +26,25 @@ ADAPTERS: tuple[type[Adapter], ...] = (
 
 def adapter_of(pipe: Pipeline) -> Adapter:
     """The adapter of a pipeline. Raises InputError, with the supported families, where there is none."""
+    for part in ("unet", "transformer"):
+        if getattr(pipe, part, "") is None:
+            raise InputError(f"This {type(pipe).__name__} was loaded without its {part}: load the whole model.")
     for kind in ADAPTERS:
         if kind.fits(pipe):
             return kind(pipe)
-    *names, last = (kind.name for kind in ADAPTERS)
-    raise InputError(
-        f"{type(pipe).__name__} is not a text-to-image pipeline of a family that can be recorded: "
+    raise _foreign(type(pipe))
+
+
+def check_draws(kind: type) -> None:
+    """Raises InputError for a class of pipelines that is of no family, or needs more than a text, as for inpainting."""
+    if not any(one.draws(kind) for one in ADAPTERS):
+        raise _foreign(kind)
+
+
+def _foreign(kind: type) -> InputError:
+    *names, last = (one.name for one in ADAPTERS)
+    return InputError(
+        f"{kind.__name__} is not a text-to-image pipeline of a family that can be recorded: "
         f"load {', '.join(names)} or {last}."
     )
 

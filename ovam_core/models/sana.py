@@ -64,7 +64,7 @@ class Sana(FlowTransformerAdapter):
     def max_tokens(self) -> int:
         return default_of(self.pipe, "max_sequence_length")
 
-    def tokenize(self, text: str) -> Tokens:
+    def _tokenize(self, text: str) -> Tokens:
         text = check_written(self.spelled(text))
         instruction = "\n".join(default_of(self.pipe, "complex_human_instruction"))
         whole = read_tokens(self.pipe.tokenizer, instruction + text)

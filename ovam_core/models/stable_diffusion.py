@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ovam_core.attention.heads import Attention
 from ovam_core.errors import InputError
 from ovam_core.models.adapter import Adapter, Call, Denoiser, Pipeline, attentions_of
-from ovam_core.models.reading import Tokens
+from ovam_core.models.listeners import Listener, UNetListener, unet_parts_known
+from ovam_core.models.reading import Tokens, at_last_scale, last_clip_skip, last_lora_scale
+
+# Their batch is of frames.
+VIDEO = ("UNetMotionModel", "UNet3DConditionModel", "I2VGenXLUNet", "UNetSpatioTemporalConditionModel")
 
 
 class StableDiffusion(Adapter):
     """Stable Diffusion 1 and 2: a UNet with cross-attention, CLIP's last hidden state."""
 
     name = "Stable Diffusion 1 and 2"
+    pipelines: ClassVar[tuple[str, ...]] = (
+        "StableDiffusionPipeline",
+        "StableDiffusionPAGPipeline",
+        "LatentConsistencyModelPipeline",
+        "AltDiffusionPipeline",
+    )
     steps, guidance = 30, 7.5
 
     @classmethod
     def fits(cls, pipe: Pipeline) -> bool:
-        return is_guided_unet(pipe) and getattr(pipe, "text_encoder_2", None) is None
+        one_encoder = getattr(pipe, "text_encoder_2", None) is None
+        return (
+            is_guided_unet(pipe) and one_encoder and getattr(pipe.unet.config, "addition_embed_type", "") != "text_time"
+        )
 
     @property
     def denoiser(self) -> Denoiser:
@@ -46,11 +60,20 @@ class StableDiffusion(Adapter):
         return 8
 
     def attentions(self) -> tuple[dict[str, Attention], dict[str, Attention]]:
-        cross, self_attentions = attentions_of(self.denoiser)
+        found = attentions_of(self.denoiser)
+        # ControlNet-XS has the attentions of its control within the blocks of the UNet.
+        cross, self_attentions = ({name: x for name, x in one.items() if "ctrl_" not in name} for one in found)
         for name, x in cross.items():
             if x.norm_cross or getattr(x, "norm_q", None) is not None or getattr(x, "norm_k", None) is not None:
                 raise InputError(f"The layer {name} normalises its queries or keys, which is not supported.")
         return cross, self_attentions
+
+    def listen(self) -> Listener:
+        return UNetListener(self.pipe)
+
+    @property
+    def parts_known(self) -> bool:
+        return unet_parts_known(self.pipe)
 
     def call(self, args: tuple, kwargs: dict[str, Any]) -> Call:
         sample = args[0] if args else kwargs["sample"]
@@ -62,20 +85,64 @@ class StableDiffusion(Adapter):
         return grid_size(n, call.height, call.width)
 
     def encode(self, tokens: Tokens) -> Tensor:
-        encoder = self.encoders[0][1]
+        encoder: Any = self.encoders[0][1]
         batch = self._batch(tokens.ids[0])
         uses_mask = getattr(encoder.config, "use_attention_mask", False)
-        return encoder(batch, attention_mask=torch.ones_like(batch) if uses_mask else None)[0][0]
+        mask, skipped = torch.ones_like(batch) if uses_mask else None, last_clip_skip(self.pipe)
+        with at_last_scale(self.pipe, [encoder]):
+            if skipped is None:
+                return encoder(batch, attention_mask=mask)[0][0]
+            hidden = encoder(batch, attention_mask=mask, output_hidden_states=True).hidden_states
+        return getattr(encoder, "text_model", encoder).final_layer_norm(hidden[-(skipped + 1)])[0]
 
     def encode_padded(self, text: str) -> Tensor:
-        return self.pipe.encode_prompt(text, self.pipe._execution_device, 1, False)[0][0]
+        if not hasattr(self.pipe, "encode_prompt"):  # InstructPix2Pix
+            return self.pipe._encode_prompt(text, self.pipe._execution_device, 1, False)[0]
+        how = {"clip_skip": last_clip_skip(self.pipe), "lora_scale": last_lora_scale(self.pipe)}
+        return self.pipe.encode_prompt(text, self.pipe._execution_device, 1, False, **how)[0][0]
 
     @property
     def is_plain(self) -> bool:
-        return self._sees_latents_alone and self.denoiser.config.addition_embed_type is None
+        return self.sees_latents_alone and self.denoiser.config.addition_embed_type is None
 
     def condition(self, captions: Sequence[str], _size: tuple[int, int]) -> dict[str, Any]:
-        return {"encoder_hidden_states": torch.stack([self.encode_padded(caption) for caption in captions])}
+        condition = {"encoder_hidden_states": torch.stack([self.encode_padded(caption) for caption in captions])}
+        return {**condition, "added_cond_kwargs": self._no_images} if self._no_images else condition
+
+    @property
+    def _no_images(self) -> dict[str, Any]:
+        """What an IP-Adapter demands beside the text: no image (`text_alone`)."""
+        return {"image_embeds": []} if self._ip_adapter is not None else {}
+
+    @property
+    def _ip_adapter(self) -> nn.Module | None:
+        loaded = getattr(self.denoiser.config, "encoder_hid_dim_type", None) == "ip_image_proj"
+        return self.denoiser.encoder_hid_proj if loaded else None
+
+    def arguments(self, negative_prompt: str | list[str], after_step: Callable[[int], None]) -> dict[str, Any]:
+        """Raises InputError for a loaded IP-Adapter, without whose image the pipeline cannot run."""
+        if self._ip_adapter is not None:
+            raise InputError(
+                "The IP-Adapter that is loaded needs an image beside the prompt: call pipe.unload_ip_adapter(), or "
+                "give it one in a call of your own within record(pipe)."
+            )
+        return super().arguments(negative_prompt, after_step)
+
+    @contextmanager
+    def text_alone(self) -> Iterator[None]:
+        """An IP-Adapter makes nothing of no image, and so adds nothing to the attention to the text."""
+        adapter = self._ip_adapter
+        if adapter is None:
+            yield
+            return
+        former = vars(adapter).get("forward")  # of the object itself: accelerate's, perhaps
+        adapter.forward = lambda _images: []
+        try:
+            yield
+        finally:
+            del adapter.forward
+            if former is not None:
+                adapter.forward = former
 
 
 def is_guided_unet(pipe: Pipeline) -> bool:
@@ -85,6 +152,7 @@ def is_guided_unet(pipe: Pipeline) -> bool:
         getattr(config, "cross_attention_dim", None) is not None
         and getattr(config, "encoder_hid_dim", None) is None  # Kolors and Kandinsky project the text first
         and hasattr(type(pipe), "do_classifier_free_guidance")
+        and not any(kind.__name__ in VIDEO for kind in type(pipe.unet).__mro__)
     )
 
 

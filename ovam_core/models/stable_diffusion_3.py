@@ -9,10 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ovam_core.attention.heads import Attention
+from ovam_core.errors import InputError
 from ovam_core.models.adapter import TextEncoder, default_of
 from ovam_core.models.joint import JointTransformerAdapter
 from ovam_core.models.listeners import Listener, SkipListener
-from ovam_core.models.reading import Tokenizer, Tokens, check_length, check_same_cut, check_written, read_tokens
+from ovam_core.models.reading import (
+    Tokenizer,
+    Tokens,
+    at_last_scale,
+    check_length,
+    check_same_cut,
+    check_written,
+    last_clip_skip,
+    last_lora_scale,
+    read_tokens,
+)
 
 
 class StableDiffusion3(JointTransformerAdapter):
@@ -27,6 +39,17 @@ class StableDiffusion3(JointTransformerAdapter):
     pipelines = ("StableDiffusion3Pipeline",)
     timestep_position = 3
 
+    def attentions(self) -> tuple[dict[str, Attention], dict[str, Attention]]:
+        joint, _ = super().attentions()
+        for attention in joint.values():
+            processor = type(getattr(attention, "processor", None)).__name__
+            if attention.norm_q is not None and processor == "FusedJointAttnProcessor2_0":
+                raise InputError(
+                    "The fused projections of this model leave out the norms of its queries and keys: call "
+                    "pipe.transformer.unfuse_qkv_projections() first."
+                )
+        return joint, joint
+
     def listen(self) -> Listener:
         return SkipListener(self.pipe)
 
@@ -36,7 +59,7 @@ class StableDiffusion3(JointTransformerAdapter):
         clip = [(pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)]
         return clip if pipe.text_encoder_3 is None else [*clip, (pipe.tokenizer_3, pipe.text_encoder_3)]
 
-    def tokenize(self, text: str) -> Tokens:
+    def _tokenize(self, text: str) -> Tokens:
         text = check_written(text)
         read = [read_tokens(tokenizer, text) for tokenizer, _ in self.encoders]
         limits = (*[self.pipe.tokenizer_max_length] * 2, default_of(self.pipe, "max_sequence_length"))
@@ -52,13 +75,15 @@ class StableDiffusion3(JointTransformerAdapter):
 
     def encode(self, tokens: Tokens) -> Tensor:
         pairs = list(zip(tokens.ids, self.encoders, strict=True))
-        clip = torch.cat(
-            [
-                encoder(self._batch(ids), output_hidden_states=True).hidden_states[-2][0]
-                for ids, (_, encoder) in pairs[:2]
-            ],
-            dim=-1,
-        )
+        layer = -2 - (last_clip_skip(self.pipe) or 0)
+        with at_last_scale(self.pipe, [encoder for _, encoder in self.encoders[:2]]):
+            clip = torch.cat(
+                [
+                    encoder(self._batch(ids), output_hidden_states=True).hidden_states[layer][0]
+                    for ids, (_, encoder) in pairs[:2]
+                ],
+                dim=-1,
+            )
         rows = [F.pad(clip, (0, self.embed_dim - clip.shape[-1]))]
         rows += [self._encode_t5(*pair, ids).to(clip) for ids, pair in pairs[2:]]
         return torch.cat(rows)
@@ -69,7 +94,8 @@ class StableDiffusion3(JointTransformerAdapter):
     def _prompt(self, text: str) -> tuple[Tensor, Tensor]:
         """Embeddings `[1, L, E]` with padding, and CLIP's pooled ones `[1, P]`."""
         device = self.pipe._execution_device
-        return self.pipe.encode_prompt(text, None, None, device, do_classifier_free_guidance=False)[::2]
+        how = {"clip_skip": last_clip_skip(self.pipe), "lora_scale": last_lora_scale(self.pipe)}
+        return self.pipe.encode_prompt(text, None, None, device, do_classifier_free_guidance=False, **how)[::2]
 
     def condition(self, captions: Sequence[str], _size: tuple[int, int]) -> dict[str, Any]:
         prompts = [self._prompt(caption) for caption in captions]

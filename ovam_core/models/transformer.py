@@ -16,17 +16,16 @@ from ovam_core.models.adapter import Adapter, Call, Denoiser, Pipeline, attentio
 class TransformerAdapter(Adapter):
     """A transformer over patches of the latents: one attention grid for all of its layers.
 
-    pipelines: names of diffusers' classes. timestep_position: among the arguments of the denoiser. pixels: sides that
+    timestep_position: among the arguments of the denoiser. pixels: sides that
     are not multiples of it are refused or rounded by the pipeline, whatever the patches.
     """
 
-    pipelines: ClassVar[tuple[str, ...]]
     timestep_position: ClassVar[int] = 2
     pixels: ClassVar[int] = 8
 
     @classmethod
     def fits(cls, pipe: Pipeline) -> bool:
-        return any(x.__name__ in cls.pipelines for x in type(pipe).__mro__)
+        return cls.draws(type(pipe))
 
     @property
     def denoiser(self) -> Denoiser:
