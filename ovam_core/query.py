@@ -7,7 +7,6 @@ but `<SoT>`, the words and `<EoT>` (T5 has no `<SoT>`, Gemma no `<EoT>`). How a 
 
 from __future__ import annotations
 
-import re
 import unicodedata
 import warnings
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from ovam_core.attention.recording import Branch
 from ovam_core.errors import InputError
 from ovam_core.models.reading import EOT, FUNCTION_WORDS, SOT, Tokens
 from ovam_core.models.registry import adapter_of
+from ovam_core.models.words import content_words, find_word, has_weight, listed, plain
 from ovam_core.tokens import Token, last_part
 
 if TYPE_CHECKING:
@@ -55,13 +55,8 @@ def background_words(caption: str, words: Sequence[str]) -> tuple[str, ...]:
     Words such as "photograph" only where nothing else is left. Part of speech is not known: "red" counts as
     "sky" does. No more than may be asked for together with `words`.
     """
-    asked = {part for word in words for part in _words(word)}
-    left = [x for x in dict.fromkeys(_words(caption)) if x not in asked | FUNCTION_WORDS | PLACE_WORDS]
+    left = [x for x in content_words(caption, words) if x not in FUNCTION_WORDS | PLACE_WORDS]
     return tuple([x for x in left if x not in PICTURE_WORDS] or left)[: max(0, MAX_WORDS - len(words))]
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"[^\W_]+(?:[-'’][^\W_]+)*", text.lower())
 
 
 MAX_WORDS = 32
@@ -70,16 +65,15 @@ MAX_WORD_CHARS = 200
 
 
 def parse_words(text: str) -> list[str]:
-    """Words of a text, "cat, car; the red bus" to ["cat", "car", "the red bus"]: split at commas, semicolons and line
-    ends.
+    """Words of a text, "cat, car; the red bus" to ["cat", "car", "the red bus"]: split at commas and semicolons of any
+    script and at line ends.
 
     Repeated words (whatever their case) are taken once, in the order given. Raises InputError for no word, a word
-    without letter or digit, a word of more than MAX_WORD_CHARS, more than MAX_WORDS words.
+    without letter or digit, with a weight "(cat:1.3)", of more than MAX_WORD_CHARS, more than MAX_WORDS words.
     """
-    words = [" ".join(part.split()) for part in re.split(r"[,;\n\r]+", text)]
     first: dict[str, str] = {}
-    for word in filter(None, words):
-        first.setdefault(word.lower(), word)
+    for word in listed(text):
+        first.setdefault(plain(word), word)
     return _check_words(list(first.values()))
 
 
@@ -164,6 +158,11 @@ def _check_words(words: Sequence[str]) -> list[str]:
             raise InputError(f"The word {word[:30]!r}... is longer than {MAX_WORD_CHARS} characters: shorten it.")
         if not any(_is_content(letter) for letter in word):
             raise InputError(f"{word!r} is not a word: it has neither a letter nor a digit.")
+        if has_weight(word):
+            raise InputError(
+                f"{word!r} ends in a weight, which is read literally here, as one more word: leave brackets and "
+                "number out."
+            )
     return words
 
 
@@ -182,20 +181,15 @@ def _positions(tokens: Tokens, word: str) -> dict[int, float]:
 
     Every word counts alike, whatever the number of its tokens. All words are taken where none is a content word.
     """
-    pattern = r"\s+".join(re.escape(part) for part in word.split())
-    found = list(re.finditer(rf"(?<!\w){pattern}(?!\w)", tokens.text, flags=re.IGNORECASE))
-    if not pattern or not found:
+    found = find_word(tokens.text, word, tokens.spans)
+    if not found:
         raise InputError(f"{word!r} does not stand in the sentence {tokens.text[:80]!r}: use words of the sentence.")
-    pieces = [
-        (match.start() + piece.start(), match.start() + piece.end(), piece.group().lower())
-        for match in found
-        for piece in re.finditer(r"[^\W_]+|[^\w\s]+", match.group())
-    ]
-    named = [x for x in pieces if any(map(_is_content, x[2]))]
-    content = [x for x in named if x[2] not in FUNCTION_WORDS] or named
+    named = [piece for pieces in found for piece in pieces if any(map(_is_content, piece.text))]
+    content = [piece for piece in named if piece.text not in FUNCTION_WORDS] or named
     counts: dict[int, float] = {}
-    for a, b, _ in content:
-        own = [i for i, (start, end) in enumerate(tokens.spans) if end > start and start < b and end > a]
+    for piece in content:
+        spans = enumerate(tokens.spans)
+        own = [i for i, (start, end) in spans if end > start and start < piece.end and end > piece.start]
         for i in own:
             counts[i] = counts.get(i, 0.0) + 1 / len(own)
     total = sum(counts.values())
@@ -287,6 +281,13 @@ def token_prompt(pipe: Pipeline, token: Token) -> AttributionPrompt:
         raise InputError(
             f"The token '{', '.join(token.names)}' is {token.embedding.shape[1]} wide and this model takes {width}; "
             f"it was made with {token.model or 'another model'}."
+        )
+    dtype = adapter_of(pipe).denoiser.dtype
+    if float(token.embedding.abs().max()) > torch.finfo(dtype).max:
+        kind = str(dtype).removeprefix("torch.")
+        raise InputError(
+            f"The token '{', '.join(token.names)}' holds numbers that {kind}, in which this model computes, does not "
+            "know: load the model in float32, or make the token again with a larger proximity."
         )
     name = getattr(pipe, "ovam_name", "")
     if last_part(name) != last_part(token.model):

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from pipelines import EMBED, make_tokenizer
 
-from ovam_core.data.filters import ClipScorer, Filters, judge, reasons
+from ovam_core.data.filters import ClipScorer, judge, reasons
 from ovam_core.data.prompts import (
     Prompt,
     class_list,
@@ -21,6 +21,7 @@ from ovam_core.data.prompts import (
 )
 from ovam_core.data.voc import VOC_CLASSES
 from ovam_core.errors import InputError
+from ovam_core.settings import Filters
 
 
 def test_lines():

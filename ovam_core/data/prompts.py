@@ -9,15 +9,22 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache, partial
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
-from ovam_core.checks import MAX_SEED
+import regex
+from pluralizer import Pluralizer
+
+from ovam_core.checks import MAX_PROMPT, MAX_SEED, check_text, check_whole
 from ovam_core.data.voc import VOC_CLASSES
 from ovam_core.errors import InputError
+from ovam_core.io.texts import LARGEST_TEXT, read_text
+from ovam_core.models.words import Vocabulary, listed, plain, units
 
 MAX_CLASSES = 254  # ids 1 to 254: 0 is the background, 255 is "ignore"
 
@@ -27,64 +34,54 @@ MAX_IMAGES = 10_000_000
 
 KINDS = ("txt", "csv", "tsv", "jsonl", "json")
 
-# Other words for the VOC classes in captions; regular plurals are made by `_plurals`.
+COLUMNS = ("prompt", "classes", "seed", "negative_prompt")
+
+NO_COLUMN = "has no column 'prompt' in its first line; name the columns there."
+
+BACKGROUND = "background"  # whatever its case, labelme's _background_ too
+
+_SENTENCE = re.compile(r"^(?:an?|the|and|or|with)\b|\b(?:and|an?|the)\b", re.IGNORECASE)
+_QUOTED = re.compile(r"""'[^'\\]*'|"[^"\\]*\"""")
+_PYTHON_LIST = re.compile(rf"[\[({{]\s*(?:(?:{_QUOTED.pattern})\s*,\s*)*(?:(?:{_QUOTED.pattern})\s*)?[\])}}]")
+_LATIN = regex.compile(r"[\p{Latin}\p{M}' ]+")
+
+# Other spellings of the VOC classes, COCO's among them: each means what the others mean. Plurals are made by `_forms`.
+SPELLINGS: dict[str, tuple[str, ...]] = {
+    "aeroplane": ("airplane", "plane"),
+    "bicycle": ("bike",),
+    "car": ("automobile",),
+    "dining table": ("diningtable", "dinner table"),
+    "motorbike": ("motorcycle", "motor bike", "motor cycle"),
+    "person": ("human", "persons"),
+    "potted plant": ("pottedplant", "houseplant", "house plant", "pot plant", "plant in a pot"),
+    "sofa": ("couch", "settee"),
+    "tv": ("television", "tv monitor", "tvmonitor", "television set", "tv set"),
+}
+
+# What a caption may call them besides.
 SYNONYMS: dict[str, tuple[str, ...]] = {
-    "aeroplane": ("airplane", "plane", "aircraft", "jet", "airliner", "jetliner", "biplane"),
-    "bicycle": ("bike", "cycle", "mountain bike", "bicyclist"),
-    "bird": (
-        "duck",
-        "goose",
-        "geese",
-        "seagull",
-        "gull",
-        "pigeon",
-        "parrot",
-        "owl",
-        "eagle",
-        "swan",
-        "sparrow",
-        "hawk",
-    ),
-    "boat": ("ship", "sailboat", "canoe", "kayak", "ferry", "yacht", "rowboat", "speedboat", "motorboat"),
+    "aeroplane": ("aircraft", "jet", "airliner", "jetliner", "biplane"),
+    "bicycle": ("cycle", "mountain bike", "bicyclist"),
+    "bird": tuple("duck goose seagull gull pigeon parrot owl eagle swan sparrow hawk".split()),
+    "boat": tuple("ship sailboat canoe kayak ferry yacht rowboat speedboat motorboat".split()),
     "bottle": ("wine bottle", "beer bottle", "water bottle"),
     "bus": ("coach", "double decker", "school bus", "minibus"),
-    "car": ("automobile", "taxi", "cab", "suv", "sedan", "hatchback", "jeep"),
-    "cat": ("kitten", "kitty", "tabby", "feline"),
+    "car": tuple("taxi cab suv sedan hatchback jeep".split()),
+    "cat": tuple("kitten kitty tabby feline".split()),
     "chair": ("armchair", "stool", "rocking chair", "lawn chair"),
-    "cow": ("cattle", "bull", "calf", "calves", "ox", "oxen", "steer"),
-    "dining table": ("diningtable", "table", "dinner table", "kitchen table"),
-    "dog": ("puppy", "hound", "terrier", "poodle", "bulldog", "canine"),
-    "horse": ("pony", "foal", "stallion", "mare", "colt"),
-    "motorbike": ("motorcycle", "motor bike", "motor cycle", "moped", "scooter"),
-    "person": (
-        "people",
-        "human",
-        "man",
-        "men",
-        "woman",
-        "women",
-        "boy",
-        "girl",
-        "child",
-        "children",
-        "kid",
-        "baby",
-        "lady",
-        "guy",
-        "gentleman",
-        "player",
-        "skier",
-        "surfer",
-        "skateboarder",
-        "snowboarder",
-        "rider",
-        "crowd",
+    "cow": tuple("cattle bull calf ox steer".split()),
+    "dining table": ("table", "kitchen table"),
+    "dog": tuple("puppy hound terrier poodle bulldog canine".split()),
+    "horse": tuple("pony foal stallion mare colt".split()),
+    "motorbike": ("moped", "scooter"),
+    "person": tuple(
+        """man woman boy girl child kid baby lady guy gentleman player skier surfer skateboarder snowboarder rider
+        crowd""".split()
     ),
-    "potted plant": ("pottedplant", "houseplant", "house plant", "pot plant", "plant in a pot"),
     "sheep": ("lamb", "ewe"),
-    "sofa": ("couch", "loveseat", "settee"),
+    "sofa": ("loveseat",),
     "train": ("locomotive", "railcar", "tram", "subway train"),
-    "tv": ("television", "tv monitor", "tvmonitor", "monitor", "television set", "tv set"),
+    "tv": ("monitor",),
 }
 
 # Phrases that hold the name of a class and show none.
@@ -111,7 +108,18 @@ DECOYS = (
     "ski lift chair",
     "table cloth",
     "train set",
+    "熊猫",
+    "热狗",
 )
+
+# Plurals whose singular is another word.
+PLURALS = frozenset("glasses shorts pants tights blinds news goods arms".split())
+
+# What programs write where a text is missing.
+NO_TEXT = frozenset(("None", "null", "Null", "NULL", "nan", "NaN", "NAN", "<NA>", "NaT"))
+
+# Of prompts one after the other that a model refuses, before any that it takes: no need to read the rest.
+MAX_REFUSED = 1000
 
 
 @dataclass(frozen=True)
@@ -161,107 +169,232 @@ class Work:
 # ------------------------------------------------------------------------------------------------ prompt files
 
 
-def read_prompts(path: str | Path) -> list[Prompt]:
-    """The prompts of a file; what it is, its ending says: .csv, .tsv, .jsonl, .json (COCO captions), else lines.
+@dataclass(frozen=True)
+class Bounds:
+    """How much is read. Bytes (of pasted text, characters) are counted before anything is parsed; rows as they come."""
 
-    Raises InputError for a file that cannot be read, that is not UTF-8, that is malformed or empty.
+    bytes: int = LARGEST_TEXT
+    rows: int = MAX_IMAGES
+
+
+def read_prompts(path: str | Path, bounds: Bounds = Bounds()) -> list[Prompt]:
+    """The prompts of a file; what it is, its ending says: .csv, .tsv, .jsonl, .json (a list, or COCO captions), else
+    lines.
+
+    Raises InputError for a file that cannot be read, that is no text, that is malformed, empty or out of bounds.
     """
     path = Path(path)
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(f"The prompt file '{path}' is not UTF-8 text; save it as UTF-8.") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not possible"
-        raise InputError(f"The prompt file '{path}' cannot be read: {reason.lower()}.") from None
+    text = read_text(path, f"The prompt file '{path}'", bounds.bytes)
     kind = path.suffix.lower().lstrip(".")
-    return parse_prompts(text, kind if kind in KINDS else "txt", str(path.name))
+    return parse_prompts(text, kind if kind in KINDS else "txt", str(path.name), bounds)
 
 
-def parse_prompts(text: str, kind: str = "txt", name: str = "The prompts") -> list[Prompt]:
+def parse_prompts(text: str, kind: str = "txt", name: str = "The prompts", bounds: Bounds = Bounds()) -> list[Prompt]:
     """The prompts of a text. kind: one of KINDS. name: what messages call it. Raises InputError as `read_prompts`."""
     if kind not in KINDS:
         raise InputError(f"'{kind}' is not a kind of prompt file; choose among {', '.join(KINDS)}.")
-    readers: dict[str, Callable[[str, str], list[Prompt]]] = {
+    if len(text) > bounds.bytes:
+        raise InputError(
+            f"{name}: {len(text):,} characters are more than the {bounds.bytes:,} that are read; split it."
+        )
+    readers: dict[str, Callable[[str, str], Iterator[Prompt]]] = {
         "txt": _lines,
         "csv": partial(_table, ","),
         "tsv": partial(_table, "\t"),
         "jsonl": _json_lines,
-        "json": _coco,
+        "json": _json,
     }
-    prompts = readers[kind](text, name)
+    prompts = list(islice(readers[kind](text.removeprefix("\ufeff"), name), bounds.rows + 1))
+    if len(prompts) > bounds.rows:
+        raise InputError(f"{name}: there are more than the {bounds.rows:,} prompts that are read; split it.")
     if not prompts:
         raise InputError(f"{name} holds no prompt; write one a line.")
     return prompts
 
 
-def _lines(text: str, _name: str) -> list[Prompt]:
-    # Only line feeds end a line: str.splitlines would also cut at U+2028 and form feeds inside a prompt.
-    lines = (line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n"))
-    return [Prompt(line, source=f"line {number}") for number, line in enumerate(lines, start=1) if line]
+def _numbered(text: str) -> Iterator[tuple[int, str]]:
+    """The lines of a text that are not empty, with their numbers.
+
+    Only line feeds end a line: str.splitlines would also cut at U+2028 and form feeds inside a prompt.
+    """
+    lines = (line.strip() for line in io.StringIO(text, newline=None))
+    return ((number, line) for number, line in enumerate(lines, start=1) if line)
 
 
-def _table(delimiter: str, text: str, name: str) -> list[Prompt]:
-    if not text.strip():
-        return []
+def _lines(text: str, _name: str) -> Iterator[Prompt]:
+    return (Prompt(line, source=f"line {number}") for number, line in _numbered(text))
+
+
+def _table(delimiter: str, text: str, name: str) -> Iterator[Prompt]:
+    offset, first = next(_numbered(text), (0, ""))
+    if separated := re.fullmatch(r"sep=(.)", first):  # Excel's own hint
+        delimiter, text = separated[1], text.lstrip().partition("\n")[2]
+    else:
+        delimiter, offset = next((x for x in (delimiter, *",;\t|") if "prompt" in _head(first, x)), delimiter), 0
     csv.field_size_limit(1 << 24)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    # Some write a space before a quote, which is then none.
+    spaced = re.search(r'[,;] +"', text[:1000]) is not None
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=spaced)
+    table: _Table | None = None
     try:
-        rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+        for row in reader:
+            if not any(cell.strip() for cell in row):
+                continue
+            number = reader.line_num + offset
+            if table is None:
+                table = _Table(name, delimiter, row)
+            else:
+                yield _from_row(table.cells(row, number), f"line {number}", name)
     except csv.Error as error:
-        raise InputError(f"{name} is malformed at line {reader.line_num}: {error}.") from None
-    head = [cell.strip().lower() for cell in rows[0][1]] if rows else []
-    if "prompt" not in head:
-        raise InputError(f"{name} has no column 'prompt' in its first line; name the columns there.")
-    return [_from_row(dict(zip(head, row, strict=False)), f"line {number}", name) for number, row in rows[1:]]
+        raise InputError(f"{name} is malformed at line {reader.line_num + offset}: {error}.") from None
+    if table is None and first:
+        raise InputError(f"{name} {NO_COLUMN}")
 
 
-def _json_lines(text: str, name: str) -> list[Prompt]:
-    prompts = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
+def _head(line: str, delimiter: str) -> list[str]:
+    return [cell.strip().lower() for row in csv.reader([line], delimiter=delimiter) for cell in row]
+
+
+class _Table:
+    """The first line of a table, by which its rows are read."""
+
+    def __init__(self, name: str, delimiter: str, head: list[str]):
+        self.name, self.delimiter = name, delimiter
+        self.spaced = any(cell.startswith(" ") for cell in head)
+        self.columns = [cell.strip().lower() for cell in head]
+        if "prompt" not in self.columns:
+            raise InputError(f"{name} {NO_COLUMN}")
+        for column in COLUMNS:
+            if self.columns.count(column) > 1:
+                raise InputError(f"{name} names the column '{column}' twice.")
+
+    def cells(self, row: list[str], number: int) -> dict[str, str]:
+        """A row by its columns. Raises InputError for one that is longer than the first line, and where the rest of a
+        prompt seems to be taken for another column.
+        """
+        if any(cell.strip() for cell in row[len(self.columns) :]):
+            raise InputError(
+                f"{self.name}, line {number}: the row has {len(row)} values and the first line names "
+                f"{len(self.columns)}; put a text that holds '{self.delimiter}' in quotes."
+            )
+        cells = dict(zip_longest(self.columns, row[: len(self.columns)], fillvalue=""))
+        if self.delimiter == ",":
+            for column in ("classes", "negative_prompt"):
+                if self._cut_off(column, cells):
+                    raise InputError(
+                        f"{self.name}, line {number}: '{cells[column].strip()[:60]}' reads like the rest of the "
+                        f"prompt and stands in the column '{column}'; put a prompt that holds commas in quotes."
+                    )
+        return cells
+
+    def _cut_off(self, column: str, cells: dict[str, str]) -> bool:
+        """Whether a cell is the rest of a sentence: "a cat, a dog and a car" without quotes is two cells."""
+        cell, prompt = cells.get(column, ""), cells.get("prompt", "")
+        doubtful = cell.startswith(" ") and bool(cell.strip()) and not self.spaced
+        if column == "negative_prompt":
+            return doubtful
+        names = _names(cell) or [] if len(prompt) <= MAX_PROMPT else []
+        return any(
+            (doubtful or _SENTENCE.search(name)) and not find_classes(prompt, (name,))
+            for name in names
+            if len(name) <= MAX_CLASS_CHARS
+        )
+
+
+def _json_lines(text: str, name: str) -> Iterator[Prompt]:
+    for number, line in _numbered(text):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
             raise InputError(f"{name} is not JSON at line {number}.") from None
-        if not isinstance(row, dict) or "prompt" not in row:
-            raise InputError(f"{name} has no 'prompt' at line {number}.")
-        prompts.append(_from_row(row, f"line {number}", name))
-    return prompts
+        yield _from_row(row, f"line {number}", name)
 
 
-def _coco(text: str, name: str) -> list[Prompt]:
-    """COCO captions: {"annotations": [{"caption": ...}, ...]}."""
+def _json(text: str, name: str) -> Iterator[Prompt]:
+    """A list of prompts, texts or objects as in JSON lines; or COCO captions: {"annotations": [{"caption": ...}]}."""
     if not text.strip():
-        return []
+        return
     try:
-        captions = [str(one["caption"]) for one in json.loads(text)["annotations"]]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise InputError(f"{name} is not a COCO captions file: it has no annotations with captions.") from None
-    return [Prompt(" ".join(text.split()), source=f"caption {number}") for number, text in enumerate(captions, start=1)]
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise InputError(f"{name} is not JSON.") from None
+    if isinstance(value, list):
+        for number, row in enumerate(value, start=1):
+            yield _from_row({"prompt": row} if isinstance(row, str) else row, f"prompt {number}", name)
+        return
+    captions = value.get("annotations") if isinstance(value, dict) else None
+    if not isinstance(captions, list) or not all(isinstance(one, dict) and "caption" in one for one in captions):
+        raise InputError(
+            f"{name} is neither a list of prompts nor a COCO captions file, which has annotations with captions."
+        )
+    for number, one in enumerate(captions, start=1):
+        found = _from_row({"prompt": one["caption"]}, f"caption {number}", name)
+        yield replace(found, text=" ".join(found.text.split()))
 
 
-def _from_row(row: dict[str, Any], source: str, name: str) -> Prompt:
-    seed = row.get("seed")
-    if seed is not None and str(seed).strip():
-        if not re.fullmatch(r"\d{1,10}", str(seed).strip(), flags=re.ASCII) or int(seed) > MAX_SEED:
-            raise InputError(
-                f"{name}, {source}: the seed '{str(seed)[:40]}' is not a whole number from 0 to {MAX_SEED}."
-            )
-        seed = int(seed)
-    else:
-        seed = None
-    classes = row.get("classes") or ()
-    if isinstance(classes, str):
-        classes = re.split(r"[,;|]", classes)
-    elif not isinstance(classes, (list, tuple)) or not all(isinstance(one, str) for one in classes):
-        raise InputError(f"{name}, {source}: 'classes' is neither text nor a list of names.")
-    clean = tuple(filter(None, (" ".join(one.split()) for one in classes)))
-    text, negative = row.get("prompt") or "", row.get("negative_prompt") or ""
-    if not all(isinstance(one, str) for one in (text, negative)):
-        raise InputError(f"{name}, {source}: the prompt is not text.")
-    return Prompt(text.strip(), clean, seed, negative, source)
+def _from_row(row: Any, source: str, name: str) -> Prompt:
+    where = f"{name}, {source}"
+    if not isinstance(row, dict) or "prompt" not in row:
+        raise InputError(f"{where}: there is no 'prompt'.")
+    return Prompt(
+        _text(row["prompt"], "prompt", where).strip(),
+        _stated_classes(row.get("classes"), where),
+        _seed(row.get("seed"), where),
+        "" if row.get("negative_prompt") is None else _text(row["negative_prompt"], "negative prompt", where),
+        source,
+    )
+
+
+def _text(value: Any, what: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise InputError(f"{where}: the {what} is {json.dumps(value)[:40]}, which is not text.")
+    if value.strip() in NO_TEXT:
+        raise InputError(f"{where}: the {what} is '{value.strip()}', which programs write where there is no text.")
+    return value
+
+
+def _seed(value: Any, where: str) -> int | None:
+    text = "" if value is None else str(value).strip()
+    if not text:
+        return None
+    # Tables of numbers, some of them missing, are written as 5.0.
+    whole = re.fullmatch(r"(\d{1,10})(?:\.0{1,9})?", text, flags=re.ASCII)
+    if whole is None or int(whole[1]) > MAX_SEED:
+        raise InputError(f"{where}: the seed '{text[:40]}' is not a whole number from 0 to {MAX_SEED}.")
+    return int(whole[1])
+
+
+def _stated_classes(value: Any, where: str) -> tuple[str, ...]:
+    """The classes of a row: a list, or a text of names between commas, semicolons or bars, or a list as JSON or Python
+    write it. The background, which needs no name, is left out.
+    """
+    if value is None:
+        return ()
+    names = _names(value) if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)) or not all(isinstance(one, str) for one in names):
+        raise InputError(f"{where}: 'classes' is neither text nor a list of names: {str(value)[:60]!r}.")
+    if len(names) > MAX_CLASSES:
+        raise InputError(f"{where}: {len(names)} classes are too many; at most {MAX_CLASSES}.")
+    clean = tuple(filter(None, (" ".join(normalize("NFC", one).split()) for one in names)))
+    if long := next((one for one in clean if len(one) > MAX_CLASS_CHARS), None):
+        raise InputError(f"{where}: the class '{long[:30]}...' is longer than {MAX_CLASS_CHARS} characters.")
+    if wrong := next((one for one in clean if one in NO_TEXT or set(one) & set('[]{}"')), None):
+        raise InputError(f"{where}: '{wrong}' is not the name of a class.")
+    return tuple(one for one in clean if _plain(one) != BACKGROUND)
+
+
+def _names(text: str) -> list[str] | None:
+    """The names in a text; None for one that begins as a list and is none."""
+    text = text.strip()
+    if not text.startswith(("[", "(", "{")):
+        return listed(text, more="|")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        if not _PYTHON_LIST.fullmatch(text):
+            return None
+        return [one[1:-1] for one in _QUOTED.findall(text)]
+    return value if isinstance(value, list) and all(isinstance(one, str) for one in value) else None
 
 
 def template_prompts(template: str, classes: Sequence[str]) -> list[Prompt]:
@@ -278,14 +411,21 @@ def class_list(text: str) -> tuple[str, ...]:
     """ "voc", or names "cat, red bus" in the order of their labels. Raises InputError for none and too many."""
     if text.strip().lower() == "voc":
         return VOC_CLASSES
-    return check_classes([" ".join(one.split()) for one in re.split(r"[,;\n]", text) if one.strip()])
+    if len(text) > MAX_CLASSES * (MAX_CLASS_CHARS + 2):
+        raise InputError(f"The classes are {len(text):,} characters long: a label map holds at most {MAX_CLASSES}.")
+    return check_classes(listed(text))
 
 
 def check_classes(names: Sequence[str]) -> tuple[str, ...]:
-    """The names, each once (whatever its case). Raises InputError where they cannot be labels."""
+    """The names, each once (whatever its case); a background at their head, which is label 0, is left out.
+
+    Raises InputError where they cannot be labels.
+    """
     first: dict[str, str] = {}
     for name in names:
         first.setdefault(_plain(name), name)
+    if next(iter(first), None) == BACKGROUND:
+        del first[BACKGROUND]
     if not first:
         raise InputError("There are no classes; name at least one, or write voc.")
     if len(first) > MAX_CLASSES:
@@ -293,48 +433,71 @@ def check_classes(names: Sequence[str]) -> tuple[str, ...]:
     for name in first.values():
         if len(name) > MAX_CLASS_CHARS:
             raise InputError(f"The class '{name[:30]}...' is longer than {MAX_CLASS_CHARS} characters; shorten it.")
-    if "background" in first:
+        if _printable(name) != name:
+            raise InputError(f"The class '{_printable(name)}' holds half of a character (a lone surrogate).")
+    if BACKGROUND in first:
         raise InputError("'background' is no class of its own: label 0 stands for it.")
     return tuple(first.values())
 
 
 def find_classes(text: str, classes: Sequence[str]) -> tuple[str, ...]:
-    """The classes that a caption names, by name, synonym or plural, in the order of the class list."""
-    words, pattern = _vocabulary(tuple(classes))
-    found = {words[_plain(match.group())] for match in pattern.finditer(_plain(text))}
+    """The classes that a caption names, by name, synonym, singular or plural, in the order of the class list."""
+    found = _vocabulary(tuple(classes)).named_in(text)
     return tuple(name for name in classes if name in found)
 
 
 def match_class(name: str, classes: Sequence[str]) -> str | None:
     """The class of the list that a name means: itself, another spelling ("tv-monitor") or a synonym; None for none."""
-    return _vocabulary(tuple(classes))[0].get(_plain(name))
+    return _vocabulary(tuple(classes)).meaning(name)
 
 
 def _plain(text: str) -> str:
-    return re.sub(r"[\s_-]+", " ", text.casefold()).strip()
+    return " ".join(units(text))
 
 
-def _plurals(word: str) -> tuple[str, ...]:
-    if re.search(r"(s|x|z|ch|sh)$", word):
-        return (word, word + "es")
-    if re.search(r"[^aeiou]y$", word):
-        return (word, word[:-1] + "ies")
-    return (word, word + "s")
+@lru_cache(maxsize=10_000)
+def _forms(word: str) -> tuple[str, ...]:
+    """A name, its plurals, and its singular where it is a plural itself; of words in Latin letters."""
+    word = plain(word)
+    if not _LATIN.fullmatch(word):
+        return (word,)
+    regular = re.sub(r"(?<=[^aeiou])y$", "ie", word)
+    regular += "es" if re.search(r"(s|x|z|ch|sh)$", regular) else "s"
+    singular = word if word in PLURALS else _inflector().singular(word)
+    return tuple(dict.fromkeys((word, _inflector().plural(word), regular, singular)))
+
+
+@cache
+def _inflector() -> Pluralizer:
+    return Pluralizer()
+
+
+def _voc_class(name: str) -> str | None:
+    """The VOC class of which a name is a spelling."""
+    forms = set(_forms(_plain(name)))
+    return next((one for one in VOC_CLASSES if forms & {one, *SPELLINGS.get(one, ())}), None)
 
 
 @lru_cache(maxsize=16)
-def _vocabulary(classes: tuple[str, ...]) -> tuple[dict[str, str | None], re.Pattern]:
-    """Every word and what class it names (None: a decoy), and a pattern that prefers the longest."""
-    words: dict[str, str | None] = dict.fromkeys(form for decoy in DECOYS for form in _plurals(decoy))
-    for name in classes:
-        for synonym in SYNONYMS.get(_plain(name), ()):
-            for form in _plurals(_plain(synonym)):
-                words[form] = name
-    for name in classes:  # a class's own name stands above another's synonym
-        for form in _plurals(_plain(name)):
-            words[form] = name
-    longest_first = sorted(words, key=len, reverse=True)
-    return words, re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)")
+def _vocabulary(classes: tuple[str, ...]) -> Vocabulary:
+    """Every word and what class it names."""
+    known = Vocabulary()
+    for decoy in DECOYS:
+        _add(known, decoy, None)
+    for name in reversed(classes):  # of two classes with one synonym, the first
+        if meant := _voc_class(name):
+            for synonym in (meant, *SPELLINGS.get(meant, ()), *SYNONYMS.get(meant, ())):
+                _add(known, synonym, name)
+    for name in reversed(classes):  # a class's own name stands above another's synonym
+        _add(known, name, name)
+    for name in classes:  # and as it is written above another's plural
+        known.add(name, name)
+    return known
+
+
+def _add(known: Vocabulary, word: str, meaning: str | None) -> None:
+    for form in _forms(word):
+        known.add(form, meaning)
 
 
 # ------------------------------------------------------------------------------------------------ work list
@@ -347,6 +510,7 @@ def work_list(
     seed: int = 0,
     limit: int | None = None,
     check: Callable[[str, str], None] | None = None,
+    on_prompt: Callable[[int, int], None] | None = None,
 ) -> Work:
     """Every image to make. The same arguments give the same list, whatever the machine.
 
@@ -354,16 +518,13 @@ def work_list(
         or none is stated. A prompt without stated classes has those that it names (`find_classes`).
     seed: image i has seed + i; in a prompt with a seed of its own, image j of the prompt has that seed + j.
     limit: at most this many prompts. check: raises InputError for a prompt and negative prompt no image can be made of.
-    Such prompts, and those that name no class, are skipped and listed. Raises InputError where nothing is left, and
-    for a stated class that is not in the list.
+    Such prompts, and those that name no class, are skipped and listed. on_prompt: called with (prompts looked at,
+    prompts in all); it may raise to end the work. Raises InputError where nothing is left, where the first MAX_REFUSED
+    prompts are all refused by `check`, and for a stated class that is not in the list.
     """
-    for name, value, low, high in (
-        ("number of images a prompt", images_per_prompt, 1, 100_000),
-        ("seed", seed, 0, MAX_SEED),
-        ("limit", 1 if limit is None else limit, 1, MAX_IMAGES),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise InputError(f"The {name} is {value}; choose a whole number from {low} to {high}.")
+    check_whole("The number of images a prompt", images_per_prompt, 1, 100_000)
+    check_whole("The seed", seed, 0, MAX_SEED)
+    check_whole("The limit", 1 if limit is None else limit, 1, MAX_IMAGES)
     prompts = prompts[:limit]
     if len(prompts) * images_per_prompt > MAX_IMAGES:
         raise InputError(
@@ -373,30 +534,35 @@ def work_list(
 
     items: list[Item] = []
     skipped: list[Skipped] = []
-    for prompt in prompts:
-        own = _classes_of(prompt, names)
+    refused = 0
+    for done, prompt in enumerate(prompts, start=1):
+        if on_prompt is not None:
+            on_prompt(done, len(prompts))
         try:
-            if not own:
-                raise InputError("It names none of the classes.")
-            _check_text(prompt.text)
-            _check_text(prompt.negative)
+            own = _usable(prompt, names)
             if check is not None:
+                refused += 1
                 check(prompt.text, prompt.negative)
         except InputError as error:
             skipped.append(Skipped(prompt.source, _printable(prompt.text)[:200], " ".join(str(error).split())))
+            if not items and refused >= MAX_REFUSED:
+                break
             continue
         for number in range(images_per_prompt):
             index = len(items)
             own_seed = (seed + index if prompt.seed is None else prompt.seed + number) % (MAX_SEED + 1)
             items.append(Item(index, prompt.text, prompt.negative, own_seed, own))
     if not items:
-        first = skipped[0]
-        raise InputError(f"No image can be made of any prompt; {first.source}: {first.reason}")
+        first, which = (
+            skipped[0],
+            "any prompt" if len(skipped) == len(prompts) else f"the first {len(skipped):,} prompts",
+        )
+        raise InputError(f"No image can be made of {which}; {first.source}: {first.reason}")
     return Work(tuple(items), names, tuple(skipped))
 
 
 def _stated(prompts: Sequence[Prompt]) -> tuple[str, ...]:
-    names = [name for prompt in prompts for name in prompt.classes]
+    names = list(dict.fromkeys(name for prompt in prompts for name in prompt.classes))
     if all(match_class(name, VOC_CLASSES) for name in names):
         return VOC_CLASSES
     return check_classes(names)
@@ -414,9 +580,16 @@ def _classes_of(prompt: Prompt, classes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in classes if name in matched.values())
 
 
-def _check_text(text: str) -> None:
-    if _printable(text) != text:
-        raise InputError("It holds half of a character (a lone surrogate).")
+def _usable(prompt: Prompt, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The classes of a prompt. Raises InputError for texts of which no image can be made, whatever the model."""
+    for what, text in (("prompt", prompt.text), ("negative prompt", prompt.negative)):
+        check_text(f"The {what}", text, MAX_PROMPT)
+        if _printable(text) != text:
+            raise InputError("It holds half of a character (a lone surrogate).")
+    own = _classes_of(prompt, names)
+    if not own:
+        raise InputError("It names none of the classes.")
+    return own
 
 
 def _printable(text: str) -> str:
