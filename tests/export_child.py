@@ -13,9 +13,9 @@ from pipelines import make_small
 from ovam_core import OVAM
 from ovam_core.data import runs
 from ovam_core.data.export import ExportSettings, export_dataset
-from ovam_core.data.filters import Filters
 from ovam_core.data.prompts import Prompt, work_list
 from ovam_core.data.runs import Process
+from ovam_core.settings import Filters
 
 PIPE = make_small()
 CLASSES = ("cat", "car", "red bus")

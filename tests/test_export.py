@@ -29,7 +29,6 @@ from ovam_core.data import export as export_module
 from ovam_core.data import formats, runs
 from ovam_core.data.dataset import prepare, stem
 from ovam_core.data.export import ExportSettings, batches_of, export_dataset, measure, plan
-from ovam_core.data.filters import Filters
 from ovam_core.data.formats import preview, read_labels, write_parquet, zip_folder
 from ovam_core.data.prompts import Item, Prompt, work_list
 from ovam_core.data.runs import Process, cores
@@ -37,6 +36,7 @@ from ovam_core.errors import InputError
 from ovam_core.ovam import OVAM
 from ovam_core.plot import VOC_PALETTE
 from ovam_core.query import attribute_words
+from ovam_core.settings import Filters
 from ovam_core.tokens import Token
 
 ROOT = Path(__file__).parent.parent
@@ -761,7 +761,8 @@ BAD = {
     "no column": ({"p.csv": "text\ncat\n"}, ["--prompts", "p.csv"], "column 'prompt'"),
     "broken csv": ({"p.csv": 'prompt\n"a cat\n'}, ["--prompts", "p.csv"], "malformed"),
     "broken jsonl": ({"p.jsonl": "{"}, ["--prompts", "p.jsonl"], "not JSON at line 1"),
-    "not coco": ({"p.json": "[]"}, ["--prompts", "p.json"], "COCO captions"),
+    "empty list": ({"p.json": "[]"}, ["--prompts", "p.json"], "no prompt"),
+    "not coco": ({"p.json": "{}"}, ["--prompts", "p.json"], "COCO captions"),
     "seed in words": ({"p.csv": "prompt,seed\na cat,many\n"}, ["--prompts", "p.csv"], "seed 'many'"),
     "class not in the list": (
         {"p.csv": "prompt,classes\na cat,zebra\n"},

@@ -30,8 +30,10 @@ from ovam_core.attention.recording import Branch
 from ovam_core.data.layout import METADATA
 from ovam_core.errors import InputError
 from ovam_core.hooks.photograph import fitted_size
+from ovam_core.io.files import find_file
 from ovam_core.io.masks import read_mask
-from ovam_core.io.pictures import open_picture, read_photo
+from ovam_core.io.pictures import read_photo
+from ovam_core.io.texts import read_text
 from ovam_core.models.presets import recommended_part
 from ovam_core.optimization import RECIPES, Epoch, Optimized, OptimizeSettings, initial_embedding, optimize
 from ovam_core.ovam import OVAM
@@ -77,12 +79,9 @@ def read_folder(folder: str | Path, ovam: OVAM) -> list[Example]:
     """
     folder = Path(folder)
     file = folder / METADATA
-    try:
-        if file.stat().st_size > MAX_METADATA:
-            raise InputError(f"'{file}' is larger than {MAX_METADATA >> 20} MiB: split the folder.")
-        lines = file.read_text(encoding="utf-8").split("\n")  # JSON may hold other line ends
-    except (OSError, UnicodeDecodeError):
-        raise InputError(f"The folder '{folder}' has no {METADATA} that can be read.") from None
+    if not file.is_file():
+        raise InputError(f"The folder '{folder}' has no {METADATA} that can be read.")
+    lines = read_text(file, f"The file '{file}'", MAX_METADATA).split("\n")  # JSON may hold other line ends
     found = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
@@ -134,10 +133,10 @@ def photo_settings(classes: Sequence[str], **given: Any) -> PhotoSettings:
 
 def _inside(folder: Path, name: str) -> Path:
     """A file of the folder: a row may have been written by a stranger."""
-    path = Path(name)
+    path = Path(name.replace("\\", "/"))  # as Windows writes folders
     if path.is_absolute() or ".." in path.parts or "\0" in name:
         raise InputError(f"the file '{name[:80]}' lies outside of the folder.")
-    return folder / path
+    return find_file((folder / path).parent, [path.name]) or folder / path
 
 
 def by_class(examples: Iterable[Example]) -> dict[str, list[Example]]:
@@ -154,9 +153,10 @@ def by_class(examples: Iterable[Example]) -> dict[str, list[Example]]:
 
 def check_same(made: Picture, file: Path) -> None:
     """Raises InputError if the kept image is not the one generated again: its mask would belong to another picture."""
-    unreadable = f"The image '{file}' cannot be read; leave its file_name out if it is not kept."
-    with open_picture(file, unreadable) as picture:
-        kept = picture.convert("RGB")
+    try:
+        kept = read_photo(file)
+    except InputError:
+        raise InputError(f"The image '{file}' cannot be read; leave its file_name out if it is not kept.") from None
     if kept.size != made.image.size:
         raise InputError(
             f"The image '{file.name}' is {kept.width}x{kept.height} and the one made again is {made.image.width}x"

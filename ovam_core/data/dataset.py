@@ -15,7 +15,7 @@ from PIL import Image
 
 from ovam_core import plot
 from ovam_core.attention.mask import densecrf, label_map
-from ovam_core.data.filters import Filters, judge
+from ovam_core.data.filters import judge
 from ovam_core.data.formats import coco_instances, contact_sheet, write_parquet
 from ovam_core.data.layout import (
     ABOUT,
@@ -40,6 +40,7 @@ from ovam_core.errors import InputError
 from ovam_core.io.files import write_atomically
 from ovam_core.io.masks import IGNORE
 from ovam_core.io.names import hyphenated
+from ovam_core.settings import Filters
 
 # ------------------------------------------------------------------------------------------------ one image
 
@@ -128,18 +129,18 @@ def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def prepare(folder: Path, settings: dict[str, Any]) -> None:
-    """Makes the folders, clears what a killed run left half written, writes the settings. One process does this.
+    """Writes the settings, makes the folders, clears what a killed run left half written. One process does this.
 
     Raises InputError where that is not possible.
     """
     check_folder(folder, settings)
     try:
-        for name in (IMAGES, LABEL_MAPS, SETS, ITEMS):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        if settings["heatmaps"]:
-            (folder / HEATMAPS).mkdir(exist_ok=True)
+        (folder / ITEMS).mkdir(parents=True, exist_ok=True)
         clear_parts(folder)
+        # Before the other folders, so that they are known for this export's.
         write_atomically(folder / SETTINGS, _json(settings, indent=1))
+        for name in (IMAGES, LABEL_MAPS, SETS, *([HEATMAPS] if settings["heatmaps"] else [])):
+            (folder / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(disk_sentence(error, folder)) from None
 

@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -131,9 +131,9 @@ def timesteps_of(method: Method, last: int) -> tuple[int, ...]:
 class Job:
     """What a worker needs to finish one image. Plain arrays, so that it travels between processes.
 
-    image: uint8 [H, W, 3]. scaled: float32 [L, H, W], the maps by which overlapping masks are told apart. masks: bool
-    [L, H, W]. ids: the label of each. crf: whether a dense CRF follows. truth: uint8 [H, W]. labels: how many there
-    are.
+    folder: of the run; "" to keep nothing. image: uint8 [H, W, 3]. scaled: float32 [L, H, W], the maps by which
+    overlapping masks are told apart. masks: bool [L, H, W]. ids: the label of each. crf: whether a dense CRF follows.
+    truth: uint8 [H, W]. labels: how many there are.
     """
 
     folder: str
@@ -154,18 +154,23 @@ def found_labels(job: Job) -> np.ndarray:
     return label_map(job.scaled, masks, job.ids)
 
 
-def score_job(job: Job) -> None:
-    """Writes the label map and the confusion matrix of an image. Runs in a worker process. Raises OSError."""
+def score_job(job: Job) -> dict[str, Any]:
+    """The confusion matrix of an image as its row; writes it, and the label map. Runs in a worker process. Raises
+    OSError.
+    """
     labels = found_labels(job)
     matrix = confusion_matrix(labels, job.truth, job.labels)
     cells = [[int(row), int(column), int(matrix[row, column])] for row, column in np.argwhere(matrix)]
-    files = {f"{LABEL_MAPS}/{job.name}.png": plot.png(plot.label_image(labels))}
-    runs.write_done(Path(job.folder), job.index, files, {"name": job.name, "confusion": cells})
+    row = {"name": job.name, "confusion": cells}
+    if job.folder:
+        files = {f"{LABEL_MAPS}/{job.name}.png": plot.png(plot.label_image(labels))}
+        runs.write_done(Path(job.folder), job.index, files, row)
+    return row
 
 
 @torch.no_grad()
 def make_job(
-    ovam: OVAM, data: VocSet, item: Item, queries: dict[str, Query], settings: EvaluateSettings, folder: Path
+    ovam: OVAM, data: VocSet, item: Item, queries: dict[str, Query], settings: EvaluateSettings, folder: Path | None
 ) -> Job:
     """The photograph of an item, recorded and asked. Raises InputError for files that do not belong together."""
     image, truth = read_photo(data.photo(item)), data.truth(item)
@@ -180,7 +185,7 @@ def make_job(
     else:
         scaled = masks = np.zeros((0, *truth.shape), bool)
     return Job(
-        folder=str(folder),
+        folder="" if folder is None else str(folder),
         index=item.index,
         name=data.names[item.index],
         image=np.asarray(image),
@@ -329,7 +334,7 @@ def evaluate_dataset(
 ) -> Result | None:
     """The method over the whole set; goes on where a run of the same settings in `out` was.
 
-    out: the run's folder; None for one that is thrown away, in a single process. process: this process's share, for
+    out: the run's folder; None to keep nothing, in a single process. process: this process's share, for
     several that evaluate into one folder; all but the first return None. workers: processes for dense CRF and files, 0
     for none beside. on_image: called with (images done, images in all) of this process's share.
     Raises InputError, one sentence, for settings that cannot be, a folder of another run, files that cannot be read.
@@ -343,25 +348,22 @@ def evaluate_dataset(
     queries = method_queries(ovam, data.work, settings)
     about = fingerprint(ovam, data, settings, queries)
     first = process.rank == 0
-    with ExitStack() as stack:
-        folder = Path(out if out is not None else stack.enter_context(tempfile.TemporaryDirectory()))
-        runs.check_folder(folder, about, RUN_KIND)
-        stack.enter_context(runs.locked(folder, RUN_KIND) if first else nullcontext())
-        stack.enter_context(repeatable(settings.threads))
+    folder = None if out is None else Path(out)
+    with _held(folder, about, first), repeatable(settings.threads):
         try:
-            if first:
-                _begin(folder, about)
             process.wait()
-            todo, done = _share(data, folder, process)
+            todo, rows = _share(data, folder, process)
+            done = len(rows)
             count = worker_count(process.ranks) if workers is None else workers
             with out_of_memory_as("A photograph does not fit in memory; choose a smaller --size."):
-                for number in _run(ovam, data, todo, queries, settings, folder, count):
+                for item, row in _run(ovam, data, todo, queries, settings, folder, count):
+                    rows[item.index] = row
                     if on_image is not None:
-                        on_image(done + number, done + len(todo))
+                        on_image(len(rows), done + len(todo))
             process.wait()
-            return _finish(folder, data, about) if first else None
+            return _finish(rows, data, folder, about) if first else None
         except OSError as error:
-            raise InputError(runs.disk_sentence(error, folder, RUN_KIND)) from None
+            raise InputError(runs.disk_sentence(error, folder or "", RUN_KIND)) from None
         except BrokenProcessPool:
             raise InputError(
                 "A process that writes the files died, perhaps for want of memory; start the same evaluation again."
@@ -383,19 +385,37 @@ def fingerprint(ovam: OVAM, data: VocSet, settings: EvaluateSettings, queries: d
     return json.loads(json.dumps(values))  # as it will be read again: tuples are lists
 
 
+@contextmanager
+def _held(folder: Path | None, about: dict[str, Any], first: bool) -> Iterator[None]:
+    """The run's folder, if there is one: checked, and by the first process locked and begun."""
+    if folder is None:
+        yield
+        return
+    runs.check_folder(folder, about, RUN_KIND)
+    with runs.locked(folder, RUN_KIND) if first else nullcontext():
+        if first:
+            _begin(folder, about)
+        yield
+
+
 def _begin(folder: Path, about: dict[str, Any]) -> None:
     """Settings before the rest: another process that begins just now must not take the folder for a stranger's."""
-    (folder / ITEMS).mkdir(parents=True, exist_ok=True)
-    runs.clear_parts(folder)
-    write_atomically(folder / SETTINGS, (json.dumps(about, ensure_ascii=False, indent=1) + "\n").encode())
-    (folder / LABEL_MAPS).mkdir(exist_ok=True)
+    try:
+        (folder / ITEMS).mkdir(parents=True, exist_ok=True)
+        runs.clear_parts(folder)
+        write_atomically(folder / SETTINGS, (json.dumps(about, ensure_ascii=False, indent=1) + "\n").encode())
+        (folder / LABEL_MAPS).mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(runs.disk_sentence(error, folder, RUN_KIND)) from None
 
 
-def _share(data: VocSet, folder: Path, process: Process) -> tuple[list[Item], int]:
-    """What is to be done of this process's share, and how much of it is done."""
+def _share(data: VocSet, folder: Path | None, process: Process) -> tuple[list[Item], dict[int, dict[str, Any]]]:
+    """What is to be done of this process's share, and the rows of what is done by number."""
     own = data.work.items[process.rank :: process.ranks]
-    todo = [item for item in own if runs.read_done(folder, item) is None]
-    return todo, len(own) - len(todo)
+    if folder is None:
+        return list(own), {}
+    there = {item.index: row for item in own if (row := runs.read_done(folder, item)) is not None}
+    return [item for item in own if item.index not in there], there
 
 
 def _run(
@@ -404,36 +424,46 @@ def _run(
     items: Sequence[Item],
     queries: dict[str, Query],
     settings: EvaluateSettings,
-    folder: Path,
+    folder: Path | None,
     workers: int,
-) -> Iterator[int]:
-    """Does the images; gives how many are finished after each."""
+) -> Iterator[tuple[Item, dict[str, Any]]]:
+    """Does the images; gives each with its row when it is finished."""
     if not items:
         return
-    pending: deque = deque()
-    finished = 0
+    pending: deque[tuple[Item, Future]] = deque()
     with process_pool(workers) as pool:
         for item in items:
-            pending.append(pool.submit(score_job, make_job(ovam, data, item, queries, settings, folder)))
-            while pending and (len(pending) >= QUEUE * max(workers, 1) or pending[0].done()):
-                pending.popleft().result()
-                finished += 1
-                yield finished
-        while pending:
-            pending.popleft().result()
-            finished += 1
-            yield finished
+            pending.append((item, pool.submit(score_job, make_job(ovam, data, item, queries, settings, folder))))
+            while pending and (len(pending) >= QUEUE * max(workers, 1) or pending[0][1].done()):
+                finished, future = pending.popleft()
+                yield finished, future.result()
+        for finished, future in pending:
+            yield finished, future.result()
 
 
-def _finish(folder: Path, data: VocSet, about: dict[str, Any]) -> Result:
-    matrix = np.zeros((len(data.labels), len(data.labels)), dtype=np.int64)
+def _all_rows(data: VocSet, folder: Path) -> dict[int, dict[str, Any]]:
+    rows = {}
     for item in data.work.items:
         row = runs.read_done(folder, item)
         if row is None:
             raise InputError(f"'{data.names[item.index]}' is missing in '{folder}'; start the same evaluation again.")
-        for truth, found, pixels in row["confusion"]:
-            matrix[truth, found] += pixels
-    result = Result(matrix, data.labels, len(data.names), about)
+        rows[item.index] = row
+    return rows
+
+
+def _finish(rows: dict[int, dict[str, Any]], data: VocSet, folder: Path | None, about: dict[str, Any]) -> Result:
+    """The result of the rows; with a folder of all that lie there, written beside them."""
+    if folder is None:
+        return _summed(rows, data, about)
+    result = _summed(_all_rows(data, folder), data, about)
     write_atomically(folder / RESULTS, result.json())
     write_atomically(folder / TABLE, (result.text() + "\n").encode())
     return result
+
+
+def _summed(rows: dict[int, dict[str, Any]], data: VocSet, about: dict[str, Any]) -> Result:
+    matrix = np.zeros((len(data.labels), len(data.labels)), dtype=np.int64)
+    for row in rows.values():
+        for truth, found, pixels in row["confusion"]:
+            matrix[truth, found] += pixels
+    return Result(matrix, data.labels, len(data.names), about)

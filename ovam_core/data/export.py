@@ -19,24 +19,23 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field
 
 from ovam_core.attention.heatmap import AttributionPrompt
 from ovam_core.attention.mask import NO_CRF, crf_available
 from ovam_core.attention.recording import Branch, Recording
 from ovam_core.data import runs
 from ovam_core.data.dataset import Job, assemble, encode, prepare, write_job
-from ovam_core.data.filters import ClipScorer, Filters, Reason, reasons
+from ovam_core.data.filters import ClipScorer, Reason, reasons
 from ovam_core.data.formats import check_formats
 from ovam_core.data.layout import EXPORT_FORMAT, SKIPPED
 from ovam_core.data.prompts import Item, Skipped, Work, match_class
@@ -48,12 +47,19 @@ from ovam_core.models.presets import ModelDefaults, recommended_grids, recommend
 from ovam_core.ovam import OVAM
 from ovam_core.picture import Picture
 from ovam_core.query import Query, token_query, word_queries
-from ovam_core.settings import DEFAULT_METHOD, Alpha, GenerateSettings, Settings, Tau, Threads
+from ovam_core.settings import (
+    DEFAULT_METHOD,
+    LIBRARY,
+    Alpha,
+    BatchSize,
+    Filters,
+    GenerateSettings,
+    Settings,
+    Tau,
+    Threads,
+    Uncertain,
+)
 from ovam_core.tokens import folder_for, library
-
-MAX_BATCH = 256
-
-LIBRARY = "library"  # ExportSettings.tokens: the tokens that ship for the model
 
 
 @dataclass(frozen=True)
@@ -78,18 +84,13 @@ class ExportSettings(Settings):
     tau: Tau = None
     alpha: Alpha = None
     crf: bool = True
-    uncertain: Annotated[
-        float,
-        Field(title="The setting uncertain", ge=0, le=1, description="label pixels this close to the threshold 255"),
-    ] = 0.0
+    uncertain: Uncertain = 0.0
     step_indices: tuple[int, ...] | None = field(default=None, metadata={"key": "timesteps"})
     resolutions: tuple[int, ...] | None = None
     tokens: str | None = None
     formats: tuple[str, ...] = ("voc",)
     heatmaps: bool = False
-    batch_size: Annotated[
-        int, Field(title="The batch size", ge=1, le=MAX_BATCH, description="images made together")
-    ] = 1
+    batch_size: BatchSize = 1
     threads: Threads = None
     clip: str | None = None
     filters: Filters = field(default_factory=Filters)
@@ -562,15 +563,17 @@ def export_dataset(
     on_image: Callable[[Progress], None] | None = None,
     on_note: Callable[[str], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    turn: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Summary:
     """Makes the images of a work list that are not there yet, then the data set of all of them.
 
     process: this process's share, for several that export into one folder. workers: processes for dense CRF and files;
     0 does it in this one, None chooses. clip: a scorer that is loaded already, for `settings.clip`. on_image: called in
     this thread for every image written. on_note: sentences for people. should_stop: asked at every denoising step; when
-    it says True, the images under way are dropped and the data set of those that are done is put together. Raises
-    InputError, one sentence, for settings that cannot be, a folder of another export, a full disk, a worker that died,
-    a model that does not fit in memory. The same call goes on where it was.
+    it says True, the images under way are dropped and the data set of those that are done is put together. turn:
+    entered for each batch, between which the model is free for others; it may raise Stopped. Raises InputError, one
+    sentence, for settings that cannot be, a folder of another export, a full disk, a worker that died, a model that
+    does not fit in memory. The same call goes on where it was.
     """
     process = process or Process()
     folder, timings = Path(out), Timings()
@@ -582,11 +585,11 @@ def export_dataset(
         clip = ClipScorer(settings.clip, ovam.device)
 
     first = process.rank == 0
-    with timings.of("total"), runs.locked(folder) if first else nullcontext(), repeatable(settings.threads):
+    with timings.of("total"), runs.locked(folder) if first else nullcontext():
         if first:
             prepare(folder, about)
         process.wait()
-        run = _Run(ovam, work, settings, folder, queries, clip, timings, on_image, on_note, should_stop)
+        run = _Run(ovam, work, settings, folder, queries, clip, timings, on_image, on_note, should_stop, turn)
         stopped = run.make(process, worker_count(process.ranks) if workers is None else workers)
         rows = None
         if not stopped or process.ranks == 1:
@@ -623,6 +626,7 @@ class _Run:
     on_image: Callable[[Progress], None] | None
     on_note: Callable[[str], None] | None
     should_stop: Callable[[], bool] | None
+    turn: Callable[[], AbstractContextManager[None]]
     made: int = 0
     done: int = 0
     total: int = 0
@@ -705,17 +709,18 @@ class _Run:
     def _try(self, items: Sequence[Item]) -> list[Job] | None:
         """The jobs, or None if they do not fit in memory. Returning frees what the traceback kept alive."""
         try:
-            return make_jobs(
-                self.ovam,
-                items,
-                self.folder,
-                self.queries,
-                self.work,
-                self.settings,
-                self.clip,
-                self.should_stop,
-                self.timings,
-            )
+            with self.turn(), repeatable(self.settings.threads):
+                return make_jobs(
+                    self.ovam,
+                    items,
+                    self.folder,
+                    self.queries,
+                    self.work,
+                    self.settings,
+                    self.clip,
+                    self.should_stop,
+                    self.timings,
+                )
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -28,6 +28,8 @@ STATE, ITEMS = ".ovam", ".ovam/items"
 
 SETTINGS, LOCK = ".ovam/settings.json", ".ovam/lock"
 
+FOLDERS = (STATE, ITEMS, IMAGES, LABEL_MAPS, "ImageSets", SETS, HEATMAPS, ANNOTATIONS, PARQUET)
+
 METADATA, CLASSES, SKIPPED, SHEET = "metadata.jsonl", "classes.txt", "skipped.jsonl", "contact_sheet.png"
 
 ABOUT, CARD = "export.json", "README.md"

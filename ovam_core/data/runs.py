@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import signal
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -26,32 +27,44 @@ import psutil
 import torch
 from filelock import FileLock, Timeout
 
-from ovam_core.data.layout import ITEMS, LOCK, SETTINGS, STATE
+from ovam_core.data.layout import FOLDERS, ITEMS, LOCK, SETTINGS, STATE
 from ovam_core.data.prompts import Item
 from ovam_core.errors import InputError
+from ovam_core.io import files
 from ovam_core.io.files import write_atomically
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+LEFT_BY_SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini")  # what file browsers put into a folder
 
-def write_done(folder: Path, index: int, files: dict[str, bytes], row: dict[str, Any]) -> None:
+
+def write_done(folder: Path, index: int, contents: dict[str, bytes], row: dict[str, Any]) -> None:
     """Writes the files of image number `index`, by path within the folder, then the row that says it is done. Raises
     OSError.
     """
-    for path, data in files.items():
+    for path, data in contents.items():
         write_atomically(folder / path, data)
-    state = {"row": row, "bytes": {path: len(data) for path, data in files.items()}}
+    state = {"row": row, "bytes": {path: len(data) for path, data in contents.items()}}
     write_atomically(folder / ITEMS / f"{index:06d}.json", _json(state))
 
 
 def read_done(folder: Path, item: Item) -> dict[str, Any] | None:
-    """The row of an image that is done, else None. Files that have gone or have another size mean that it is not."""
+    """The row of an image that is done, else None. Files that have gone, are links or have another size mean that it is
+    not.
+    """
     try:
         state = json.loads((folder / ITEMS / f"{item.index:06d}.json").read_bytes())
-        whole = all((folder / path).stat().st_size == size for path, size in state["bytes"].items())
-        return state["row"] if whole else None
+        row, sizes = state["row"], state["bytes"]
+        named = {row[key] for key in ("file_name", "mask_file_name", "heatmaps") if key in row}
+        whole = named <= sizes.keys() and all(_is_whole(folder, path, size) for path, size in sizes.items())
+        return row if whole else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _is_whole(folder: Path, path: str, size: int) -> bool:
+    status = (folder / path).lstat()
+    return stat.S_ISREG(status.st_mode) and status.st_size == size and Path(path).parent.as_posix() in FOLDERS
 
 
 def _json(value: Any, indent: int | None = None) -> bytes:
@@ -72,17 +85,26 @@ def disk_sentence(error: OSError, folder: Path | str, run: str = "export") -> st
 
 
 def check_folder(folder: Path, settings: dict[str, Any], run: str = "export") -> None:
-    """Raises InputError where the folder holds a run of other settings, or other things; changes nothing."""
-    if not folder.exists():
+    """Raises InputError where the folder holds a run of other settings, other things, or links in the place of what a
+    run makes; changes nothing.
+
+    A folder whose run had come no further than its own folders is as good as a new one.
+    """
+    try:
+        if not folder.exists():
+            return
+        if not folder.is_dir():
+            raise InputError(f"'{folder}' is a file; choose a folder for the {run}.")
+        check_own(folder, run)
+        begun = (folder / SETTINGS).exists() and (folder / SETTINGS).stat().st_size > 0
+        if not begun and not all(_is_nothing(path) for path in folder.iterdir()):
+            raise InputError(f"The folder '{folder}' is not empty and holds no {run}; choose another.")
+    except OSError as error:
+        raise InputError(disk_sentence(error, folder, run)) from None
+    if not begun:
         return
-    if not folder.is_dir():
-        raise InputError(f"'{folder}' is a file; choose a folder for the {run}.")
     try:
         there = json.loads((folder / SETTINGS).read_bytes())
-    except FileNotFoundError:
-        if any(path.name != STATE for path in folder.iterdir()):
-            raise InputError(f"The folder '{folder}' is not empty and holds no {run}; choose another.") from None
-        return
     except (OSError, ValueError):
         raise InputError(f"The settings of the {run} in '{folder}' cannot be read; choose another folder.") from None
     if not isinstance(there, dict):
@@ -100,11 +122,37 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def _is_nothing(path: Path) -> bool:
+    """Whether what lies in a folder is there before a run's first file is: its state, and its folders, still empty."""
+    if path.name in FOLDERS and path.is_dir():
+        return path.name == STATE or all(one.is_dir() or _is_nothing(one) for one in path.rglob("*"))
+    return path.name in LEFT_BY_SYSTEMS or files.PART.fullmatch(path.name) is not None
+
+
+def check_own(folder: Path, run: str = "export") -> None:
+    """Raises InputError for links where a run's folders, lock and settings go: what they lead to is not the run's."""
+    for name in (*FOLDERS, LOCK, SETTINGS):
+        try:
+            status = (folder / name).lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        is_folder = name in FOLDERS
+        # A lock is emptied when it is taken, under all of its names.
+        if stat.S_ISLNK(status.st_mode) or (name == LOCK and status.st_nlink > 1):
+            raise InputError(
+                f"'{folder / name}' is a link, which an {run} does not follow; take it away, or choose another folder."
+            )
+        if not (stat.S_ISDIR if is_folder else stat.S_ISREG)(status.st_mode):
+            kind = "folder" if is_folder else "file"
+            raise InputError(
+                f"'{folder / name}' is in the place of a {kind} of the {run}; take it away, or choose another folder."
+            )
+
+
 def clear_parts(folder: Path) -> None:
     """Takes away files that were being written when a process was killed."""
-    for part in folder.rglob(".*.part"):
-        with suppress(OSError):
-            part.unlink()
+    for name in ("", *FOLDERS):
+        files.clear_parts(folder / name)
 
 
 @contextmanager
@@ -115,6 +163,7 @@ def locked(folder: Path, run: str = "export"):
     """
     lock = FileLock(folder / LOCK)
     try:
+        check_own(folder, run)
         (folder / STATE).mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +13,25 @@ from typing import Any
 import numpy as np
 
 from ovam_core.data.layout import CLASSES, IMAGES, LABEL_MAPS, SETS
-from ovam_core.data.prompts import Item, Work, check_classes, find_classes, match_class
+from ovam_core.data.prompts import BACKGROUND, Item, Work, check_classes, find_classes, match_class
 from ovam_core.data.runs import digest
 from ovam_core.data.voc import VOC_CLASSES
 from ovam_core.errors import InputError
+from ovam_core.io.files import find_file
 from ovam_core.io.masks import IGNORE
-from ovam_core.io.pictures import open_picture
+from ovam_core.io.pictures import open_picture, upright
+from ovam_core.io.texts import read_text
+from ovam_core.models.words import units
 from ovam_core.query import caption_of
 
-SUFFIXES = (".jpg", ".jpeg", ".png")
+# What a photograph is looked for by, in whatever case; all that `read_photo` reads.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
+
+LABELME_MAPS = "SegmentationClassPNG"  # where older editions of labelme2voc put them
+
+LABELME_CLASSES = "class_names.txt"  # what labelme2voc writes, _background_ first; its list of labels has IGNORED too
+
+IGNORED = "__ignore__"
 
 GROUND_TRUTH = "gt"
 
@@ -95,33 +107,44 @@ def read_names(root: Path, split: str) -> list[str]:
     if not split or Path(split).name != split:
         raise InputError(f"'{split[:40]}' is not the name of a split; write for example val.")
     file = root / SETS / f"{split}.txt"
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        raise InputError(
-            f"There is no list of images '{file}' that can be read: is '{root}' a data set in VOC layout?"
-        ) from None
-    names = [line.split()[0] for line in lines if line.strip()]
+    if not file.is_file():
+        raise InputError(f"There is no list of images '{file}' that can be read: is '{root}' a data set in VOC layout?")
+    lines = read_text(file, f"The list '{file}'").splitlines()
+    names = [_listed_name(root, line.strip()) for line in lines if line.strip()]
     if not names:
         raise InputError(f"The list '{file}' names no image.")
     for name in names:
-        if Path(name).name != name or "\0" in name or name.startswith("."):
+        if not _is_name(name):
             raise InputError(f"'{name[:80]}' in {split}.txt is not the name of an image.")
     if len(set(names)) < len(names):
         raise InputError(f"The list '{file}' names an image twice.")
     return names
 
 
+def _listed_name(root: Path, line: str) -> str:
+    """The name in a line of a list: it may have a space, the file's suffix, and VOC's -1, 0 or 1 behind it."""
+    for name in (line, re.sub(r"\s+(?:-1|0|1)$", "", line)):
+        stem, suffix = os.path.splitext(name)
+        for one in (name, stem if suffix.lower() in SUFFIXES else name):
+            if _is_name(one) and _photo_file(root, one).is_file():
+                return one
+    return stem if suffix.lower() in SUFFIXES else name
+
+
+def _is_name(name: str) -> bool:
+    return Path(name).name == name and "\0" not in name and not name.startswith(".")
+
+
 def read_classes(root: Path) -> tuple[str, ...]:
-    """The classes of labels 1, 2, ...: the lines of ROOT/classes.txt after the background, VOC's without that file."""
-    file = root / CLASSES
-    if not file.exists():
+    """The classes of labels 1, 2, ...: the lines of ROOT/classes.txt, or of labelme's, after the background; VOC's
+    without such a file.
+    """
+    file = next((root / name for name in (CLASSES, LABELME_CLASSES) if (root / name).exists()), None)
+    if file is None:
         return VOC_CLASSES
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError):
-        raise InputError(f"'{file}' is no list of class names that can be read.") from None
-    if lines[:1] != ["background"]:
+    lines = [" ".join(line.split()) for line in read_text(file, f"The list of classes '{file}'").splitlines()]
+    lines = [line for line in lines if line and line != IGNORED]
+    if not lines or units(lines[0]) != [BACKGROUND]:
         raise InputError(f"The first line of '{file}' must be background, the name of label 0.")
     return check_classes(lines[1:])
 
@@ -129,7 +152,7 @@ def read_classes(root: Path) -> tuple[str, ...]:
 def read_truth(path: Path, classes: int) -> np.ndarray:
     """The label map in a palette or grey PNG, uint8 `[H, W]`: 0 background, 1 to `classes`, 255 ignored."""
     with open_picture(path, f"'{path}' is not a label map that can be read.") as picture:
-        mode, labels = picture.mode, np.array(picture)
+        mode, labels = picture.mode, np.array(upright(picture))
     if mode not in ("P", "L"):
         raise InputError(
             f"'{path}' is of mode {mode}; a label map is a palette or grey PNG whose values are the labels."
@@ -142,15 +165,17 @@ def read_truth(path: Path, classes: int) -> np.ndarray:
 
 def read_wanted(file: Path, names: Sequence[str], classes: tuple[str, ...]) -> list[tuple[str, tuple[str, ...]]]:
     """(caption or "", classes) of each image from a JSON file; see `read_voc`."""
+    if not file.exists():
+        raise InputError(f"There is no file '{file}'; give gt or a JSON file of captions or classes.")
+    text = read_text(file, f"The file '{file}'")
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"There is no file '{file}'; give gt or a JSON file of captions or classes.") from None
-    except (OSError, ValueError, RecursionError):
+        rows = json.loads(text)
+    except (ValueError, RecursionError):
         raise InputError(f"'{file}' is not a JSON file that can be read.") from None
     if not isinstance(rows, dict):
         raise InputError(f"'{file}' must be a JSON object with a caption or a list of classes by image name.")
-    return [_wanted(rows.get(name), name, classes) for name in names]
+    stems = {os.path.splitext(name)[0]: row for name, row in rows.items() if name.lower().endswith(SUFFIXES)}
+    return [_wanted(rows.get(name, stems.get(name)), name, classes) for name in names]
 
 
 def _wanted(row: Any, name: str, classes: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
@@ -168,7 +193,7 @@ def _wanted(row: Any, name: str, classes: tuple[str, ...]) -> tuple[str, tuple[s
         )
     if stated is None:
         return caption.strip(), find_classes(caption, classes)
-    matched = {one: match_class(one, classes) for one in stated}
+    matched = {one: match_class(one, classes) for one in stated if units(one) != [BACKGROUND]}
     unknown = [one for one, match in matched.items() if match is None]
     if unknown:
         raise InputError(f"The class '{unknown[0][:60]}' of '{name}' is not among the classes of the data set.")
@@ -181,9 +206,11 @@ def _present(file: Path, classes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _photo_file(root: Path, name: str) -> Path:
-    files = [root / IMAGES / f"{name}{suffix}" for suffix in SUFFIXES]
-    return next((file for file in files if file.is_file()), files[0])
+    names = [f"{name}{suffix}" for suffix in SUFFIXES]
+    return find_file(root / IMAGES, names) or root / IMAGES / names[0]
 
 
 def _truth_file(root: Path, name: str) -> Path:
-    return root / LABEL_MAPS / f"{name}.png"
+    own = f"{name}.png"
+    found = find_file(root / LABEL_MAPS, [own]) or find_file(root / LABELME_MAPS, [own])
+    return found or root / LABEL_MAPS / own

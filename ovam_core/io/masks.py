@@ -1,38 +1,61 @@
-"""Masks that people bring, of any mode and size, as labels at the size of an image."""
+"""Masks that people bring, of any mode and size, as labels at the size of an image.
+
+A mask is a drawing: its background is black, or its darkest colour, and the object is what differs from that by more
+than half of the drawing's contrast. So a drawing means the same in every mode, and the numbers behind the colours of a
+palette count for several classes alone. Two kinds of files are more than drawings: label maps, as VOC's, whose 255 is
+left out, and layers, of which the opaque part is the object.
+"""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from PIL import Image
 
 from ovam_core.errors import InputError
-from ovam_core.io.pictures import open_picture
+from ovam_core.io.pictures import as_rgb, open_picture, upright
+from ovam_core.plot import VOC_PALETTE
 
 IGNORE = 255  # label of pixels that the loss leaves out
 LARGEST_VOC_ID = 20
+
+LOSSY = ("JPEG", "MPO")  # formats whose values are never labels
+ANALYSED = 300_000  # pixels, about, that the colours of a drawing are looked for in
+APART = 0.15  # of the contrast: what colours differ by at least that are not one
+ASIDE = 0.45  # of the contrast: how far a colour lies from all blends of two that is a third
+EDGE_SHARE = 0.15  # of an object's side: how wide a shade along it may be that belongs to its edge
+FEW = 8  # colours of a drawing that has no soft edges
+SHARE = 0.05  # of what is not background: what a colour covers that is not an edge
 
 
 def read_mask(image: Image.Image | str | Path, size: tuple[int, int], classes: int = 1) -> np.ndarray:
     """A mask of any size and mode as labels at the image's size: uint8 `[H, W]` of 0, 1 to `classes`, and 255 (ignore).
 
-    image: picture or file. size: (H, W) of the generated image; nearest neighbour. One class: black is background,
-    the rest object, whether it is 1, 255, a colour, a palette index or an opaque part of a transparent picture. 255 is
-    ignore only beside another label, as in VOC's files; beside a grey it is white. Greys in between are cut at half.
-    Several classes: the values are the labels (modes L and P).
-    Raises InputError for an empty or full mask, another aspect ratio, several labels where one class is wanted.
+    image: picture or file, upright by its EXIF orientation. size: (H, W) of the generated image; nearest neighbour.
+    One class: what differs from the background, the darkest colour, by more than half of the mask's own contrast,
+    whatever the mode; or the opaque part of a picture that is transparent elsewhere. 255 is ignored only beside another
+    label, as in VOC's files, where it may be their cream; beside a grey it is white.
+    Several classes: the values are the labels (grey and palette modes), or VOC's colours stand for them.
+    Raises InputError for an empty or full mask, another aspect ratio, several labels or colours where one class is
+    wanted.
     """
     height, width = size
     with _opened(image) as picture:
+        labels_are_lost = picture.format in LOSSY
+        try:
+            picture = upright(picture)
+        except Exception:  # as broken EXIF data makes it
+            raise InputError("The mask is not a whole picture; save it again as PNG.") from None
         if abs(picture.width * height / (picture.height * width) - 1) > 0.02:
             raise InputError(
                 f"The mask is {picture.width}x{picture.height} and the image {width}x{height}: their shapes differ; "
                 "give the mask of the whole image."
             )
-        own_labels = Image.fromarray(_labels(picture, classes))
-    labels = np.asarray(own_labels.resize((width, height), Image.Resampling.NEAREST))
+        own = _several(picture, classes, labels_are_lost) if classes > 1 else _one(picture, labels_are_lost)
+    labels = np.asarray(Image.fromarray(own).resize((width, height), Image.Resampling.NEAREST))
     if not ((labels > 0) & (labels != IGNORE)).any():
         raise InputError("The mask is empty: mark the object in it.")
     if not (labels == 0).any():
@@ -42,58 +65,298 @@ def read_mask(image: Image.Image | str | Path, size: tuple[int, int], classes: i
 
 def _opened(image: Image.Image | str | Path) -> AbstractContextManager[Image.Image]:
     name = "" if isinstance(image, Image.Image) else Path(image).name
+    polygons = name.lower().endswith(".json")
     return open_picture(
         image,
-        f"The mask '{name}' is not a picture that can be read.",
+        f"The mask '{name}' holds outlines, as labelme writes them; export it as a picture (labelme_export_json)."
+        if polygons
+        else f"The mask '{name}' is not a picture that can be read; give a PNG.",
         missing=f"There is no mask file '{image}'.",
         too_large="The mask is {size}; that is too large, give it at the image's size.",
         broken="The mask is not a whole picture; save it again as PNG.",
     )
 
 
-def _labels(picture: Image.Image, classes: int) -> np.ndarray:
-    """uint8 labels at the picture's own size."""
-    values, are_ids = _values(picture)
-    present = set(np.unique(values).tolist())
-    ids = sorted(present - {0, IGNORE})
-    if classes > 1:
-        if ids and ids[-1] > classes:
-            raise InputError(f"The mask holds the label {ids[-1]}, but there are {classes} classes: 1 to {classes}.")
-        return values.astype(np.uint8)
-    if not ids:  # 0 and 255 alone: white is the object, unless the values are known to be label numbers
-        return np.where(values == 0, 0, IGNORE if are_ids else 1).astype(np.uint8)
-    if len(ids) == 1 and (are_ids or ids[0] <= LARGEST_VOC_ID or IGNORE not in present):
-        return np.select([values == 0, values == ids[0]], [0, 1], IGNORE).astype(np.uint8)
-    if are_ids or ids[-1] <= LARGEST_VOC_ID:
-        listed = ", ".join(map(str, ids[:5]))
-        raise InputError(f"The mask holds several labels ({listed}): give a mask of one class, or name every class.")
-    return (values > max(present) / 2).astype(np.uint8)  # a soft edge, or JPEG's noise
+# ------------------------------------------------------------------------------------------------ several classes
 
 
-def _values(picture: Image.Image) -> tuple[np.ndarray, bool]:
-    """One number a pixel, and whether the numbers are surely labels and not brightness."""
-    if "A" in picture.getbands():
-        alpha = np.asarray(picture.getchannel("A"))
-        if alpha.min() < 255:  # painted on a transparent layer, or a cut-out
-            return np.where(alpha > 127, 1, 0), False
-        picture = picture.convert("L" if picture.mode == "LA" else "RGB")
+def _several(picture: Image.Image, classes: int, labels_are_lost: bool) -> np.ndarray:
+    """uint8 labels 0 to `classes` and 255."""
+    if labels_are_lost:
+        raise InputError("A JPEG changes the labels of a mask of several classes; save it as PNG.")
+    labels = _numbers(picture, classes)
+    highest = int(labels[labels != IGNORE].max(initial=0))
+    if highest > classes:
+        raise InputError(f"The mask holds the label {highest}, but there are {classes} classes: 1 to {classes}.")
+    return labels.astype(np.uint8)
+
+
+def _numbers(picture: Image.Image, classes: int) -> np.ndarray:
+    """The labels that a picture's values are, or its colours stand for."""
+    colors, hidden = _colors(picture)
+    by_color = _voc_ids(colors)
     if picture.mode == "P":
-        colors = np.asarray(picture.convert("RGB"))
-        if set(np.unique(colors).tolist()) <= {0, 255} and (colors == colors[..., :1]).all():
-            return colors[..., 0], False  # a black and white picture that happens to have a palette
-        return np.asarray(picture), True
-    if picture.mode in ("1", "L", "I", "I;16", "I;16B", "I;16L", "F"):
-        values = np.asarray(picture)
-        if values.dtype != np.uint8:
-            values = np.nan_to_num(values.astype(np.float32)).clip(0).astype(np.int32)
-        return values, False
-    colors = np.asarray(picture.convert("RGB"))
+        labels = np.asarray(picture)
+        black = labels[~colors.any(axis=-1) & (labels != IGNORE)]
+        if by_color is None or by_color[by_color != IGNORE].max(initial=0) > classes or (labels == by_color).all():
+            if black.any():
+                raise InputError(
+                    "The mask's palette has black at another number than 0, so that its numbers are no labels; save it "
+                    "as a grey PNG whose values are the labels."
+                )
+            return labels
+        raise InputError(
+            "The mask's palette gives VOC's colours other numbers than VOC does; save it as a grey PNG whose values "
+            "are the labels."
+        )
+    if picture.mode[0] in "1LIF" and picture.mode != "LAB":
+        grey = picture.getchannel(0) if picture.mode in ("LA", "La") else picture
+        labels = _numbers_there(grey).astype(np.int64)
+    elif (colors == colors[..., :1]).all():
+        labels = colors[..., 0]
+    elif by_color is None:
+        raise InputError(
+            f"A mask of {classes} classes has numbers: save it as a grey or palette PNG whose values are the labels."
+        )
+    else:
+        labels = by_color
+    return labels if hidden is None else np.where(hidden, 0, labels)
+
+
+# ------------------------------------------------------------------------------------------------ one class
+
+
+def _one(picture: Image.Image, labels_are_lost: bool) -> np.ndarray:
+    """uint8 labels 0, 1 and 255."""
+    colors, hidden = _colors(picture)
+    if hidden is not None:
+        shown = np.where(hidden[..., None], np.uint8(0), colors)
+        ids = _label_map(shown)
+        by_key = picture.mode in ("1", "L", "RGB")  # one colour is said to be transparent
+        return _layer(colors, hidden, by_key) if ids is None else _only_label(ids)
+    if not labels_are_lost:
+        ids = _indices(picture, colors)
+        if ids is None:
+            ids = _label_map(colors, exact=picture.mode[0] not in "IF" or _is_small(_numbers_there(picture)))
+        if ids is not None:
+            return _only_label(ids)
+    return _drawn(colors)
+
+
+def _colors(picture: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
+    """uint8 `[H, W, 3]`, and bool `[H, W]`, what is transparent, where that varies enough to hide something; else None.
+
+    Grey of more than 8 bits by its own range.
+    """
+    if picture.mode[0] in "IF":
+        values = _numbers_there(picture)
+        if not _is_small(values) and values.any():
+            values = values * np.float32(255 / values.max())
+        return np.repeat(values.round().astype(np.uint8)[..., None], 3, axis=2), None
+    if picture.mode in ("La", "RGBa"):
+        picture = picture.convert("LA" if picture.mode == "La" else "RGBA")
+    if not picture.has_transparency_data:
+        return np.asarray(as_rgb(picture)), None
+    pixels = np.asarray(picture.convert("RGBA"))
+    colors, alpha = pixels[..., :3], pixels[..., 3]
+    low, high = int(alpha.min()), int(alpha.max())
+    if high and (low == high or (2 * low > high and (colors != colors[0, 0]).any())):
+        return colors, None  # nothing is hidden: the colours are what varies
+    return colors, alpha <= (low + high) / 2
+
+
+def _numbers_there(picture: Image.Image) -> np.ndarray:
+    """The values of a grey picture, float32, 0 where they are none or below."""
+    return np.nan_to_num(np.asarray(picture).astype(np.float32), posinf=0).clip(0)
+
+
+def _is_small(values: np.ndarray) -> bool:
+    """Whether all are whole numbers of 8 bits."""
+    return bool(values.max() <= 255 and (values == np.rint(values)).all())
+
+
+def _indices(picture: Image.Image, colors: np.ndarray) -> np.ndarray | None:
+    """The numbers of a palette that are surely labels: a few, and 255 for what is left out, not all of them grey."""
+    if picture.mode != "P" or (colors == colors[..., :1]).all():
+        return None
+    numbers = np.asarray(picture)
+    used = np.unique(numbers)
+    marked = _marked(used)
+    by_voc = not len(marked) and _voc_ids(colors) is not None
+    return numbers if used[-1] == IGNORE and (by_voc or 0 < len(marked) <= LARGEST_VOC_ID) else None
+
+
+def _label_map(colors: np.ndarray, exact: bool = True) -> np.ndarray | None:
+    """The labels of a label map, by VOC's colours or as small greys; None for any other picture.
+
+    exact: whether the greys are the picture's own numbers.
+    """
     if (colors == colors[..., :1]).all():
-        return colors[..., 0], False
-    return np.where(colors.max(axis=-1) > 127 if _is_soft(colors) else colors.any(axis=-1), 1, 0), False
+        ids = colors[..., 0] if exact and 0 < _marked(colors).max(initial=0) <= LARGEST_VOC_ID else None
+    else:
+        ids = _voc_ids(colors)
+        if ids is not None and len(_marked(ids)) > 1 and not _are_several(_marked(ids)):
+            return None
+    return None if ids is None or not len(_marked(ids)) else ids
 
 
-def _is_soft(colors: np.ndarray) -> bool:
-    """Whether a colour mask has more colours than one would paint: JPEG, or smoothed edges."""
-    codes = colors.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
-    return len(np.unique(codes)) > 8
+def _are_several(ids: np.ndarray) -> bool:
+    """Whether VOC's colours of these are labels of several classes, and not the shades of one soft edge."""
+    colors = np.asarray(VOC_PALETTE).reshape(256, 3)[ids]
+    return ids[-1] <= LARGEST_VOC_ID and bool(np.cross(colors[0], colors[1:]).any())
+
+
+def _marked(ids: np.ndarray) -> np.ndarray:
+    """The labels of classes among these, each once."""
+    return np.unique(ids[(ids > 0) & (ids < IGNORE)])
+
+
+def _voc_ids(colors: np.ndarray) -> np.ndarray | None:
+    """The labels of a picture in VOC's colours alone; None where there is another colour."""
+    codes = _codes(colors)
+    palette = _codes(np.asarray(VOC_PALETTE, np.uint8).reshape(256, 3))
+    order = np.argsort(palette)
+    places = np.searchsorted(palette[order], codes).clip(max=255)
+    return order[places].astype(np.uint8) if (palette[order][places] == codes).all() else None
+
+
+def _codes(colors: np.ndarray) -> np.ndarray:
+    red, green, blue = (colors[..., channel].astype(np.uint32) for channel in range(3))
+    return (red << 16) | (green << 8) | blue
+
+
+def _only_label(ids: np.ndarray) -> np.ndarray:
+    marked = _marked(ids).tolist()
+    if len(marked) > 1:
+        listed = ", ".join(map(str, marked[:5]))
+        raise InputError(f"The mask holds several labels ({listed}): give a mask of one class, or name every class.")
+    return np.select([ids == 0, ids == IGNORE], [0, IGNORE], 1).astype(np.uint8)
+
+
+def _layer(colors: np.ndarray, hidden: np.ndarray, by_key: bool) -> np.ndarray:
+    """The opaque part of a layer, or of a picture that was cut out."""
+    shown = np.unique(_codes(colors[~hidden]))
+    if len(shown) == (1 if by_key else 2) and shown[0] == 0:
+        raise InputError(
+            "The mask has black parts and transparent ones, and either may be the background: save it without "
+            "transparency."
+        )
+    return (~hidden).astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------ drawings
+
+
+def _drawn(colors: np.ndarray) -> np.ndarray:
+    """uint8 0 and 1: what of a drawing is nearer to the object's colour than to the background's."""
+    step = max(1, int((colors.shape[0] * colors.shape[1] / ANALYSED) ** 0.5))
+    sample = colors[::step, ::step].astype(np.int16)
+    contrast = int((sample.max(axis=(0, 1)) - sample.min(axis=(0, 1))).max())
+    if contrast == 0:
+        return np.full(colors.shape[:2], int(sample.any()), np.uint8)
+    background, marked = _two_colors(sample, contrast)
+    way = marked - background
+    along = np.zeros(colors.shape[:2], np.float32)
+    for channel in range(3):
+        along += (colors[..., channel] - np.float32(background[channel])) * np.float32(way[channel])
+    return (along > float(way @ way) / 2).astype(np.uint8)
+
+
+def _two_colors(sample: np.ndarray, contrast: int) -> tuple[np.ndarray, np.ndarray]:
+    """The colours of background and object, float `[3]`. sample: int16 `[h, w, 3]`. contrast: of its widest channel.
+
+    Raises InputError for more colours than these.
+    """
+    colors = sample.reshape(-1, 3).astype(np.float32)
+    brightness = colors.max(axis=-1)
+    background = colors[brightness <= brightness.min() + contrast / 32].mean(axis=0)
+    is_hard = len(np.unique(_codes(sample))) <= FEW
+    groups = _groups(colors if is_hard else sample[_is_flat(sample, contrast)], contrast)
+    if groups and groups[0].max() - brightness.min() < ASIDE * contrast:  # JPEG has pixels darker than the darkest
+        background, *groups = groups
+    away = np.linalg.norm(colors - background, axis=1)
+    marked = groups.pop() if groups else colors[away >= away.max() - contrast / 32].mean(axis=0)
+    if marked.max() < 2 * background.max() and max(np.ptp(marked), np.ptp(background)) > contrast / 8:
+        _refuse([background, marked], "and none of them is black, the background's")
+    others = [color for color in groups if not _is_edge(color, background, marked, sample)]
+    if others:
+        _refuse([*others, marked])
+    way = marked - background
+    aside = colors[np.linalg.norm(colors - _blends(colors, background, marked), axis=1) > ASIDE * contrast]
+    if len(aside) > SHARE * (away > np.linalg.norm(way) / 2).sum():
+        _refuse([marked, aside.mean(axis=0)])
+    return background, marked
+
+
+def _blends(colors: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The blend of two colours `[3]` that is nearest to each of `[n, 3]`."""
+    way = other - one
+    return ((colors - one) @ way / (way @ way)).clip(0, 1)[:, None] * way + one
+
+
+def _is_edge(color: np.ndarray, background: np.ndarray, marked: np.ndarray, sample: np.ndarray) -> bool:
+    """Whether a colour is a shade of the object's edge, as of a soft mask in few colours: a narrow seam along what is
+    brighter, and no object of its own.
+    """
+    way = marked - background
+    if np.linalg.norm(color - _blends(color[None], background, marked)[0]) > EDGE_SHARE * np.linalg.norm(way):
+        return False
+    place = (color - background) @ way / (way @ way)
+    along = (sample - background.astype(np.float32)) @ (way / (way @ way)).astype(np.float32)
+    brighter = along > (1 + place) / 2
+    shade = (along > place / 2) & ~brighter
+    near = _grown(brighter, round(EDGE_SHARE * float((along > place / 2).sum()) ** 0.5) or 1)
+    return (shade & ~near).sum() < SHARE * shade.sum()
+
+
+def _grown(mask: np.ndarray, by: int) -> np.ndarray:
+    """The pixels of which one of a mask, bool `[h, w]`, is at most `by` rows and columns away."""
+    sums = np.pad(mask, ((by + 1, by), (by + 1, by))).cumsum(0).cumsum(1)
+    side = 2 * by + 1
+    return sums[side:, side:] + sums[:-side, :-side] > sums[side:, :-side] + sums[:-side, side:]
+
+
+def _is_flat(sample: np.ndarray, contrast: int) -> np.ndarray:
+    """bool `[h, w]`: pixels like their eight neighbours, within what JPEG's noise is."""
+    flat = np.zeros(sample.shape[:2], bool)
+    if min(flat.shape) < 3:
+        return flat
+    windows = np.lib.stride_tricks.sliding_window_view(sample, (3, 3), axis=(0, 1))
+    span = windows.max(axis=(-2, -1)) - windows.min(axis=(-2, -1))
+    flat[1:-1, 1:-1] = span.max(axis=-1) <= max(2, contrast // 16)
+    return flat
+
+
+def _groups(colors: np.ndarray, contrast: int) -> list[np.ndarray]:
+    """The mean colours of the groups that these `[n, 3]` fall into, the darkest first; shades between two join them.
+
+    Left out are groups of less than four pixels, or SHARE of what is not the darkest, and those that are a whole ramp.
+    """
+    if not len(colors):
+        return []
+    width = max(1, contrast // 32)
+    _, place, counts = np.unique(_codes(colors // width), return_inverse=True, return_counts=True)
+    means = np.stack([np.bincount(place, colors[:, channel]) / counts for channel in range(3)], axis=1)
+    common = counts >= 0.002 * len(colors)
+    means, counts = means[common], counts[common]
+    near = np.abs(means[:, None] - means[None]).max(axis=-1) < APART * contrast
+    groups = []
+    left = np.ones(len(means), bool)
+    while left.any():
+        group = np.zeros(len(means), bool)
+        group[np.flatnonzero(left)[0]] = True
+        while (grown := near[group].any(axis=0)).sum() > group.sum():
+            group = grown
+        is_ramp = np.ptp(means[group], axis=0).max() > 2 * APART * contrast
+        groups.append((np.average(means[group], axis=0, weights=counts[group]), int(counts[group].sum()), is_ramp))
+        left &= ~group
+    groups.sort(key=lambda group: float(group[0].max()))
+    least = max(4, SHARE * sum(count for _, count, _ in groups[1:]))
+    return [color for color, count, is_ramp in groups if count >= least and not is_ramp]
+
+
+def _refuse(colors: list[np.ndarray], more: str = "for one object") -> NoReturn:
+    listed = ", ".join("({:.0f}, {:.0f}, {:.0f})".format(*color) for color in colors[:5])
+    raise InputError(
+        f"The mask holds several colours {more}: {listed}; leave one object in it, of one colour on black."
+    )
