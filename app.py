@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import html
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported
+if not os.environ.get("GRADIO_SERVER_PORT", "0").isdecimal():  # the import of gradio would end in a traceback
+    os.environ["OVAM_NO_PORT"] = os.environ.pop("GRADIO_SERVER_PORT")  # for `wanted_port` to say
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from ovam_core import OVAM
 from ovam_core.errors import HubUnreachable, InputError
 from ovam_core.models.load import quiet
 from ovam_core.models.presets import DEFAULT_HUB_MODEL, EMBEDDED
-from tabs.export import ExportTab
+from tabs.doors import MAX_SESSIONS, Doors, watch
+from tabs.events import THREADS
+from tabs.export import MAX_TEXT, ExportTab
 from tabs.fields import MAX_UPLOAD_MB
 from tabs.generate import GenerateTab
 from tabs.model import Model
 from tabs.optimize import OptimizeTab
+from tabs.scratch import ended_by_signals, own_folder
 from tabs.session import Sessions
 
 PAPER = "https://openaccess.thecvf.com/content/CVPR2024/html/Marcos-Manchon_Open-Vocabulary_Attention_Maps_with_Token_Optimization_for_Semantic_Segmentation_in_CVPR_2024_paper.html"
@@ -81,32 +88,78 @@ def build(ovam: OVAM, notice: str = "", sessions: Sessions | None = None) -> gr.
             with gr.Tab("Optimize a token") as second:
                 OptimizeTab(model, second, first.key, first.pick)
             with gr.Tab("Batch mask export"):
-                ExportTab(model)
-        page.unload(sessions.leave)
-    return page.queue(default_concurrency_limit=1, max_size=64)
+                third = ExportTab(model)
+    page.sessions, page.most_text = sessions, min(MAX_TEXT, sessions.limits.text)
+    watch(page, {third.text._id: page.most_text})
+    return page.queue(default_concurrency_limit=1, max_size=256)
 
 
 def launch(page: gr.Blocks, **options: Any) -> Any:
-    """Starts the page; theme and css belong to launch() since Gradio 6."""
+    """Starts a page of `build`; theme and css belong to launch() since Gradio 6."""
+    doors = Middleware(Doors, page=page, sessions=page.sessions, most_text=page.most_text)
     return page.launch(
+        app_kwargs={"middleware": [doors]},
+        state_session_capacity=MAX_SESSIONS,
+        enable_monitoring=False,
         theme=THEME,
         css_paths=CSS,
         footer_links=["api"],
         run_history=False,
+        max_threads=THREADS,
         ssr_mode=False,
         max_file_size=f"{MAX_UPLOAD_MB}mb",
         **options,
     )
 
 
+def wanted_port() -> int | None:
+    """The port that GRADIO_SERVER_PORT names; None to let Gradio look for a free one from 7860 on.
+
+    Raises InputError for one that is none, or taken: who asks for a port looks for the page there, and nowhere else.
+    """
+    port = os.environ.get("OVAM_NO_PORT") or os.environ.get("GRADIO_SERVER_PORT")
+    if not port:
+        return None
+    if not port.isdecimal() or not 1 <= int(port[:6]) <= 65535:
+        raise InputError(f"GRADIO_SERVER_PORT is '{port[:40]}'; set it to a port, a whole number from 1 to 65535.")
+    host = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1").strip("[]")
+    try:
+        family, *_, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except (OSError, UnicodeError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
+        raise InputError(
+            f"Port {port} of '{host}' cannot be served: {reason}; set GRADIO_SERVER_PORT to a free one."
+        ) from None
+    return int(port)
+
+
+def serve(ovam: OVAM, notice: str, port: int | None) -> None:
+    """The page, until it is ended; then nothing of it stays on the disk. Raises InputError where it cannot start."""
+    with ended_by_signals(), own_folder():
+        sessions = Sessions(ovam.name)
+        page = build(ovam, notice, sessions)
+        try:
+            launch(page, server_port=port)
+        except OSError as error:
+            if page.is_running:
+                raise
+            raise InputError(f"The page cannot start: {error}") from None
+        finally:
+            sessions.close()
+            page.close(verbose=False)
+
+
 def main() -> int:
     quiet()
     try:
-        ovam, notice = open_model()
+        port = wanted_port()
+        serve(*open_model(), port)
     except InputError as error:
         sys.stderr.write(f"Error: {error}\n")
         return 2
-    launch(build(ovam, notice))
     return 0
 
 

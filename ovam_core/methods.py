@@ -79,8 +79,18 @@ class Method(Protocol):
         of what the labels are compared with.
         """
 
-    def masks(self, picture: Picture, maps: Tensor, queries: Sequence[Query], crf: bool = True) -> np.ndarray:
-        """Masks bool `[labels, H, W]` at the size of the picture's image, of `heatmaps`' answer to the same queries."""
+    def masks(
+        self,
+        picture: Picture,
+        maps: Tensor,
+        queries: Sequence[Query],
+        crf: bool = True,
+        on_label: Callable[[], None] | None = None,
+    ) -> np.ndarray:
+        """Masks bool `[labels, H, W]` at the size of the picture's image, of `heatmaps`' answer to the same queries.
+
+        on_label: called before each mask, if they are made one by one.
+        """
 
 
 @dataclass(frozen=True)
@@ -199,13 +209,25 @@ class HeatmapMethod:
     def heatmaps(self, pipe: Pipeline, picture: Picture, queries: Sequence[Query]) -> Tensor:
         return attribute_queries(self._looked_at(picture), queries)
 
-    def masks(self, picture: Picture, maps: Tensor, queries: Sequence[Query], crf: bool = True) -> np.ndarray:
+    def masks(
+        self,
+        picture: Picture,
+        maps: Tensor,
+        queries: Sequence[Query],
+        crf: bool = True,
+        on_label: Callable[[], None] | None = None,
+    ) -> np.ndarray:
         weighted = weighted_maps(self._looked_at(picture), maps, queries, _image_size(picture))
         masks = cut_maps(weighted, queries).cpu().numpy()
         if not (crf and self.crf):
             return masks
         pixels = np.asarray(picture.image.convert("RGB"))
-        return np.stack([densecrf(mask, pixels) for mask in masks])
+        refined = []
+        for mask in masks:
+            if on_label is not None:
+                on_label()
+            refined.append(densecrf(mask, pixels))
+        return np.stack(refined)
 
     def _looked_at(self, picture: Picture) -> Picture:
         """The picture with the steps that the method looks at."""
@@ -302,7 +324,14 @@ class GocaMethod:
         prompt = self.asking(pipe, picture.caption, [*words, *background])
         return goca(recorded, prompt, self.options)
 
-    def masks(self, picture: Picture, maps: Tensor, queries: Sequence[Query], crf: bool = True) -> np.ndarray:
+    def masks(
+        self,
+        picture: Picture,
+        maps: Tensor,
+        queries: Sequence[Query],
+        crf: bool = True,
+        on_label: Callable[[], None] | None = None,
+    ) -> np.ndarray:
         words = sum(len(query.labels) for query in queries)
         full = resize(maps, _image_size(picture))
         offset = self.offset if len(maps) > words else queries[0].tau

@@ -205,8 +205,19 @@ class OVAM:
         settings = PhotoSettings(caption, seed=seed, width=width, height=height, **given)
         return self.look_at(photo, settings, with_goca=self.serves_goca)
 
-    def look_at(self, photo: Image.Image | str | Path, settings: PhotoSettings, *, with_goca: bool = False) -> Picture:
-        """`photograph` from whole settings. with_goca: record GoCA's pass, the one nearest to the paper's t = 100."""
+    def look_at(
+        self,
+        photo: Image.Image | str | Path,
+        settings: PhotoSettings,
+        *,
+        should_stop: Callable[[], bool] | None = None,
+        with_goca: bool = False,
+    ) -> Picture:
+        """`photograph` from whole settings.
+
+        should_stop: asked before every pass; where it says True, `Stopped` is raised. with_goca: record GoCA's pass,
+        the one nearest to the paper's t = 100.
+        """
         settings.validate(self.pipe)
         begun = time.perf_counter()
         image = read_photo(photo)
@@ -215,7 +226,7 @@ class OVAM:
         nearest = min(range(len(noisy.timesteps)), key=lambda step: abs(noisy.timesteps[step] - goal))
         weighing = record_goca(self.pipe, branch="all", step=nearest) if with_goca else nullcontext()
         with record(self.pipe, branch="all") as recorder, weighing as weighted:
-            denoise(self.pipe, noisy)
+            denoise(self.pipe, noisy, should_stop)
         return self._picture(image, with_run_facts(recorder.recordings[0], noisy), settings, weighted, begun)
 
     def run(self, **arguments: Any) -> Any:
@@ -283,8 +294,10 @@ class OVAM:
         return self.answer(picture, settings)
 
     @torch.no_grad()
-    def answer(self, picture: Picture, settings: SegmentSettings) -> Segmentation:
-        """`segment` from whole settings.
+    def answer(
+        self, picture: Picture, settings: SegmentSettings, *, on_label: Callable[[], None] | None = None
+    ) -> Segmentation:
+        """`segment` from whole settings. on_label: called before each mask is refined; it may raise to end the answer.
 
         Raises InputError for settings that the recording cannot answer: a step or resolution that it does not hold, a
         method that needs another one, a token of the other half of the guided batch.
@@ -306,7 +319,7 @@ class OVAM:
                 f"{len(labels)} words on a picture of {size} need too much memory; ask for fewer, or make it smaller."
             )
         maps = self._maps(picture, seen, settings, queries)
-        masks = method.masks(seen, maps, queries, settings.crf)
+        masks = method.masks(seen, maps, queries, settings.crf, on_label)
         full = resize(maps[: len(labels)], (picture.image.height, picture.image.width)).float().cpu().numpy()
         masks = np.stack([resize_mask(mask, picture.image.size) for mask in masks])
         return Segmentation(labels, full, masks, picture, settings)

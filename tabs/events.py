@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import html
 import inspect
 import logging
-import math
-from collections.abc import Callable, Iterator, Mapping
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,7 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from ovam_core.errors import InputError, Stopped
+from ovam_core.errors import InputError, Stopped, is_out_of_memory
 
 # The values of an event come as the client sent them, for `Inputs` to read. Gradio's own reading of a field fails
 # without a sentence on text for a number or on no list; and what one puts in its place at a component is gone as soon
@@ -24,9 +28,21 @@ RAW = {"preprocess": False}
 PRIVATE = {"api_visibility": "private", **RAW}  # no part of the API
 QUIET = {"show_progress": "hidden", **PRIVATE}  # without a progress bar of Gradio's
 CHECKS = {"concurrency_id": "checks", "concurrency_limit": 4}  # uploads that are decoded at the same time
-MODEL = {"concurrency_id": "model", "concurrency_limit": 1}  # one at a time has the model
+# Gradio serves first what came first: works wait in tabs/turns.py instead, where visitors take turns.
+MODEL = {"concurrency_id": "model", "concurrency_limit": 64}
+MAPS = {"concurrency_id": "maps", "concurrency_limit": 64}
+THREADS = 192  # of the server: for those that wait, and still some for what must not wait, as Stop
 
 OUR_FAULT = "Something went wrong on our side. Please try again."
+NO_ROOM = "The server's disk is full; please try again later."
+NO_MEMORY = "The server has too little memory for this now; ask for less, or try again later."
+NOT_UPLOADED = "This is no file that was uploaded here; upload it."
+NO_ROOM_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MAX_SENTENCE = 600  # characters
+MAX_CHARS = 20_000  # of all texts in a value that a client sends
+MAX_ITEMS = 1000  # of lists and objects in it, one in another counted, too
+MAX_DEPTH = 8  # of lists in lists
+MAX_NUMBER = 1e15  # beside which a float still knows whole numbers
 
 logger = logging.getLogger("ovam")
 
@@ -35,20 +51,54 @@ logger = logging.getLogger("ovam")
 
 
 @contextmanager
-def _said() -> Iterator[None]:
-    """An InputError, or a run that was stopped, as a message of the page; any other exception as our fault, its
-    traceback in the log alone.
+def said() -> Iterator[None]:
+    """An InputError, a run that was stopped, a full disk or a lack of memory as a message of the page; any other
+    exception as our fault, its traceback in the log alone.
     """
     try:
         yield
     except gr.Error:
         raise
-    except (InputError, Stopped) as error:
-        # Gradio renders HTML, and the sentence may quote the visitor.
-        raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from None
-    except Exception:
-        logger.exception("A handler of the page failed.")
-        raise gr.Error(OUR_FAULT, print_exception=False) from None
+    except Exception as error:
+        raise gr.Error(_sentence(error), print_exception=False) from None
+
+
+def _sentence(error: Exception) -> str:
+    first: BaseException = error
+    while not isinstance(first, InputError) and first.__cause__ is not None:  # Gradio's own are raised from others'
+        first = first.__cause__
+    if isinstance(first, InputError | Stopped):
+        return shown(str(first))
+    if is_disk_full(first):
+        return NO_ROOM
+    if is_out_of_memory(first):
+        return NO_MEMORY
+    logger.error("A handler of the page failed.", exc_info=error)
+    return OUR_FAULT
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a file could not be written for want of room, or of the right to more of it."""
+    if isinstance(error, OSError) and error.errno in NO_ROOM_CODES:
+        return True
+    said = str(error)  # libraries that write by themselves, safetensors say, have exceptions of their own
+    return any(os.strerror(code) in said for code in NO_ROOM_CODES)
+
+
+def shown(sentence: str) -> str:
+    """A sentence as the page may show it: it may quote the visitor, and name files by where the server keeps them.
+    HTML, as Gradio renders messages.
+    """
+    readable = sentence.encode("utf-8", "replace").decode("utf-8")
+    return html.escape(_server_paths().sub(r"\1", readable)[:MAX_SENTENCE], quote=False)
+
+
+def _server_paths() -> re.Pattern:
+    """Paths of files on this server; their last part, what an upload is called, is the group."""
+    roots = {tempfile.gettempdir(), os.environ.get("GRADIO_TEMP_DIR", ""), str(Path.home()), os.getcwd(), sys.prefix}
+    roots |= {str(Path(root).resolve()) for root in roots if root}
+    listed = "|".join(re.escape(root) for root in sorted(roots, key=len, reverse=True) if len(root) > 1)
+    return re.compile(rf"(?:{listed})[/\\](?:[^/\\\s'\"]+[/\\])*([^/\\\s'\"]*)")
 
 
 def handler(function: Callable) -> Callable:
@@ -57,14 +107,14 @@ def handler(function: Callable) -> Callable:
 
         @functools.wraps(function)
         def generate(*values: Any, **more: Any) -> Iterator[Any]:
-            with _said():
+            with said():
                 yield from function(*values, **more)
 
         return generate
 
     @functools.wraps(function)
     def call(*values: Any, **more: Any) -> Any:
-        with _said():
+        with said():
             return function(*values, **more)
 
     return call
@@ -85,6 +135,72 @@ def _idle() -> tuple[gr.Button, gr.Button]:
 # ----------------------------------------------------------------------------------------- what a client sent
 
 
+def check_values(fields: Sequence[Any], values: Sequence[Any], most: Mapping[int, int]) -> None:
+    """Raises InputError, one sentence, for values that are too few or too large, and for files that are no uploads.
+
+    most: characters that may be sent for a component, by its id, where it is more than MAX_CHARS.
+    """
+    if len(values) < len(fields):
+        raise InputError(f"This call takes {len(fields)} values and {len(values)} came; send all of them.")
+    for field, value in zip(fields, values, strict=False):
+        _check_value(field, value, most.get(field._id, MAX_CHARS))
+        if isinstance(field, gr.Dataset) and not (isinstance(value, int) and 0 <= value < len(field.raw_samples)):
+            raise InputError("There is no such example; choose one of the list.")  # Gradio's own handler reads it
+
+
+def _check_value(field: Any, value: Any, most: int) -> None:
+    name, items, chars, left = _name(field), 0, 0, [(value, 0)]
+    while left:
+        one, depth = left.pop()
+        items += 1
+        if items + len(left) > MAX_ITEMS or depth > MAX_DEPTH:
+            raise InputError(f"{name} is a list of too many things; at most {MAX_ITEMS:,} can be sent.")
+        if isinstance(one, str):
+            chars += len(one)
+            if chars > most:
+                raise InputError(f"{name} has {chars:,} characters; at most {most:,} can be sent.")
+        elif isinstance(one, list):
+            left += [(part, depth + 1) for part in one[: MAX_ITEMS + 1]]
+        elif isinstance(one, dict):
+            if "path" in one:
+                uploaded(field, one)
+            left += [(part, depth + 1) for part in [*one, *one.values()][: MAX_ITEMS + 1]]
+
+
+def uploaded(field: Any, value: dict[str, Any]) -> str | None:
+    """The path of an upload, as Gradio describes it; None for none. Raises InputError for any other path of the server
+    and for addresses, which Gradio would fetch.
+    """
+    path = value.get("path")
+    if path is None:
+        return None
+    try:
+        inside = isinstance(path, str) and Path(path).resolve().is_relative_to(Path(field.GRADIO_CACHE).resolve())
+        there = inside and Path(path).is_file()
+    except (OSError, ValueError, RuntimeError):  # no path at all
+        inside = there = False
+    if not inside:
+        raise InputError(NOT_UPLOADED)
+    if not there:
+        raise InputError("The file is not on the server any more; upload it again.")
+    return path
+
+
+def quoted(value: Any) -> str:
+    """What was sent, for a sentence: short, whatever it is."""
+    if isinstance(value, str):
+        return value[:40]
+    if value is None or isinstance(value, bool | float):
+        return str(value)
+    if isinstance(value, int):
+        return str(value) if abs(value) < 10**40 else "a number of more than 40 digits"
+    return "a list" if isinstance(value, list) else "an object"
+
+
+def _name(field: Any) -> str:
+    return getattr(field, "label", None) or "What was sent"
+
+
 class Inputs:
     """The values of an event by component, as JSON brought them: anything may stand anywhere.
 
@@ -99,8 +215,8 @@ class Inputs:
         value = self._values[field]
         if value is None and isinstance(field, gr.Number):
             return None
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise InputError(f"{field.label} is {str(value)[:40]}; give a number.")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= MAX_NUMBER:
+            raise InputError(f"{_name(field)} is {quoted(value)}; give a number.")
         return value
 
     def whole(self, field: gr.Number | gr.Slider) -> int | float | None:
@@ -109,44 +225,77 @@ class Inputs:
         if isinstance(value, float) and value.is_integer():
             return int(value)
         if isinstance(value, float) and getattr(field, "precision", None) == 0:
-            raise InputError(f"{field.label} is {value}; give a whole number.")
+            raise InputError(f"{_name(field)} is {value}; give a whole number.")
         return value
 
-    def text(self, field: gr.Textbox) -> str:
-        """Text; "" for none."""
+    def text(self, field: gr.Textbox | gr.Radio) -> str:
+        """Text; "" for none, a number as it is written. Raises InputError for all else, and halves of characters."""
         value = self._values[field]
-        return "" if value is None else str(value)
+        if value is None:
+            return ""
+        written = isinstance(value, str) or (isinstance(value, int | float) and abs(value) <= MAX_NUMBER)
+        if isinstance(value, bool) or not written:
+            raise InputError(f"{_name(field)} is {quoted(value)}; write text.")
+        if not isinstance(value, str):
+            return quoted(value)
+        return _whole_characters(_name(field), value)
 
     def ticked(self, field: gr.Checkbox) -> bool:
-        return bool(self._values[field])
+        """Whether it is ticked; not for None. Raises InputError for all else."""
+        value = self._values[field]
+        if not isinstance(value, bool | None):
+            raise InputError(f"{_name(field)} is {quoted(value)}; give true or false.")
+        return bool(value)
 
     def choice(self, field: gr.Radio) -> Any:
         """One of the choices. Raises InputError for any other."""
         value, choices = self._values[field], [choice for _, choice in field.choices]
         if value not in choices:
-            raise InputError(f"There is no choice '{str(value)[:40]}'; choose {' or '.join(map(str, choices))}.")
+            raise InputError(f"There is no choice '{quoted(value)}'; choose {' or '.join(map(str, choices))}.")
         return value
 
-    def names(self, field: gr.Dropdown, sentence: str) -> list[Any]:
-        """A list, empty for none; what is in it is not checked. Raises InputError(sentence) for anything else."""
+    def names(self, field: gr.Dropdown, sentence: str) -> list[str]:
+        """A list of texts, empty for none. Raises InputError(sentence) for anything else."""
         value = self._values[field]
-        if not isinstance(value, list | None):
+        if not isinstance(value, list | None) or not all(isinstance(name, str) for name in value or ()):
             raise InputError(sentence)
-        return value or []
+        return [_whole_characters(_name(field), name) for name in value or ()]
 
-    def several(self, field: gr.CheckboxGroup) -> list[Any]:
-        """What is ticked; no list is the same as none."""
-        value = self._values[field]
-        return value if isinstance(value, list) else []
+    def several(self, field: gr.CheckboxGroup) -> list[str]:
+        """What is ticked, each once; none for None. Raises InputError for what is none of the choices."""
+        value, choices = self._values[field], [choice for _, choice in field.choices]
+        if value is None:
+            return []
+        unknown = [one for one in value if one not in choices] if isinstance(value, list) else [value]
+        if unknown:
+            raise InputError(f"{_name(field)}: there is no '{quoted(unknown[0])}'; choose among {', '.join(choices)}.")
+        return list(dict.fromkeys(value))
 
     def file(self, field: gr.File | gr.Image | gr.UploadButton) -> str | None:
-        """The path of an upload; None for none. Raises InputError for any other path of the server: of pictures, Gradio
-        does not look where they lie.
+        """The path of an upload; None for none. Raises InputError for anything else, other paths of the server too: of
+        pictures, Gradio does not look where they lie.
         """
         value = self._values[field]
-        path = value.get("path") if isinstance(value, dict) else None
-        if path is None:
+        if value is None:
             return None
-        if not Path(path).resolve().is_relative_to(Path(field.GRADIO_CACHE).resolve()):
-            raise InputError("This is no file that was uploaded here; upload it.")
-        return path
+        if not isinstance(value, dict):
+            raise InputError(NOT_UPLOADED)
+        return uploaded(field, value)
+
+    def painted(self, field: gr.ImageEditor) -> tuple[str, list[str]]:
+        """A canvas: the id of the layers that came in pieces, "" for none, and the files of those that are uploads."""
+        value = {} if self._values[field] is None else self._values[field]
+        layers, name = (value.get("layers"), value.get("id")) if isinstance(value, dict) else (0, 0)
+        if not isinstance(layers, list | None) or not isinstance(name, str | None):
+            raise InputError("This is no canvas; paint anew.")
+        layers, name = layers or [], name or ""
+        if not all(isinstance(layer, dict | None) for layer in layers):
+            raise InputError("A layer of the canvas is no picture that can be read; paint anew.")
+        return name, [path for layer in layers if layer and (path := uploaded(field, layer))]
+
+
+def _whole_characters(name: str, text: str) -> str:
+    """Raises InputError for halves of surrogate pairs, which no encoding can write."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise InputError(f"{name} holds characters that are not Unicode: write it in UTF-8.")
+    return text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,9 +16,9 @@ from PIL import Image
 
 from ovam_core.checks import MAX_SEED
 from ovam_core.data.export import ExportSettings, Progress, Summary, duration, export_dataset, plan
-from ovam_core.data.filters import Filters
 from ovam_core.data.prompts import (
     KINDS,
+    Bounds,
     Prompt,
     Work,
     class_list,
@@ -29,14 +28,14 @@ from ovam_core.data.prompts import (
     work_list,
 )
 from ovam_core.data.voc import VOC_CLASSES
-from ovam_core.errors import InputError
-from ovam_core.settings import MAX_STEPS
+from ovam_core.errors import InputError, Stopped, out_of_memory_as
+from ovam_core.settings import MAX_STEPS, Filters
 
 from .events import CHECKS, MODEL, QUIET, Inputs, give_back, handler
 from .fields import crf_switch
-from .model import Model
+from .model import NO_MEMORY, Model
 from .render import side_by_side
-from .session import Limits, Session, pack
+from .session import LOCAL, Limits, Session, StopFlag, pack
 from .worker import in_thread
 
 TEMPLATE, OWN = "A prompt for each class", "My own prompts"
@@ -54,22 +53,20 @@ NO_CLASSES = "The classes are no list of names; write each as text."
 
 
 def prompts_of(
-    way: str, template: str, names: list[str], text: str, file: str | None
+    way: str, template: str, names: list[str], text: str, file: str | None, limits: Limits = LOCAL
 ) -> tuple[list[Prompt], tuple | None]:
-    """The prompts and the class list (None: those that the prompts name). Raises InputError, one sentence."""
+    """The prompts and the class list (None: those that the prompts name). Raises InputError, one sentence; what is too
+    large is refused before it is read.
+    """
     classes = class_list(", ".join(names)) if names else None
     if way == TEMPLATE:
         classes = classes or tuple(VOC_CLASSES)
         return template_prompts(template, classes), classes
     if file:
-        return read_prompts(file), classes
+        return read_prompts(file, Bounds(limits.text, limits.prompts)), classes
     if not text.strip():
         raise InputError("There are no prompts; paste some, one a line, or upload a file.")
-    if len(text) > MAX_TEXT:
-        raise InputError(
-            f"The prompts have {len(text):,} characters; at most {MAX_TEXT:,} can be pasted, upload a file."
-        )
-    return parse_prompts(text), classes
+    return parse_prompts(text, bounds=Bounds(min(MAX_TEXT, limits.text), limits.prompts)), classes
 
 
 def within(limits: Limits, prompts: list[Prompt], images_per_prompt: Any) -> None:
@@ -271,10 +268,8 @@ class ExportTab:
     def understood(self, given: Inputs) -> tuple[Work, ExportSettings]:
         """Work and settings, without tokens; everything that can be wrong is said here."""
         names = given.names(self.classes, NO_CLASSES)
-        if not all(isinstance(name, str) for name in names):
-            raise InputError(NO_CLASSES)
         texts = given.text(self.template), names, given.text(self.text)
-        prompts, classes = prompts_of(given.choice(self.way), *texts, given.file(self.file))
+        prompts, classes = prompts_of(given.choice(self.way), *texts, given.file(self.file), self.limits)
         each, seed = given.whole(self.each), given.whole(self.seed)
         within(self.limits, prompts, each)
         settings = ExportSettings.for_model(
@@ -314,9 +309,11 @@ class ExportTab:
         with session.run(WORK) as stop, self.tokens_of(session, given) as tokens:
             settings = replace(settings, tokens=tokens and str(tokens))
             with session.export_folder(described(work, settings, tokens)) as folder:
-                yield from self.make(work, settings, folder, stop)
+                yield from self.make(session, work, settings, folder, stop)
 
-    def make(self, work: Work, settings: ExportSettings, folder: Path, stop: threading.Event) -> Iterator[tuple]:
+    def make(
+        self, session: Session, work: Work, settings: ExportSettings, folder: Path, stop: StopFlag
+    ) -> Iterator[tuple]:
         """Makes the data set in `folder`; gives what the page shows, again and again.
 
         stop: ends it; a visitor who left sets it too. Raises InputError as `plan` and `export_dataset` do.
@@ -330,9 +327,12 @@ class ExportTab:
         def out_of_time() -> bool:
             return time.monotonic() - begun > self.limits.seconds
 
+        def over() -> bool:
+            return stop.is_set() or out_of_time()
+
         def export(report: Callable[[Progress], None]) -> Summary:
             """Without workers: each would import this whole page, for a few hundredths of a second an image."""
-            with self.model.alone():
+            with self.model.turns.work(session) as turns, out_of_memory_as(NO_MEMORY):
                 return export_dataset(
                     self.ovam,
                     work,
@@ -340,7 +340,8 @@ class ExportTab:
                     folder,
                     workers=0,
                     on_image=report,
-                    should_stop=lambda: stop.is_set() or out_of_time(),
+                    should_stop=over,
+                    turn=lambda: turns.unit(over, Stopped(0, settings.steps)),
                 )
 
         shown: list[tuple[Image.Image, str]] = []
@@ -352,12 +353,12 @@ class ExportTab:
                 moment = bar(last.done, last.total, last.done - planned.done, time.monotonic() - begun)
                 yield moment, shown, *[gr.skip()] * 3
             summary = result
-        over = out_of_time() and not stop.is_set()
+        late = out_of_time() and not stop.is_set()
         packed = pack(folder) if summary.rows else None
         yield (
             bar(len(summary.rows or ()), summary.total, 0, 0.0),
             gr.skip(),
             table(summary),
-            ended(summary, time.monotonic() - begun, over),
+            ended(summary, time.monotonic() - begun, late),
             gr.DownloadButton(value=packed and str(packed), interactive=packed is not None),
         )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from ovam_core.attention import mask
 from ovam_core.checks import MAX_PROMPT, MAX_SEED
@@ -15,6 +17,7 @@ from ovam_core.io.pictures import read_photo
 from ovam_core.ovam import OVAM, default_caption
 from ovam_core.settings import TIMESTEPS, PhotoSettings, SegmentSettings, parse_numbers
 
+from .canvas import check_pixels
 from .events import Inputs
 
 MAX_UPLOAD_MB = 20  # of any file
@@ -40,10 +43,12 @@ def crf_switch(method_has_it: bool = True) -> dict[str, Any]:
 class PhotoFields:
     """Lays out the photograph's file, its caption, the timesteps and the seed of the noise.
 
-    prefix: of the elements' ids. names: what an empty caption is made of, for people.
+    prefix: of the elements' ids. names: what an empty caption is made of, for people. pixels: that a photograph may
+    have.
     """
 
-    def __init__(self, prefix: str, names: str):
+    def __init__(self, prefix: str, names: str, pixels: int):
+        self.pixels = pixels
         self.photo = gr.Image(
             label="Photograph",
             show_label=False,
@@ -86,12 +91,31 @@ class PhotoFields:
         self.all = [self.photo, self.caption, self.timesteps, self.seed]
 
     def read(self, ovam: OVAM, given: Inputs, asked: SegmentSettings) -> tuple[str | None, PhotoSettings]:
-        """The photograph's file and what it is recorded with, neither checked yet.
+        """The photograph's file, of no more pixels than may be decoded, and what it is recorded with; no more of either
+        is checked yet.
 
         asked: what an empty caption is made of.
         """
         texts = given.text(self.caption), given.text(self.timesteps)
-        return given.file(self.photo), photo_settings(ovam, *texts, given.whole(self.seed), asked)
+        file = small_enough(given.file(self.photo), self.pixels)
+        return file, photo_settings(ovam, *texts, given.whole(self.seed), asked)
+
+
+def small_enough(file: str | None, pixels: int) -> str | None:
+    """The file of a picture. Raises InputError, told by its header alone, for one of more pixels; what is no picture is
+    for others to say.
+    """
+    if file is None:
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            picture = Image.open(file)
+    except Exception:
+        return file
+    with picture:
+        check_pixels(picture, pixels)
+    return file
 
 
 def photo_settings(ovam: OVAM, caption: str, timesteps: str, seed: Any, asked: SegmentSettings) -> PhotoSettings:

@@ -34,9 +34,9 @@ from ovam_core.settings import (
 )
 from ovam_core.tokens import SUFFIX, Token, last_part
 
-from .events import CHECKS, MODEL, PRIVATE, QUIET, RAW, Inputs, give_back, handler
+from .events import CHECKS, MAPS, MODEL, PRIVATE, QUIET, RAW, Inputs, give_back, handler, shown
 from .fields import PhotoFields, check_photo, crf_switch, takes_photographs
-from .model import Model
+from .model import ANSWER, Model
 from .render import SCALE, annotation, gallery_items, image_facts, shrunk
 from .session import NO_IMAGE, Session
 
@@ -51,8 +51,6 @@ EXAMPLES = [
 ]
 FIRST_SEED = 6  # at which the examples show their things apart
 WORK = "generate"  # of this tab, by which Stop finds it
-# The maps wait neither for the model nor, in the browser, for each other: the last change wins.
-MAPS = {"concurrency_id": "maps", "concurrency_limit": 1}
 WAIT_FOR_TYPING = 450  # milliseconds after the last letter
 NO_TOKENS = "The tokens are no list of names; choose them from the list."
 
@@ -217,7 +215,7 @@ class GenerateTab:
         with gr.Column(elem_classes="part") as self.for_prompt:
             self.prompt = gr.Textbox(EXAMPLES[0][0], label="Prompt", lines=2, elem_id="prompt")
         with gr.Column(visible=False, elem_classes="part") as self.for_photo:
-            self.upload = PhotoFields("photo", "the words below")
+            self.upload = PhotoFields("photo", "the words below", self.sessions.limits.pixels)
         self.words = gr.Textbox(
             EXAMPLES[0][1],
             label="Words to look for",
@@ -393,7 +391,9 @@ class GenerateTab:
         )
 
     def asked_for(self, session: Session, picture: Picture | None, given: Inputs) -> SegmentSettings:
-        names = given.names(self.pick, NO_TOKENS)[: MAX_TOKENS + 1]  # one too many is enough to be refused
+        names = given.names(self.pick, NO_TOKENS)
+        if len(names) > MAX_TOKENS:  # before any is read
+            raise InputError(f"{len(names):,} tokens are too many; give at most {MAX_TOKENS}.")
         return segment_settings(
             self.ovam,
             picture,
@@ -418,10 +418,11 @@ class GenerateTab:
         file, settings = self.upload.read(self.ovam, given, asked)
         return settings, file, asked
 
-    def answers_to(self, picture: Picture, asked: SegmentSettings) -> tuple:
-        begun = time.perf_counter()
-        found = self.model.answer(picture, asked)
-        masks, overlays = annotation(found), gallery_items(found)
+    def answers_to(self, session: Session, picture: Picture, asked: SegmentSettings) -> tuple:
+        with self.model.words_of(session) as before_word:
+            begun = time.perf_counter()
+            found = self.model.answer(picture, asked, before_word)
+            masks, overlays = annotation(found), gallery_items(found, before_word)
         count = f"{len(found.labels)} map{'s' if len(found.labels) > 1 else ''}"
         seconds = time.perf_counter() - begun
         facts = f"{count} by {asked.method} from the recording in {seconds:.2f} s, the picture untouched"
@@ -467,6 +468,7 @@ class GenerateTab:
         check_settings(asked)
         self.ovam.check_answerable(asked, settings)
         self.ovam.queries(asked)
+        self.model.check_labels(asked)
         branch_of(asked.tokens)
         session.begin(WORK)
         return gr.Button(interactive=False), gr.Button(interactive=True), ""
@@ -486,7 +488,7 @@ class GenerateTab:
 
     @handler
     def stop_work(self, request: gr.Request):
-        self.sessions.of(request).stop(WORK)
+        self.sessions.of(request).stop(WORK, ANSWER)
 
     @handler
     def choose(self, source):
@@ -498,7 +500,7 @@ class GenerateTab:
             DOES.get(str(source), DOES[MAKE]),
         )
 
-    # ---- maps and masks anew, from the recording
+    # ---- maps and masks anew, from the recording: in the browser they wait for no other; the last change wins
 
     def _wire_maps(self) -> None:
         typed = gr.Button("Redraw", visible="hidden", elem_id="typed")
@@ -542,9 +544,9 @@ class GenerateTab:
             return *[gr.skip()] * 4, html.escape(NO_IMAGE) if key else ""
         try:
             asked = self.asked_for(session, picture, Inputs(values))
-            masks, *others = self.answers_to(picture, asked)
+            masks, *others = self.answers_to(session, picture, asked)
         except InputError as error:
-            return *[gr.skip()] * 4, html.escape(str(error))
+            return *[gr.skip()] * 4, shown(str(error))
         colors = plot.word_colors([label for _, label in masks[1]])
         return (
             gr.AnnotatedImage(value=masks, color_map=colors),
@@ -574,7 +576,7 @@ class GenerateTab:
             show_progress="minimal",
             **PRIVATE,
             concurrency_id="zips",
-            concurrency_limit=1,
+            concurrency_limit=4,
         ).success(None, js="() => setTimeout(() => document.querySelector('#archive').click(), 150)", **PRIVATE)
 
     @handler
@@ -590,14 +592,15 @@ class GenerateTab:
             made_with = last_part(token.model) or "an unnamed model"
             said = f"This token was made with {made_with}, not with {self.ovam.name}: its maps may mean nothing here."
             gr.Warning(html.escape(said))
-        chosen = [one for one in given.names(self.pick, NO_TOKENS) if isinstance(one, str)]
+        chosen = given.names(self.pick, NO_TOKENS)
         return gr.Dropdown(choices=session.token_names(), value=[*dict.fromkeys([*chosen, name])])
 
     @handler
     def zip_of(self, values: dict, request: gr.Request):
         session = self.sessions.of(request)
         picture = session.picture(values[self.key])
-        found = self.model.answer(picture, self.asked_for(session, picture, Inputs(values)))
+        with self.model.words_of(session) as before_word:
+            found = self.model.answer(picture, self.asked_for(session, picture, Inputs(values)), before_word)
         assert picture.settings is not None  # the page makes no other pictures
         return str(found.save_zip(session.download_folder() / zip_name(picture.settings)))
 
@@ -626,6 +629,7 @@ class GenerateTab:
         values = (prompt, negative_prompt, seed, steps, guidance, width, height)
         session = self.sessions.of(request)
         settings = self.image_settings(Inputs(dict(zip(self.of_prompt, values, strict=True))))
+        session.begin(WORK)
         picture = self.model.draw(session, settings, WORK, progress)
         return session.keep(picture), picture.image, image_facts(picture)
 
@@ -640,12 +644,15 @@ class GenerateTab:
         if not (given.text(self.upload.caption) or asked.words):
             raise InputError("There is neither a caption nor a word to make one of; give one of them.")
         file, settings = self.upload.read(self.ovam, given, asked)
-        picture = self.model.look_at(session, check_photo(self.ovam, file, settings), settings, WORK)
+        checked = check_photo(self.ovam, file, settings)
+        session.begin(WORK)
+        picture = self.model.look_at(session, checked, settings, WORK)
         return session.keep(picture), shrunk(picture.image), image_facts(picture)
 
     @handler
     def api_stop(self, request: gr.Request):
-        """Stops whatever this session has running: a generation, an optimisation (the best is kept) or an export."""
+        """Stops whatever this session has running or waiting: images, optimisations (the best is kept), exports and
+        answers."""
         self.sessions.of(request).stop()
 
     @handler
@@ -657,4 +664,4 @@ class GenerateTab:
         session = self.sessions.of(request)
         picture = session.picture(made_key)
         given = Inputs(dict(zip(self.asked_by, values, strict=True)))
-        return self.answers_to(picture, self.asked_for(session, picture, given))
+        return self.answers_to(session, picture, self.asked_for(session, picture, given))

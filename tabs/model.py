@@ -1,35 +1,39 @@
-"""The one model of the page: one run at a time, and what is done where memory runs short."""
+"""The one model of the page: who has it when, and what is done where memory runs short."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import gradio as gr
 import torch
 
-from ovam_core.errors import Stopped, is_out_of_memory, out_of_memory_as
+from ovam_core.errors import InputError, Stopped, is_out_of_memory, out_of_memory_as
 from ovam_core.ovam import OVAM
 from ovam_core.picture import Picture, Segmentation
 from ovam_core.settings import GenerateSettings, PhotoSettings, SegmentSettings
 
-from .session import Session, Sessions
+from .session import Session, Sessions, StopFlag
+from .turns import Turns
 
 NO_MEMORY = "The device has too little memory for this: choose a smaller size, or fewer steps."
+ANSWER = "answer"  # the work of words, by which Stop finds it
+MAX_LABELS = 80  # words and classes of tokens in one answer: CLIP's longest sentence has 75, COCO 80
+SHORT = 0.5  # seconds that a turn lasts at least, where units are shorter than that: an epoch, a word
+ANSWER_STOPPED = "Stopped before all words were answered; ask again."
 
 
 class Model:
     """An OVAM, shared by all visitors.
 
-    ovam: may be read, and asked about recordings, at any time; `alone` is for what drives its pipeline.
+    ovam: may be read, and asked about recordings, at any time; what drives its pipeline, or is long, needs a turn.
+    turns, answering: at the model, and at the processor, which makes maps and masks of recordings meanwhile.
     """
 
     def __init__(self, ovam: OVAM, sessions: Sessions):
         self.ovam, self.sessions = ovam, sessions
         self.with_goca = ovam.serves_goca
-        # Gradio lets the next run go ahead when a client is lost, while the thread of the last one still works.
-        self._driving = threading.Lock()
+        self.turns, self.answering = Turns(), Turns()
 
     def draw(
         self,
@@ -41,26 +45,33 @@ class Model:
     ) -> Picture:
         """Generates as a part of `work`, whose stop flag ends it. Raises Stopped, InputError."""
         with session.run(work) as stop:
+            progress((0, settings.steps), desc="Waiting for the model", unit="steps")
             return self._drive(
+                session,
+                stop,
+                settings.steps,
                 lambda: self.ovam.draw(
                     settings,
                     on_step=lambda done, total: progress((done, total), desc="Denoising", unit="steps"),
                     should_stop=stop.is_set,
                     branch=branch,
                     with_goca=self.with_goca,
-                )
+                ),
             )
 
     def look_at(self, session: Session, file: str, settings: PhotoSettings, work: str) -> Picture:
         """Records a photograph. Raises Stopped, InputError."""
         with session.run(work) as stop:
-            if stop.is_set():  # while it waited; the passes themselves are short
-                raise Stopped(0, len(settings.timesteps))
-            return self._drive(lambda: self.ovam.look_at(file, settings, with_goca=self.with_goca))
+            return self._drive(
+                session,
+                stop,
+                len(settings.timesteps),
+                lambda: self.ovam.look_at(file, settings, should_stop=stop.is_set, with_goca=self.with_goca),
+            )
 
-    def _drive(self, run: Callable[[], Picture]) -> Picture:
-        """Runs the model, alone; where memory is short, once more without the recordings of everybody."""
-        with self._driving:
+    def _drive(self, session: Session, stop: StopFlag, steps: int, run: Callable[[], Picture]) -> Picture:
+        """Runs the model in a turn; where memory is short, once more without the recordings of everybody."""
+        with self.turns.work(session) as work, work.unit(stop.is_set, Stopped(0, steps)):
             try:
                 return run()
             except (RuntimeError, MemoryError) as error:
@@ -72,12 +83,32 @@ class Model:
                 return run()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """The model to oneself. Raises InputError where memory is short."""
-        with self._driving, out_of_memory_as(NO_MEMORY):
-            yield
+    def words_of(self, session: Session) -> Iterator[Callable[[], None]]:
+        """A work of answering; gives what is to be called before each word, where others may go first.
 
-    def answer(self, picture: Picture, settings: SegmentSettings) -> Segmentation:
-        """Heatmaps and masks. Raises InputError."""
+        Both raise InputError: where the visitor has too many such works, and where it was stopped.
+        """
+        with session.run(ANSWER) as stop, self.answering.work(session) as work:
+
+            def before_word() -> None:
+                if not work.next_unit(stop.is_set, SHORT):
+                    raise InputError(ANSWER_STOPPED)
+
+            before_word()
+            yield before_word
+
+    def answer(
+        self, picture: Picture, settings: SegmentSettings, before_word: Callable[[], None] | None = None
+    ) -> Segmentation:
+        """Heatmaps and masks. before_word: called before the mask of each. Raises InputError."""
+        self.check_labels(settings)
         with out_of_memory_as("The device has too little memory for this: ask for fewer words, or fewer steps."):
-            return self.ovam.answer(picture, settings)
+            return self.ovam.answer(picture, settings, on_label=before_word)
+
+    def check_labels(self, settings: SegmentSettings) -> None:
+        """Raises InputError for more than MAX_LABELS."""
+        count = len(settings.words) + sum(len(token.names) for token in settings.tokens)
+        if settings.sentence and not settings.words:
+            count += sum(len(query.labels) for query in self.ovam.queries(settings) if query.kind != "token")
+        if count > MAX_LABELS:
+            raise InputError(f"{count} words and classes of tokens are too many at once; ask for at most {MAX_LABELS}.")

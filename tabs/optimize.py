@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,7 @@ from ovam_core import plot
 from ovam_core.attention.heatmap import heatmaps
 from ovam_core.checks import MAX_PROMPT, MAX_SEED, check_whole
 from ovam_core.data.metrics import confusion, iou
-from ovam_core.errors import InputError
+from ovam_core.errors import InputError, out_of_memory_as
 from ovam_core.io.masks import IGNORE, read_mask
 from ovam_core.models.presets import recommended_part
 from ovam_core.optimization import RECIPES, Epoch, Optimized, OptimizeSettings, initial_embedding
@@ -28,9 +28,10 @@ from ovam_core.query import branch_of
 from ovam_core.settings import GenerateSettings, PhotoSettings, SegmentSettings
 from ovam_core.tokens import Token
 
+from .canvas import MAX_LAYERS, Layer, flattened
 from .events import CHECKS, MODEL, PRIVATE, QUIET, RAW, Inputs, give_back, handler
-from .fields import PhotoFields, check_photo, takes_photographs
-from .model import Model
+from .fields import PhotoFields, check_photo, small_enough, takes_photographs
+from .model import NO_MEMORY, SHORT, Model
 from .render import (
     BACKGROUND,
     OBJECT,
@@ -67,17 +68,13 @@ HINTS = {
 # -------------------------------------------------------------------------------------------- from the page
 
 
-def painted_mask(layers: list[Image.Image], way: str, size: tuple[int, int]) -> np.ndarray:
+def painted_mask(layers: Sequence[Layer], way: str, size: tuple[int, int]) -> np.ndarray:
     """What was painted over the picture, as labels uint8 [H, W] at its true `size` (H, W): 0, 1, and with strokes 255
     where nothing was painted.
 
-    layers: RGBA, any scale of the same shape. Raises InputError where nothing, or everything, is painted.
+    layers: any scale of the same shape. Raises InputError where nothing, or everything, is painted, and as `flattened`.
     """
-    if not layers:
-        raise InputError("Nothing is painted yet; paint over the object in the picture.")
-    drawn = Image.new("RGBA", layers[0].size)
-    for layer in layers:
-        drawn.alpha_composite(layer.convert("RGBA"))
+    drawn = flattened(layers)
     if way == PAINT:
         return read_mask(drawn, size)
     pixels = np.asarray(drawn).astype(int)
@@ -97,7 +94,7 @@ def _rgb(color: str) -> tuple[int, ...]:
     return tuple(bytes.fromhex(color[1:]))
 
 
-def read_any(way: str, layers: list[Image.Image], file: str | None, size: tuple[int, int]) -> np.ndarray:
+def read_any(way: str, layers: Sequence[Layer], file: str | None, size: tuple[int, int]) -> np.ndarray:
     """The mask by whichever way it was given: layers painted on the canvas, or a file."""
     if way != UPLOAD:
         return painted_mask(layers, way, size)
@@ -179,18 +176,18 @@ def search(
     name: str,
     settings: OptimizeSettings,
     should_stop: Callable[[], bool],
-    alone: AbstractContextManager,
+    work: AbstractContextManager,
 ) -> Iterator[tuple[Tensor, list[float], Learned | None]]:
-    """Runs `learn` within `alone`, in a thread; gives (best embedding, losses so far, None) every SHOW_EVERY seconds,
-    and at the end the result in the place of None.
+    """Runs `learn` within `work`, in a thread; gives (best embedding, losses so far, None) every SHOW_EVERY seconds,
+    and at the end the result in the place of None. should_stop: asked before every epoch.
     """
     losses: list[float] = []
 
-    def work(report: Callable[[Epoch], None]) -> Learned:
-        with alone:
+    def run(report: Callable[[Epoch], None]) -> Learned:
+        with work, out_of_memory_as(NO_MEMORY):
             return learn(ovam, picture, labels, name, settings, should_stop, report)
 
-    for epochs, learned in in_thread(work, SHOW_EVERY):
+    for epochs, learned in in_thread(run, SHOW_EVERY):
         losses += [epoch.loss for epoch in epochs]
         yield (learned[1] if learned else epochs[-1]).embedding, losses, learned
 
@@ -255,7 +252,7 @@ class OptimizeTab:
                 self.draw = gr.Button("New picture", min_width=130, elem_id="learn-draw")
                 self.take = gr.Button("Use the one from Generate", min_width=130, elem_id="learn-take")
         with gr.Column(visible=False, elem_classes="part") as self.for_photo:
-            self.upload = PhotoFields("learn-photo", "the class")
+            self.upload = PhotoFields("learn-photo", "the class", self.sessions.limits.pixels)
             with gr.Row(elem_classes="buttons"):
                 self.use = gr.Button("Use this photograph", elem_id="learn-use")
 
@@ -440,6 +437,7 @@ class OptimizeTab:
     def draw_picture(self, values: dict, request: gr.Request, progress=gr.Progress()):
         session, given = self.sessions.of(request), Inputs(values)
         settings = self.image_settings(given.text(self.prompt), given.whole(self.seed))
+        session.begin(PICTURE)
         picture = self.model.draw(session, settings, PICTURE, progress)
         return self.show(session.keep(picture), picture)
 
@@ -476,10 +474,8 @@ class OptimizeTab:
 
     def _wire_search(self) -> None:
         given = {self.key, self.way, *self.search_by}
-        # The canvas alone is read by Gradio, to whom the browser sends it in pieces.
-        painted = self.start.click(
-            self.take_canvas, self.canvas, None, show_progress="hidden", api_visibility="private", **CHECKS
-        )
+        # The browser sends the layers in pieces, and this event once all are there.
+        painted = self.start.click(self.take_canvas, {self.canvas, self.key}, None, **CHECKS, **QUIET)
         begun = painted.success(self.begin, given, [self.start, self.halt, self.note, self.now], **CHECKS, **QUIET)
         ran = begun.success(
             self.run,
@@ -503,9 +499,11 @@ class OptimizeTab:
         self.halt.click(self.stop_work, None, None, queue=False, **QUIET)
 
     @handler
-    def take_canvas(self, canvas, request: gr.Request):
-        layers = (canvas or {}).get("layers") or []
-        self.sessions.of(request).painted = [layer for layer in layers if layer is not None]
+    def take_canvas(self, values: dict, request: gr.Request):
+        session = self.sessions.of(request)
+        session.picture(values[self.key])  # without one, there is nothing to paint on
+        canvas, files = Inputs(values).painted(self.canvas)
+        session.painted = [*self.sessions.pieces.take(request.session_hash or "", canvas), *files][: MAX_LAYERS + 1]
 
     def understood(
         self, session: Session, key: str | None, way: str, given: Inputs
@@ -513,7 +511,8 @@ class OptimizeTab:
         """Everything that can be wrong, before anything is queued."""
         picture = session.picture(key)
         size = (picture.image.height, picture.image.width)
-        labels = read_any(way, session.painted, given.file(self.file), size)
+        file = small_enough(given.file(self.file), self.sessions.limits.pixels)
+        labels = read_any(way, session.painted, file, size)
         settings = search_settings(given.text(self.recipe), given.whole(self.epochs), given.number(self.rate))
         return picture, labels, class_name(given.text(self.name)), settings
 
@@ -529,14 +528,18 @@ class OptimizeTab:
     def run(self, values: dict, request: gr.Request):
         session, given = self.sessions.of(request), Inputs(values)
         picture, labels, name, settings = self.understood(session, values[self.key], given.choice(self.way), given)
+        work = self.model.turns.work(session)
         with session.run(WORK) as stop:  # which a visitor who left sets too
-            run = search(self.ovam, picture, labels, name, settings, stop.is_set, self.model.alone())
+            run = search(
+                self.ovam, picture, labels, name, settings, lambda: not work.next_unit(stop.is_set, SHORT), work
+            )
             for embedding, losses, result in run:
                 yield preview(self.ovam, picture, embedding), loss_curve(losses, settings.epochs), *[gr.skip()] * 8
                 learned = result
         token, how = learned
         label = session.add_token(token)
-        found = self.model.answer(picture, SegmentSettings(words=(name,), tokens=(token,)))
+        with self.model.words_of(session) as before_word:
+            found = self.model.answer(picture, SegmentSettings(words=(name,), tokens=(token,)), before_word)
         yield (
             gr.skip(),
             gr.skip(),
@@ -572,9 +575,11 @@ class OptimizeTab:
         token = session.token(values[self.token_name])
         asked = SegmentSettings(words=(class_name(given.text(self.name)),), tokens=(token,))
         settings = self.image_settings(given.text(self.other), given.whole(self.other_seed))
+        session.begin(PICTURE)
         # Looked at once, so not kept.
         picture = self.model.draw(session, settings, PICTURE, progress, branch_of([token]))
-        found = self.model.answer(picture, asked)
+        with self.model.words_of(session) as before_word:
+            found = self.model.answer(picture, asked, before_word)
         heat, masks = word_and_token(found)
         return [
             (plot.enlarge(picture.image), "the picture"),
@@ -606,7 +611,9 @@ class OptimizeTab:
         given = Inputs(dict(zip(self.search_by, (mask, name, recipe, epochs, rate), strict=True)))
         picture, labels, called, settings = self.understood(session, made_key, UPLOAD, given)
         session.begin(WORK)
-        with session.run(WORK) as stop, self.model.alone():
-            token, how = learn(self.ovam, picture, labels, called, settings, stop.is_set)
+        with session.run(WORK) as stop, self.model.turns.work(session) as work, out_of_memory_as(NO_MEMORY):
+            token, how = learn(
+                self.ovam, picture, labels, called, settings, lambda: not work.next_unit(stop.is_set, SHORT)
+            )
         line = f"loss {how.losses[0]:.4f} to {how.loss:.4f} in {how.epochs} epochs, {how.seconds:.1f} s"
         return str(session.token_file(session.add_token(token))), line

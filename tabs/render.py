@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +65,17 @@ def _how(picture: Picture) -> str:
 # ------------------------------------------------------------------------------------- words and their maps
 
 
-def gallery_items(found: Segmentation) -> list[tuple[Image.Image, str]]:
-    """One overlay a word, all on the same scale; the caption is also the picture's alternative text."""
+def gallery_items(found: Segmentation, before_word: Callable[[], None]) -> list[tuple[Image.Image, str]]:
+    """One overlay a word, all on the same scale; the caption is also the picture's alternative text.
+
+    before_word: called before each; it may raise to end the work.
+    """
     image, top = on_screen(found.picture.image), max(found.peaks)
-    return [
-        (plot.overlay(image, heatmap, top), f"{label} · peak {peak:.2f}")
-        for label, heatmap, peak in zip(found.labels, found.heatmaps, found.peaks, strict=True)
-    ]
+    items = []
+    for label, heatmap, peak in zip(found.labels, found.heatmaps, found.peaks, strict=True):
+        before_word()
+        items.append((plot.overlay(image, heatmap, top), f"{label} · peak {peak:.2f}"))
+    return items
 
 
 def annotation(found: Segmentation) -> tuple[Image.Image, list[tuple[np.ndarray, str]]]:

@@ -19,18 +19,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import gradio as gr
-from PIL import Image
+from gradio.context import LocalContext
 
 from ovam_core import tokens
 from ovam_core.data.formats import zip_folder
 from ovam_core.errors import InputError
 from ovam_core.io.names import slugs
+from ovam_core.io.pictures import MAX_PIXELS
 from ovam_core.picture import Picture
 from ovam_core.tokens import Token
 
+from .canvas import Layer, Pieces
+from .scratch import trim_memory
+
 NO_IMAGE = "There is no recorded image in this session (any more); generate one first."
 OVER = "This session is over; reload the page."
+FULL = "Too many visitors are here just now; please come back in a few minutes."
 MAX_OWN_TOKENS = 40
+MAX_ANNOUNCED = 4  # runs of one name that were announced and have not begun
 
 GIB = 1 << 30
 NEVER = float("inf")
@@ -38,16 +44,22 @@ NEVER = float("inf")
 
 @dataclass(frozen=True)
 class Limits:
-    """What one visitor's export may cost. seconds: of one run; a stopped one goes on where it was."""
+    """What one visitor may ask for: of an export, and of the pictures and texts that they bring.
+
+    seconds: of one run; a stopped one goes on where it was. text: characters, or bytes of a file, of prompts. pixels:
+    of a photograph or a mask, before it is decoded.
+    """
 
     prompts: int
     images: int
     megabytes: int
     seconds: float
     keep: float = 3600.0  # seconds that a data set waits for its visitor
+    text: int = 20_000_000
+    pixels: int = MAX_PIXELS
 
 
-HOSTED = Limits(prompts=200, images=200, megabytes=500, seconds=600)
+HOSTED = Limits(prompts=200, images=200, megabytes=500, seconds=600, text=500_000, pixels=25_000_000)
 LOCAL = Limits(prompts=20_000, images=20_000, megabytes=20_000, seconds=24 * 3600.0, keep=24 * 3600.0)
 
 
@@ -60,12 +72,13 @@ def limits() -> Limits:
 class Bounds:
     """What the server keeps for its visitors.
 
-    pictures: of one visitor. nbytes: of all pictures together; the newest is kept even where it alone is larger, or a
-    large model could not be used at all. seconds: that a picture waits for its next use. grace: seconds that a visitor
-    may be gone: a laptop that slept, or a lost network, is no visitor who left. idle: seconds without any event, after
-    which a client that never says goodbye counts as gone.
+    sessions: of visitors, those without anything included. pictures: of one visitor. nbytes: of all pictures together;
+    the newest is kept even where it alone is larger, or a large model could not be used at all. seconds: that a picture
+    waits for its next use. grace: seconds that a visitor may be gone: a laptop that slept, or a lost network, is no
+    visitor who left. idle: seconds without any event, after which a client that never says goodbye counts as gone.
     """
 
+    sessions: int = 1000
     pictures: int = 2
     nbytes: int = 4 * GIB
     seconds: float = 1800.0
@@ -97,10 +110,13 @@ class Exports:
     @contextmanager
     def folder(self, about: str) -> Iterator[Path]:
         """The folder of the export described by `about`: the one there is, to go on, or a new, empty one. Its time to
-        wait begins when the block ends.
+        wait begins when the block ends. Raises InputError where that export is being made, or its folder would take
+        the place of one that is.
         """
         self.sweep()
         with self._lock:
+            if any(export.running and (key == about or not self.several) for key, export in self._exports.items()):
+                raise InputError("An export of yours is being made already; wait for its end, or stop it.")
             others = [] if self.several else [self._exports.pop(key) for key in list(self._exports) if key != about]
             export = self._exports.get(about)
             if export is None:
@@ -183,6 +199,10 @@ class Pictures:
         self._kept.move_to_end(key or "")
         return kept.picture
 
+    def of(self, owner: Session) -> list[Picture]:
+        """All that the visitor has."""
+        return [kept.picture for kept in self._kept.values() if kept.owner is owner]
+
     def drop(self, owner: Session | None = None) -> None:
         """Forgets all that a visitor has; without one, everything of everybody."""
         for key in [key for key, kept in self._kept.items() if owner in (None, kept.owner)]:
@@ -211,21 +231,53 @@ class Pictures:
 # -------------------------------------------------------------------------------------------- one visitor
 
 
+class StopFlag:
+    """Whether a run is to end: somebody said so, or nobody waits for it any more.
+
+    work: its name. taken: whether the run has begun. gone: says whether its client has hung up.
+    """
+
+    def __init__(self, work: str):
+        self.work, self.taken = work, False
+        self.gone: Callable[[], bool] = _never
+        self._stopped = threading.Event()
+
+    def set(self) -> None:
+        self._stopped.set()
+
+    def is_set(self) -> bool:
+        return self._stopped.is_set() or self.gone()
+
+
+def _never() -> bool:
+    return False
+
+
+def hung_up() -> Callable[[], bool]:
+    """Says whether the client of the event under way in this thread has closed its connection.
+
+    Gradio marks the event and lets its function work on. A client that keeps no heartbeat never `leave`s.
+    """
+    blocks, event_id = LocalContext.blocks.get(None), LocalContext.event_id.get(None)
+    event = None if blocks is None else blocks._queue.event_ids_to_events.get(event_id or "")
+    return _never if event is None else lambda: not event.alive
+
+
 class Session:
     """One visitor: a session of the page, or of an API client. Made by `Sessions`, whose lock it shares; thread safe.
 
-    painted: the layers of the canvas at the last press of the button, RGBA. exports: the visitor's own, or on one's own
-    machine those of all.
+    painted: the layers of the canvas at the last press of the button, as they came. exports: the visitor's own, or on
+    one's own machine those of all.
     """
 
     def __init__(self, everyone: Sessions):
         self._everyone, self._lock = everyone, everyone.lock
         self.seen, self.left = everyone.clock(), False  # when it last did something, and whether that was to leave
         self.closed = False
-        self.painted: list[Image.Image] = []
+        self.painted: list[Layer] = []
         self.exports = everyone.exports or Exports(everyone.limits.keep, several=False, clock=everyone.clock)
         self._tokens: dict[str, Path] = {}
-        self._stops: dict[str, threading.Event] = {}
+        self._flags: list[StopFlag] = []  # of works that run, wait, or were announced
         self._files: Path | None = None
 
     # ---- pictures with their recordings
@@ -249,6 +301,13 @@ class Session:
         if picture is None:
             raise InputError(NO_IMAGE)
         return picture
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing that the visitor would miss; the caller holds the lock."""
+        owned = self._tokens or self._flags or self.painted or self._files
+        exported = self.exports is not self._everyone.exports and self.exports.next_due() < NEVER
+        return not owned and not exported and not self._everyone.pictures.of(self)
 
     # ---- tokens: the model's, and those that the visitor made or brought
 
@@ -305,32 +364,42 @@ class Session:
     # ---- runs
 
     def begin(self, work: str) -> None:
-        """A new stop flag for a run that is about to be queued, so that Stop works while it waits as well."""
+        """A stop flag for a run that is about to be queued, so that Stop works while it waits as well."""
         with self._lock:
-            self._stops[work] = threading.Event()
+            announced = [flag for flag in self._flags if flag.work == work and not flag.taken]
+            for old in announced[: len(announced) + 1 - MAX_ANNOUNCED]:
+                self._flags.remove(old)  # whose run never came
+            self._flags.append(StopFlag(work))
 
     @contextmanager
-    def run(self, work: str) -> Iterator[threading.Event]:
-        """The stop flag of a run, for as long as it lasts; set at its end, for what may work on in another thread.
-
-        A run that was queued meanwhile has a flag of its own.
+    def run(self, work: str) -> Iterator[StopFlag]:
+        """The stop flag of a run, the one announced last, for as long as it lasts; set at its end, for what may work on
+        in another thread. Each run has a flag of its own. It counts as set once the client of the event under way in
+        this thread has hung up, too.
         """
         with self._lock:
-            stop = self._stops.setdefault(work, threading.Event())
+            announced = [flag for flag in self._flags if flag.work == work and not flag.taken]
+            if not announced:
+                announced = [StopFlag(work)]
+                self._flags += announced
+            flag = announced[-1]
+            flag.taken, flag.gone = True, hung_up()
+            if self.closed:
+                flag.set()
         try:
-            yield stop
+            yield flag
         finally:
-            stop.set()
+            flag.set()
             with self._lock:
-                if self._stops.get(work) is stop:
-                    del self._stops[work]
+                if flag in self._flags:
+                    self._flags.remove(flag)
 
     def stop(self, *works: str) -> None:
-        """Stops these works; without a name, all."""
+        """Stops these works, those that wait included; without a name, all."""
         with self._lock:
-            for work, event in self._stops.items():
-                if not works or work in works:
-                    event.set()
+            for flag in self._flags:
+                if not works or flag.work in works:
+                    flag.set()
 
     # ---- files
 
@@ -367,7 +436,7 @@ class Session:
             self.closed = True
             files, self._files = self._files, None
             self._everyone.pictures.drop(self)
-            for held in (self._tokens, self._stops, self.painted):
+            for held in (self._tokens, self._flags, self.painted):
                 held.clear()
         if files is not None:
             shutil.rmtree(files, ignore_errors=True)
@@ -397,7 +466,7 @@ class Sessions:
         self.shipped = {f"{name} · {model}": token for name, token in tokens.library(model).items()}
         self.exports = Exports(self.limits.keep, several=True, clock=clock) if self.limits is LOCAL else None
         self.lock = threading.RLock()
-        self.pictures = Pictures(self.bounds, clock)
+        self.pictures, self.pieces = Pictures(self.bounds, clock), Pieces()
         self._sessions: dict[str, Session] = {}
         self._timer: threading.Timer | None = None
         self._wake_at = NEVER
@@ -408,9 +477,20 @@ class Sessions:
         with self.lock:
             session = self._sessions.get(owner)
             if session is None:
+                self._make_room()
                 session = self._sessions[owner] = Session(self)
             session.seen, session.left = self.clock(), False
             return session
+
+    def _make_room(self) -> None:
+        """For one more session: those that have nothing go, the longest unseen first. Raises InputError where all have
+        something.
+        """
+        while len(self._sessions) >= self.bounds.sessions:
+            empty = [(one.seen, owner) for owner, one in self._sessions.items() if one.empty]
+            if not empty:
+                raise InputError(FULL)
+            self._sessions.pop(min(empty)[1]).close()
 
     def leave(self, request: gr.Request) -> None:
         """The visitor closed the page, or the connection broke: their runs stop, and unless they come back within the
@@ -434,11 +514,15 @@ class Sessions:
         with self.lock:
             gone = [owner for owner, session in self._sessions.items() if self._end(session) <= self.clock()]
             closing = [self._sessions.pop(owner) for owner in gone]
+            held = len(self.pictures)
             self.pictures.sweep()
+            dropped = held - len(self.pictures)
         for session in closing:
             session.close()
         for exports in self._all_exports():
             exports.sweep()
+        if closing or dropped:
+            trim_memory()
         self._wake_later()
 
     def _end(self, session: Session) -> float:

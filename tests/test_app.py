@@ -136,10 +136,11 @@ BAD_WORDS = {
     "10,000 characters": ({"words": "x" * 10_000}, "10,000 characters"),
     "markup": ({"words": "cat", "sentence": "<img src=x>"}, "cat"),
     "tokens that are no list": ({"tokens": 5}, "no list of names"),
-    "a token that is no name": ({"tokens": [["x"]]}, "no token"),
-    "a tau that is no number": ({"tau": [0.4]}, "is .0.4.; give a number"),
+    "a token that is no name": ({"tokens": [["x"]]}, "no list of names"),
+    "a tau that is no number": ({"tau": [0.4]}, "is a list; give a number"),
     "no alpha": ({"alpha": None}, "is None; give a number"),
-    "too many tokens": ({"tokens": ["cat · emoji-voc"] * 100_000}, "33 tokens are too many"),
+    "too many tokens": ({"tokens": ["cat · emoji-voc"] * 100_000}, "list of too many"),
+    "33 tokens": ({"tokens": ["cat · emoji-voc"] * 33}, "33 tokens are too many"),
     "tau nan": ({"tau": "NaN"}, "is NaN; give a number"),
     "alpha too large": ({"alpha": 7}, "Alpha is 7; choose a number from 0 to 1"),
     "steps": ({"steps": "0-99999999999"}, "steps"),
@@ -272,7 +273,8 @@ def test_a_handler_that_gives_several_answers_says_them_too():
     assert closed == [1, 1]
 
 
-def test_inputs_are_read_as_what_they_should_be():
+def test_inputs_are_read_as_what_they_should_be(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     with gr.Blocks():
         seed, slider, box = gr.Number(label="Seed", precision=0), gr.Slider(0, 1, label="Share"), gr.Textbox()
         names, group, way = gr.Dropdown([], multiselect=True), gr.CheckboxGroup(["a"]), gr.Radio(["a", "b"])
@@ -284,7 +286,16 @@ def test_inputs_are_read_as_what_they_should_be():
     assert of(seed, 3.0).whole(seed) == 3
     assert of(seed, None).whole(seed) is None
     assert of(slider, 0.25).number(slider) == 0.25
-    for field, wrong in ((seed, 1.5), (seed, "3"), (seed, float("nan")), (slider, None), (slider, float("inf"))):
+    for field, wrong in (
+        (seed, 1.5),
+        (seed, "3"),
+        (seed, True),
+        (seed, 10**400),
+        (slider, -(10**400)),
+        (seed, float("nan")),
+        (slider, None),
+        (slider, float("inf")),
+    ):
         with pytest.raises(InputError, match=f"{field.label} is .*; give a (whole )?number"):
             of(field, wrong).whole(field)
     assert of(box, None).text(box) == ""
@@ -294,18 +305,27 @@ def test_inputs_are_read_as_what_they_should_be():
     for wrong in (5, "cat", {"a": 1}):
         with pytest.raises(InputError, match="no list"):
             of(names, wrong).names(names, "no list")
-        assert of(group, wrong).several(group) == []
-        assert of(file, wrong).file(file) is None
+        with pytest.raises(InputError, match="choose among a"):
+            of(group, wrong).several(group)
         with pytest.raises(InputError, match="choose a or b"):
             of(way, wrong).choice(way)
     assert of(way, "b").choice(way) == "b"
     assert of(file, None).file(file) is None
-    uploaded = f"{file.GRADIO_CACHE}/a/x.png"
+    (tmp_path / "x.png").touch()
+    uploaded = f"{file.GRADIO_CACHE}/x.png"
     assert of(file, {"path": uploaded}).file(file) == uploaded
-    for elsewhere in (__file__, "x", f"{file.GRADIO_CACHE}/../x.png"):
+    for elsewhere in (__file__, "x", f"{file.GRADIO_CACHE}/../x.png", "http://a/x.png", 5, "\0", "\ud800", "x" * 9999):
         with pytest.raises(InputError, match="uploaded"):
             of(file, {"path": elsewhere}).file(file)
+    with pytest.raises(InputError, match="not on the server any more"):
+        of(file, {"path": f"{file.GRADIO_CACHE}/gone.png"}).file(file)
+    for no_file in (5, "cat", [{"path": uploaded}], True):
+        with pytest.raises(InputError, match="uploaded"):
+            of(file, no_file).file(file)
     assert of(tick, None).ticked(tick) is False
+    for wrong in (1, "yes", [True]):
+        with pytest.raises(InputError, match="true or false"):
+            of(tick, wrong).ticked(tick)
 
 
 def test_without_simplecrf_the_switch_is_off_and_says_why(ovam, monkeypatch):

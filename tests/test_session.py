@@ -428,7 +428,7 @@ def test_short_memory_costs_the_recordings_first_then_one_sentence(model, sessio
     failures[0] = 2
     with pytest.raises(InputError, match="too little memory"):
         model.draw(bob, image(ovam), "generate", silent)
-    monkeypatch.setattr(OVAM, "answer", lambda *given: too_much())
+    monkeypatch.setattr(OVAM, "answer", lambda *given, **more: too_much())
     monkeypatch.setattr(OVAM, "learn", lambda *given, **more: too_much())
     picture = real(ovam, image(ovam))
     with pytest.raises(InputError, match="fewer words"):
@@ -436,9 +436,9 @@ def test_short_memory_costs_the_recordings_first_then_one_sentence(model, sessio
     labels = np.zeros((64, 64), np.uint8)
     labels[:32] = 1
     with pytest.raises(InputError, match="too little memory"):
-        list(tabs.optimize.search(ovam, picture, labels, "cat", RECIPES["fast"], lambda: False, model.alone()))
-    with model.alone():  # it is free again
-        pass
+        list(tabs.optimize.search(ovam, picture, labels, "cat", RECIPES["fast"], lambda: False, model.turns.work(ann)))
+    with model.turns.work(ann) as work:  # it is free again
+        assert work.next_unit(lambda: False)
 
 
 def test_another_fault_is_not_taken_for_short_memory(model, sessions, ovam, monkeypatch):

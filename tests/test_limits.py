@@ -1,0 +1,525 @@
+"""What bounds the page before any work is done, and what is given back: canvas, bodies, sessions, disk, port."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import gradio as gr
+import httpx
+import pytest
+from gradio.state_holder import SessionState
+from PIL import Image
+
+import app
+from ovam_core.data.prompts import Prompt
+from ovam_core.errors import InputError
+from tabs.canvas import MAX_LAYER_BYTES, MAX_LAYER_PIXELS, MAX_LAYERS, Pieces, flattened
+from tabs.doors import Beats, Doors, watch
+from tabs.events import NO_MEMORY, NO_ROOM, OUR_FAULT, shown
+from tabs.export import OWN, prompts_of
+from tabs.fields import small_enough
+from tabs.optimize import OptimizeTab
+from tabs.session import FULL, HOSTED, LOCAL, Bounds, Sessions
+
+ROOT = Path(app.__file__).parent
+
+
+def png(width: int, height: int, mode: str = "RGBA", color=(230, 159, 0, 255)) -> bytes:
+    data = io.BytesIO()
+    Image.new(mode, (width, height), color).save(data, "PNG")
+    return data.getvalue()
+
+
+def huge(width: int, height: int) -> bytes:
+    """A PNG that says it is this large and holds next to nothing."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+
+    head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes((8, 6, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+LAYER = png(64, 64)
+
+
+@pytest.fixture
+def nothing_decoded(monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(Image.Image, "load", fail)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+
+
+# ------------------------------------------------------------------------------------------------ the canvas
+
+
+def test_layers_lie_upon_one_another(tmp_path):
+    (tmp_path / "top.png").write_bytes(png(4, 4, color=(0, 0, 255, 255)))
+    left = Image.new("RGBA", (4, 4))
+    left.paste((255, 0, 0, 255), (0, 0, 2, 4))
+    drawn = flattened([str(tmp_path / "top.png"), left])
+    assert drawn.getpixel((0, 0)) == (255, 0, 0, 255)
+    assert drawn.getpixel((3, 3)) == (0, 0, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [
+        ([], "Nothing is painted"),
+        ([huge(30_000, 30_000)], "too large"),
+        ([huge(MAX_LAYER_PIXELS // 1024 + 1, 1024)], "4097x1024; at most"),
+        ([huge(8, 8)] * (MAX_LAYERS + 1), "layers"),
+        ([b"\x89PNG" + b"x" * MAX_LAYER_BYTES], "MB"),
+        ([b"no picture"], "no picture"),
+        (["/no/such/file.png"], "no picture"),
+    ],
+)
+def test_layers_are_bounded_before_they_are_decoded(nothing_decoded, layers, said):
+    with pytest.raises(InputError, match=said):
+        flattened(layers)
+
+
+def test_layers_that_are_broken_or_differ():
+    with pytest.raises(InputError, match="no picture that can be read"):
+        flattened([huge(8, 8)])
+    with pytest.raises(InputError, match="differ in size"):
+        flattened([png(4, 4), png(4, 5)])
+
+
+def test_pieces_are_bounded():
+    pieces = Pieces(nbytes=10)
+    pieces.put("ann", "1", 0, b"12345")
+    pieces.put("ann", "1", 1, b"678")
+    for index, layer in ((MAX_LAYERS, b""), (-1, b""), (10**9, b""), (0, b"x" * (MAX_LAYER_BYTES + 1))):
+        with pytest.raises(InputError):
+            pieces.put("ann", "1", index, layer)
+    assert pieces.take("bob", "1") == []
+    pieces.put("bob", "2", 0, b"9012345")  # the oldest has to go
+    assert pieces.take("ann", "1") == []
+    assert pieces.take("bob", "2") == [b"9012345"]
+    assert pieces.kept == 0
+
+
+def tab_of(blocks, kind: str):
+    return next(
+        event.fn.__self__
+        for event in blocks.fns.values()
+        if getattr(event.fn, "__qualname__", "").startswith(f"{kind}.")
+    )
+
+
+def test_without_a_picture_nothing_is_decoded(blocks, sessions, nothing_decoded):
+    tab = tab_of(blocks, "OptimizeTab")
+    assert isinstance(tab, OptimizeTab)
+    request = SimpleNamespace(session_hash="nobody")
+    for number in range(MAX_LAYERS):
+        sessions.pieces.put("nobody", "canvas", number, LAYER)
+    with pytest.raises(gr.Error, match="generate one first"):
+        tab.take_canvas({tab.key: None, tab.canvas: {"layers": [], "id": "canvas"}}, request)
+    assert sessions.of(request).painted == []
+
+
+def test_the_canvas_keeps_what_came_and_decodes_it_later(blocks, sessions, nothing_decoded):
+    tab, request = tab_of(blocks, "OptimizeTab"), SimpleNamespace(session_hash="painter")
+    key = sessions.of(request).keep(SimpleNamespace(nbytes=1))
+    sessions.pieces.put("painter", "c", 0, LAYER)
+    tab.take_canvas({tab.key: key, tab.canvas: {"layers": [None], "id": "c"}}, request)
+    assert sessions.of(request).painted == [LAYER]
+    for wrong in (5, "x", [1], {"layers": 5}, {"layers": [5]}, {"id": {}}, {"layers": ["x"]}):
+        with pytest.raises(gr.Error, match="paint anew"):
+            tab.take_canvas({tab.key: key, tab.canvas: wrong}, request)
+    with pytest.raises(gr.Error, match="uploaded"):
+        tab.take_canvas({tab.key: key, tab.canvas: {"layers": [{"path": "/etc/passwd"}]}}, request)
+
+
+CHILD = """
+import io, os, sys
+from PIL import Image
+from tabs.canvas import flattened
+from tabs.scratch import trim_memory
+
+def now():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE") / 1e6
+
+def layer():
+    data = io.BytesIO()
+    Image.new("RGBA", (2048, 2048), (230, 159, 0, 9)).save(data, "PNG", compress_level=1)
+    return data.getvalue()
+
+one = layer()
+flattened([one])
+trim_memory()
+before = now()
+for _ in range(3):
+    flattened([one] * 4)
+trim_memory()
+after = now()
+peak = int(next(x for x in open("/proc/self/status") if x.startswith("VmHWM")).split()[1]) / 1e3
+print(before, after, peak)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
+def test_the_memory_of_a_canvas_is_bounded_and_returns():
+    out = subprocess.run([sys.executable, "-c", CHILD], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    before, after, peak = map(float, out.split())
+    layer = 2048 * 2048 * 4 / 1e6
+    assert after - before < layer
+    assert peak - before < 6 * layer  # two upon one another, the result, and what PIL needs of its own
+
+
+# ------------------------------------------------------------------------------------- photographs, prompts
+
+
+def test_pictures_are_bounded_by_their_header(tmp_path, nothing_decoded):
+    (tmp_path / "large.png").write_bytes(huge(6000, 6000))
+    with pytest.raises(InputError, match="6000x6000"):
+        small_enough(str(tmp_path / "large.png"), HOSTED.pixels)
+    assert small_enough(str(tmp_path / "large.png"), LOCAL.pixels)
+    assert small_enough(str(tmp_path / "none.png"), 1) is not None  # for others to say
+    assert small_enough(None, 1) is None
+
+
+def test_prompts_are_bounded_before_they_are_read(tmp_path, monkeypatch):
+    names = [f"class {number}" for number in range(254)]
+    rows = tmp_path / "rows.txt"
+    rows.write_text("a cat\n" * (HOSTED.prompts + 1))
+    with pytest.raises(InputError, match="200 prompts"):
+        prompts_of(OWN, "", names, "", str(rows), HOSTED)
+    with pytest.raises(InputError, match="200 prompts"):
+        prompts_of(OWN, "", names, rows.read_text(), None, HOSTED)
+    with pytest.raises(InputError, match="500,000"):
+        prompts_of(OWN, "", names, "x" * (HOSTED.text + 1), None, HOSTED)
+    large = tmp_path / "large.json"
+    large.write_bytes(b'{"annotations": [' + b" " * HOSTED.text + b"]}")
+    for reader in ("json.loads", "csv.reader"):
+        monkeypatch.setattr(reader, lambda *_, **__: pytest.fail("parsed"))
+    with pytest.raises(InputError, match="500 kB"):
+        prompts_of(OWN, "", names, "", str(large), HOSTED)
+    assert prompts_of(OWN, "", [], "a cat", None, HOSTED)[0] == [Prompt("a cat", source="line 1")]
+
+
+# --------------------------------------------------------------------------------------------------- sessions
+
+
+def test_sessions_are_bounded_and_those_with_something_stay():
+    made = Sessions("emoji-voc", Bounds(sessions=3))
+    ann, *_ = (made.of(SimpleNamespace(session_hash=name)) for name in ("ann", "bob", "cas"))
+    key = ann.keep(SimpleNamespace(nbytes=1))
+    for number in range(100):
+        made.of(SimpleNamespace(session_hash=str(number)))
+    assert len(made._sessions) == 3
+    assert made.of(SimpleNamespace(session_hash="ann")).picture(key)
+    for name in ("98", "99"):
+        made.of(SimpleNamespace(session_hash=name)).keep(SimpleNamespace(nbytes=1))
+    with pytest.raises(InputError, match="Too many visitors") as caught:
+        made.of(SimpleNamespace(session_hash="one more"))
+    assert str(caught.value) == FULL
+    made.close()
+
+
+def test_only_ones_own_connection_ends_a_session():
+    now = [0.0]
+    beats = Beats(lambda: now[0])
+    assert beats.open("ann")
+    beats.heard("ann")
+    now[0] = 1000.0
+    assert beats.open("ann")  # a second page, or a stranger
+    assert not beats.close("ann")  # whoever closes first
+    assert beats.close("ann")
+    assert beats.open("ann")  # back again
+    assert beats.close("ann")
+    beats.heard("bob")  # a program without such a connection
+    now[0] = 2000.0
+    assert not beats.open("bob")
+
+
+def test_what_is_known_of_connections_is_bounded():
+    beats = Beats(most=5)
+    assert beats.open("ann")
+    for number in range(100):
+        beats.heard(str(number))
+    assert len(beats._first) == 5
+    assert beats.close("ann")
+
+
+# ------------------------------------------------------------------------------------------------- the doors
+
+
+def asked(inner, method="POST", path="/gradio_api/queue/join", tmp_path=None, **more) -> httpx.Response:
+    """A request through the doors to an app that stands in for Gradio's."""
+    function = SimpleNamespace(api_name="generate", fn=print)
+    page = SimpleNamespace(fns={0: function, 1: SimpleNamespace(api_name="js", fn=None)}, GRADIO_CACHE=str(tmp_path))
+    doors = Doors(inner, page, SimpleNamespace(pieces=Pieces(), leave=print), 1000)
+
+    async def ask():
+        transport = httpx.ASGITransport(app=doors)
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            return await client.request(method, path, **more)
+
+    return asyncio.run(ask())
+
+
+async def echo(scope, receive, send):
+    message = await receive()
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": message.get("body", b"")})
+
+
+CALL = {"data": [], "session_hash": "ann", "fn_index": 0}
+
+
+def test_a_call_goes_through_as_it_came():
+    assert asked(echo, json=CALL).json() == CALL
+    assert asked(echo, path="/gradio_api/call/generate", json={"data": [1]}).json() == {"data": [1]}
+    own = asked(echo, path="/gradio_api/run/generate", json={"data": []}).json()["session_hash"]
+    assert own != asked(echo, path="/gradio_api/run/generate", json={"data": []}).json()["session_hash"]
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "said"),
+    [
+        ({"content": b"{"}, 400, "not JSON"),
+        ({"content": b"[" * 100_000}, 400, "not JSON"),
+        ({"content": b"1" * 5000}, 400, "not JSON"),
+        ({"json": []}, 400, "no JSON object"),
+        ({"content": json.dumps(CALL | {"data": "\ud800"}).encode()}, 400, "'data'"),
+        ({"json": CALL | {"fn_index": 99}}, 404, "no function"),
+        ({"json": CALL | {"fn_index": 1}}, 404, "no function"),
+        ({"json": CALL | {"fn_index": "0"}}, 404, "no function"),
+        ({"json": CALL | {"trigger_id": "x"}}, 400, "cannot be read"),
+        ({"json": CALL | {"session_hash": "x" * 2000}}, 400, "64 letters"),
+        ({"json": CALL | {"session_hash": ["x"]}}, 400, "64 letters"),
+        ({"json": CALL | {"session_hash": "../x"}}, 400, "64 letters"),
+        ({"json": CALL | {"session_hash": ""}}, 400, "64 letters"),
+        ({"content": b"x" * (2 << 20)}, 413, "1 MB"),
+        ({"json": {"data": []}, "path": "/gradio_api/run/leave"}, 404, "/leave"),
+        ({"json": {"data": []}, "path": "/gradio_api/call/js"}, 404, "/js"),
+        ({"content": b"x" * (22 << 20), "path": "/gradio_api/upload"}, 413, "21 MB"),
+        ({"content": b"x" * (5 << 20), "path": "/gradio_api/component_server"}, 413, "4 MB"),
+        ({"content": b"x", "path": "/gradio_api/component_server"}, 400, "64 letters"),
+        ({"method": "GET", "path": "/monitoring/summary"}, 404, "no such address"),
+        ({"method": "GET", "path": "/monitoring"}, 404, "no such address"),
+        ({"method": "GET", "path": "/gradio_api/proxy=http://a.b/"}, 404, "no such address"),
+        ({"method": "GET", "path": "/gradio_api/file=HTTPS://a.b/"}, 404, "no such address"),
+        ({"method": "GET", "path": "/gradio_api/deep_link"}, 404, "no such address"),
+        ({"path": "/gradio_api/process_recording"}, 404, "no such address"),
+        ({"method": "GET", "path": f"/gradio_api/heartbeat/{'x' * 65}"}, 400, "64 letters"),
+        ({"method": "GET", "path": f"/gradio_api/queue/data?session_hash={'x' * 65}"}, 400, "64 letters"),
+    ],
+)
+def test_what_does_not_pass(more, status, said, tmp_path):
+    def fail(*_):
+        pytest.fail("reached Gradio")
+
+    async def reads(scope, receive, send):
+        if scope["path"].endswith("upload"):
+            while (await receive()).get("more_body"):
+                pass
+        fail()
+
+    answer = asked(reads, tmp_path=tmp_path, **more)
+    assert answer.status_code == status
+    assert said in answer.json()["error"] == answer.json()["detail"]
+
+
+def test_layers_of_the_canvas_pass_by_gradio():
+    pieces, sent = Pieces(), {"session_hash": "ann", "component_id": "1", "fn_name": "accept_blobs", "id": "c"}
+    page = SimpleNamespace(fns={}, GRADIO_CACHE="/nowhere")
+    doors = Doors(echo, page, SimpleNamespace(pieces=pieces), 0)
+
+    async def send(**fields):
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=doors), base_url="http://here") as client:
+            files = {"file": ("blob", b"layer", "image/png")}
+            return await client.post("/gradio_api/component_server", data={**sent, **fields}, files=files)
+
+    def status(**fields):
+        return asyncio.run(send(**fields)).status_code
+
+    assert status(type="layer", index="0") == status(type="background", index="null") == 200
+    assert status(type="layer", index="1000000000") == status(type="layer", index="x") == 400
+    assert status(type="layer", index="0", id="x" * 99) == 400
+    assert pieces.take("ann", "c") == [b"layer"]
+
+
+def test_gradios_faults_are_sentences(tmp_path):
+    def failing(error):
+        async def fail(*_):
+            raise error
+
+        return fail
+
+    full = asked(failing(OSError(errno.ENOSPC, "no space", "/secret")), tmp_path=tmp_path, path="/gradio_api/upload")
+    assert (full.status_code, full.json()["error"]) == (507, NO_ROOM)
+    other = asked(failing(KeyError("secret")), json=CALL)
+    assert other.status_code == 400
+    assert "secret" not in other.text
+
+    def answering(said):
+        async def answer(scope, receive, send):
+            await send({"type": "http.response.start", "status": 500, "headers": []})
+            await send({"type": "http.response.body", "body": json.dumps({"error": said}).encode()})
+
+        return answer
+
+    assert asked(answering("Seed is x; give a number."), json=CALL).status_code == 422
+    assert asked(answering(OUR_FAULT), json=CALL).status_code == 500
+
+
+def test_what_is_left_of_an_upload_that_broke_off_goes(tmp_path):
+    (tmp_path / "0123").mkdir()
+    (tmp_path / "0123" / "whole.png").touch()
+
+    async def breaks_off(*_):
+        (tmp_path / "tmp1234").touch()
+        raise ConnectionError
+
+    assert asked(breaks_off, path="/gradio_api/upload", tmp_path=tmp_path).status_code == 400
+    assert [path.name for path in tmp_path.rglob("*")] == ["0123", "whole.png"]
+
+
+# ------------------------------------------------------------------------- faults beside the handlers
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/secret"), NO_ROOM),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), NO_ROOM),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), NO_ROOM),
+        (MemoryError(), NO_MEMORY),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), NO_MEMORY),
+        (ValueError("a bug of ours, /secret"), OUR_FAULT),
+        (InputError("Too <b>much</b>; give less."), "Too &lt;b&gt;much&lt;/b&gt;; give less."),
+    ],
+)
+@pytest.mark.parametrize("where", ["handler", "answer"])
+def test_what_goes_wrong_is_said(error, said, where, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    with gr.Blocks() as page:
+        box, out = gr.Textbox(label="Box"), gr.Textbox()
+        event = gr.Button().click(fail if where == "handler" else str, box, out)
+    watch(page, {})
+    if where == "answer":
+        monkeypatch.setattr(gr.Textbox, "postprocess", fail)
+    function = page.fns[event["id"]] if isinstance(event, dict) else next(iter(page.fns.values()))
+    with pytest.raises(gr.Error) as caught:
+        asyncio.run(page.process_api(block_fn=function, inputs=["x"], state=SessionState(page)))
+    assert caught.value.message == said
+
+
+def test_no_sentence_names_a_folder_of_the_server(monkeypatch, tmp_path):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "/srv/cache")
+    assert shown("The file '/srv/cache/0af3/my prompts.txt' is empty.") == "The file 'my prompts.txt' is empty."
+    assert shown(f"No {Path.home()}/models/x.bin here.") == "No x.bin here."
+    assert shown("/srv/cache/a/b.png: no") == "b.png: no"
+    assert shown("a share of 1/8, and 1/16/2") == "a share of 1/8, and 1/16/2"
+    assert shown("half \ud800") == "half ?"
+
+
+# ---------------------------------------------------------------------------------------------------- disk
+
+HOLDER = """
+import sys, tempfile, time
+from tabs.scratch import ended_by_signals, own_folder
+with ended_by_signals(), own_folder() as folder:
+    tempfile.mkdtemp(prefix="ovam-session-")
+    (folder / "gradio").mkdir()
+    print(folder, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts a process that holds a folder; gives it and the folder's name."""
+    running = []
+
+    def begin():
+        environment = {**os.environ, "TMPDIR": str(tmp_path)}
+        environment.pop("GRADIO_TEMP_DIR", None)
+        one = subprocess.Popen([sys.executable, "-c", HOLDER], cwd=ROOT, env=environment, stdout=-1, text=True)
+        running.append(one)
+        return one, Path(one.stdout.readline().strip())
+
+    yield begin
+    for one in running:
+        one.kill()
+        one.wait()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_what_was_killed_is_cleared_away_at_the_next_start_and_at_the_end(start, tmp_path):
+    killed, left = start()
+    killed.kill()
+    killed.wait()
+    assert (left / "gradio").is_dir()
+    _, living = start()
+    assert not left.exists()
+    ended, folder = start()
+    assert (living / "gradio").is_dir()  # of a process that still runs
+    assert folder.is_dir()
+    ended.send_signal(signal.SIGTERM)
+    assert ended.wait(30) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [living.name, f"{living.name}.lock"]
+
+
+def test_others_links_are_left_alone(tmp_path):
+    from tabs.scratch import sweep
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "target").write_text("kept")
+    (tmp_path / "ovam-page-1.lock").symlink_to(tmp_path / "target")
+    (tmp_path / "ovam-page-1").symlink_to(tmp_path / "mine")
+    (tmp_path / "ovam-page-2").mkdir()  # nobody knows whose
+    sweep(tmp_path)
+    assert (tmp_path / "target").read_text() == "kept"
+    assert (tmp_path / "mine").is_dir()
+    assert (tmp_path / "ovam-page-2").is_dir()
+
+
+# ---------------------------------------------------------------------------------------------------- port
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    monkeypatch.setattr(app, "open_model", lambda: pytest.fail("opened a model"))
+    monkeypatch.delenv("OVAM_NO_PORT", raising=False)
+
+
+def test_a_taken_port_is_said(no_model, monkeypatch, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("GRADIO_SERVER_PORT", str(port))
+        assert app.main() == 2
+    assert capsys.readouterr().err.startswith(f"Error: Port {port} of '127.0.0.1' cannot be served")
+    assert app.wanted_port() == port
+
+
+@pytest.mark.parametrize("port", ["seven", "0", "65536", "1" * 400, "-1", "80.5"])
+def test_a_port_that_is_none_is_said(no_model, monkeypatch, capsys, port):
+    monkeypatch.setenv("GRADIO_SERVER_PORT", port)
+    assert app.main() == 2
+    said = capsys.readouterr().err
+    assert said.startswith("Error: GRADIO_SERVER_PORT is")
+    assert len(said) < 200
+
+
+def test_no_port_is_any_port(no_model, monkeypatch):
+    monkeypatch.delenv("GRADIO_SERVER_PORT", raising=False)
+    assert app.wanted_port() is None
