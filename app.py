@@ -14,13 +14,14 @@ if not os.environ.get("GRADIO_SERVER_PORT", "0").isdecimal():  # the import of g
     os.environ["OVAM_NO_PORT"] = os.environ.pop("GRADIO_SERVER_PORT")  # for `wanted_port` to say
 
 import gradio as gr
+import httpx
 from starlette.middleware import Middleware
 
 from ovam_core import OVAM
 from ovam_core.errors import HubUnreachable, InputError
 from ovam_core.models.load import quiet
 from ovam_core.models.presets import DEFAULT_HUB_MODEL, EMBEDDED
-from tabs.doors import MAX_SESSIONS, Doors, watch
+from tabs.doors import Doors, watch
 from tabs.events import THREADS
 from tabs.export import MAX_TEXT, ExportTab
 from tabs.fields import MAX_UPLOAD_MB
@@ -32,6 +33,7 @@ from tabs.session import Sessions
 
 PAPER = "https://openaccess.thecvf.com/content/CVPR2024/html/Marcos-Manchon_Open-Vocabulary_Attention_Maps_with_Token_Optimization_for_Semantic_Segmentation_in_CVPR_2024_paper.html"
 CODE = "https://github.com/vpulab/ovam"
+PROXY = "The page cannot start: this machine does not reach its own address; set NO_PROXY=localhost,127.0.0.1."
 CSS = Path(__file__).parent / "tabs" / "style.css"
 
 THEME = gr.themes.Default(
@@ -91,7 +93,7 @@ def build(ovam: OVAM, notice: str = "", sessions: Sessions | None = None) -> gr.
                 third = ExportTab(model)
     page.sessions, page.most_text = sessions, min(MAX_TEXT, sessions.limits.text)
     watch(page, {third.text._id: page.most_text})
-    return page.queue(default_concurrency_limit=1, max_size=256)
+    return page.queue(default_concurrency_limit=1, max_size=256, api_open=False)  # nobody passes by the queue
 
 
 def launch(page: gr.Blocks, **options: Any) -> Any:
@@ -99,7 +101,8 @@ def launch(page: gr.Blocks, **options: Any) -> Any:
     doors = Middleware(Doors, page=page, sessions=page.sessions, most_text=page.most_text)
     return page.launch(
         app_kwargs={"middleware": [doors]},
-        state_session_capacity=MAX_SESSIONS,
+        state_session_capacity=page.sessions.bounds.sessions + 200,  # whose states none of them loses; 0.3 MB each
+        _frontend=False,  # else it gives up where the page takes 3 s to answer, as on a busy machine
         enable_monitoring=False,
         theme=THEME,
         css_paths=CSS,
@@ -147,6 +150,10 @@ def serve(ovam: OVAM, notice: str, port: int | None) -> None:
             if page.is_running:
                 raise
             raise InputError(f"The page cannot start: {error}") from None
+        except Exception as error:
+            if not isinstance(error, httpx.TransportError) and "proxy settings" not in str(error):  # of Gradio's words
+                raise
+            raise InputError(PROXY) from None
         finally:
             sessions.close()
             page.close(verbose=False)

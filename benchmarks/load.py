@@ -39,7 +39,7 @@ from benchmarks.speed.common import megabytes
 from ovam_core.models.presets import EMBEDDED
 
 ROOT = Path(__file__).resolve().parents[1]
-PATIENCE = 300  # seconds for the first page, and for the first image of the export
+PATIENCE = 300  # seconds for the first page, for all visitors to come, and for the first image of the export
 ALONE = 5  # calls of each kind by the only visitor
 GRACE = 3  # seconds that a visitor who left is waited for
 SETTLED = 5  # seconds more until the memory has gone back
@@ -52,10 +52,12 @@ HEADER = """| kind | calls | errors | alone | waiting p50 | waiting p95 |
 
 SERVE = """
 import app
+from tabs.scratch import ended_by_signals, own_folder
 from tabs.session import Bounds, Sessions
-ovam, notice = app.open_model()
-page = app.build(ovam, notice, Sessions(ovam.name, Bounds(grace={grace})))
-app.launch(page, server_name="127.0.0.1", server_port={port}, quiet=True)
+with ended_by_signals(), own_folder():
+    ovam, notice = app.open_model()
+    page = app.build(ovam, notice, Sessions(ovam.name, Bounds(grace={grace})))
+    app.launch(page, server_name="127.0.0.1", server_port={port}, quiet=True)
 """
 
 
@@ -208,15 +210,19 @@ def components_max(components: dict[int, dict[str, Any]], name: str) -> int:
 
 
 def crowd(address: str, options: argparse.Namespace) -> Calls:
-    """The calls of all visitors at the same time."""
+    """The calls of all visitors at the same time; where one cannot come, none begins."""
     calls = Calls()
     begin = threading.Barrier(options.visitors)
 
     def one(number: int) -> None:
         own = len(range(number, options.requests, options.visitors))
-        with visitor(address) as client:
-            begin.wait()
-            visit(client, number, own, options.steps, calls)
+        try:
+            with visitor(address) as client:
+                begin.wait(PATIENCE)
+                visit(client, number, own, options.steps, calls)
+        except Exception as error:
+            begin.abort()
+            calls.errors.append(("visitor", f"{type(error).__name__}: {error}"))
 
     threads = [threading.Thread(target=one, args=(number,)) for number in range(options.visitors)]
     for thread in threads:

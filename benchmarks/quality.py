@@ -203,10 +203,8 @@ def main_object(labels: np.ndarray, classes: Sequence[str]) -> str | None:
 
 def grids_of(ovam: OVAM) -> list[int]:
     """The attention grids that the recorder keeps at the model's own size, from the largest."""
-    side = max(ovam.preset.height, ovam.preset.width) // ovam.pipe.vae_scale_factor
-    config = ovam.pipe.unet.config
-    levels = [side >> number for number in range(len(config.block_out_channels))]
-    return [level for level, kind in zip(levels, config.down_block_types, strict=True) if "CrossAttn" in kind]
+    side = max(ovam.preset.height, ovam.preset.width)
+    return [side // stride for stride in ovam.adapter.strides]
 
 
 # ----------------------------------------------------------------------------------------------- measuring
@@ -270,8 +268,9 @@ def inverted_maps(picture: Picture, maps: Tensor, queries: Sequence[Query], size
 
 
 def perfect_map(truth: np.ndarray, recording: Recording) -> Tensor:
-    """The share of each cell of the recording's grid that the object bool `[H, W]` covers: float32 `[h, w]`."""
-    return F.adaptive_avg_pool2d(torch.from_numpy(truth)[None].float(), (recording.height, recording.width))[0]
+    """The share of each cell of the recording's finest grid that the object bool `[H, W]` covers: float32 `[h, w]`."""
+    finest = max((layer.height, layer.width) for layer in recording.layers)
+    return F.adaptive_avg_pool2d(torch.from_numpy(truth)[None].float(), finest)[0]
 
 
 class Cache:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ovam_core.attention.heatmap import resize
 from ovam_core.attention.mask import NO_CRF, crf_available
+from ovam_core.attention.reading import Reading
 from ovam_core.attention.recording import Branch, Recording
 from ovam_core.errors import InputError, Stopped
 from ovam_core.hooks.goca_recorder import NOISE, record_goca
@@ -42,6 +43,7 @@ from ovam_core.models.presets import (
     recommended_part,
     recommended_steps,
 )
+from ovam_core.models.reading import read_as
 from ovam_core.models.registry import adapter_of
 from ovam_core.optimization import (
     PROMPT,
@@ -225,7 +227,7 @@ class OVAM:
         goal = NOISE * self.pipe.scheduler.config.num_train_timesteps
         nearest = min(range(len(noisy.timesteps)), key=lambda step: abs(noisy.timesteps[step] - goal))
         weighing = record_goca(self.pipe, branch="all", step=nearest) if with_goca else nullcontext()
-        with record(self.pipe, branch="all") as recorder, weighing as weighted:
+        with read_as(Reading()), record(self.pipe, branch="all") as recorder, weighing as weighted:
             denoise(self.pipe, noisy, should_stop)
         return self._picture(image, with_run_facts(recorder.recordings[0], noisy), settings, weighted, begun)
 
@@ -293,15 +295,19 @@ class OVAM:
         )
         return self.answer(picture, settings)
 
-    @torch.no_grad()
     def answer(
         self, picture: Picture, settings: SegmentSettings, *, on_label: Callable[[], None] | None = None
     ) -> Segmentation:
         """`segment` from whole settings. on_label: called before each mask is refined; it may raise to end the answer.
 
         Raises InputError for settings that the recording cannot answer: a step or resolution that it does not hold, a
-        method that needs another one, a token of the other half of the guided batch.
+        method that needs another one, a token of the other half of the guided batch; and words where the text encoder
+        has changed since.
         """
+        with torch.no_grad(), read_as(picture.recording.reading):
+            return self._answer(picture, settings, on_label)
+
+    def _answer(self, picture: Picture, settings: SegmentSettings, on_label: Callable[[], None] | None) -> Segmentation:
         check_settings(settings)
         settings = self.filled(settings)
         self.check_answerable(settings, picture.settings)

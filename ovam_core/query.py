@@ -100,7 +100,7 @@ def attribute_sentence(pipe: Pipeline, sentence: str) -> AttributionPrompt:
     family = adapter_of(pipe)
     tokens = family.tokenize(sentence)
     positions = tuple((i,) for i in range(len(tokens.names)))
-    return AttributionPrompt(_encode(family, tokens), tokens.names, positions)
+    return AttributionPrompt(_encode(family, tokens), tokens.names, positions, reading=family.reading)
 
 
 def words_in_sentence(pipe: Pipeline, sentence: str, words: Sequence[str]) -> AttributionPrompt:
@@ -116,7 +116,7 @@ def words_in_sentence(pipe: Pipeline, sentence: str, words: Sequence[str]) -> At
     groups = tuple(tuple(one) for one in counted)
     shares = tuple(tuple(one.values()) for one in counted)
     alike = all(max(one, default=0) - min(one, default=0) < 1e-9 for one in shares)
-    return AttributionPrompt(_encode(family, tokens), tuple(words), groups, None if alike else shares)
+    return AttributionPrompt(_encode(family, tokens), tuple(words), groups, None if alike else shares, family.reading)
 
 
 def background_embedding(pipe: Pipeline, sentence: str) -> Tensor:
@@ -160,8 +160,7 @@ def _check_words(words: Sequence[str]) -> list[str]:
             raise InputError(f"{word!r} is not a word: it has neither a letter nor a digit.")
         if has_weight(word):
             raise InputError(
-                f"{word!r} ends in a weight, which is read literally here, as one more word: leave brackets and "
-                "number out."
+                f"{word!r} has a weight, which is read literally here, as one more word: leave brackets and number out."
             )
     return words
 

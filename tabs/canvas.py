@@ -20,6 +20,7 @@ MAX_LAYERS = 4  # the page paints on one
 MAX_LAYER_BYTES = 4 << 20  # of a layer's file
 MAX_LAYER_PIXELS = 4 << 20  # the canvas has a quarter of it at most
 MAX_KEPT_BYTES = 64 << 20  # of the pieces of all visitors that no event has asked for yet
+MAX_KEPT = 256  # canvases that they are of
 FORMATS = ("PNG", "WEBP", "JPEG")
 
 Layer = bytes | str | Image.Image  # a file's content, its path, or the picture itself
@@ -30,11 +31,11 @@ TOO_LARGE = f"A layer of the canvas is larger than {MAX_LAYER_BYTES >> 20} MB; p
 
 class Pieces:
     """The layers that browsers have sent, by visitor and id of the canvas, until an event asks for them; the oldest go
-    first. Thread safe.
+    first. Thread safe. kept: bytes of all of them.
     """
 
-    def __init__(self, nbytes: int = MAX_KEPT_BYTES):
-        self.nbytes = nbytes
+    def __init__(self, nbytes: int = MAX_KEPT_BYTES, canvases: int = MAX_KEPT):
+        self.nbytes, self.canvases, self.kept = nbytes, canvases, 0
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[str, str], dict[int, bytes]] = OrderedDict()
 
@@ -45,21 +46,29 @@ class Pieces:
         if len(layer) > MAX_LAYER_BYTES:
             raise InputError(TOO_LARGE)
         with self._lock:
-            self._kept.setdefault((visitor, canvas), {})[index] = layer
+            layers = self._kept.setdefault((visitor, canvas), {})
+            self.kept += len(layer) - len(layers.get(index, b""))
+            layers[index] = layer
             self._kept.move_to_end((visitor, canvas))
-            while len(self._kept) > 1 and self.kept > self.nbytes:
-                self._kept.popitem(last=False)
+            while len(self._kept) > 1 and (len(self._kept) > self.canvases or self.kept > self.nbytes):
+                self._pop(next(iter(self._kept)))
 
     def take(self, visitor: str, canvas: str) -> list[bytes]:
         """The layers from the lowest up; they are kept no longer."""
         with self._lock:
-            layers = self._kept.pop((visitor, canvas), {})
+            layers = self._pop((visitor, canvas))
         return [layers[index] for index in sorted(layers)]
 
-    @property
-    def kept(self) -> int:
-        """Bytes of all of them."""
-        return sum(len(layer) for layers in self._kept.values() for layer in layers.values())
+    def drop(self, visitor: str) -> None:
+        """Forgets all that a visitor sent."""
+        with self._lock:
+            for key in [key for key in self._kept if key[0] == visitor]:
+                self._pop(key)
+
+    def _pop(self, key: tuple[str, str]) -> dict[int, bytes]:
+        layers = self._kept.pop(key, {})
+        self.kept -= sum(map(len, layers.values()))
+        return layers
 
 
 def flattened(layers: Sequence[Layer]) -> Image.Image:

@@ -30,10 +30,9 @@ from ovam_core.errors import InputError
 from .canvas import MAX_LAYER_BYTES
 from .events import NO_ROOM, OUR_FAULT, check_values, is_disk_full, said
 from .fields import MAX_UPLOAD_MB
-from .scratch import trim_memory
+from .scratch import is_own, trim_memory
 from .session import Sessions
 
-MAX_SESSIONS = 500  # that Gradio keeps: a third of a megabyte each
 MAX_BODY = 1 << 20  # bytes of a request beside the text of a prompt file
 MAX_PIECE = MAX_LAYER_BYTES + (64 << 10)
 NAME = re.compile(r"[\w-]{1,64}", re.ASCII)  # of a session: the page's have 11 characters, uuids 36
@@ -46,7 +45,7 @@ CLOSED = re.compile(
     r"|file[=/]+\s*https?:)",
     re.IGNORECASE,
 )
-CALL = re.compile(rf"{API}(?P<way>run|api|call|queue/join)(?:/v2)?(?:/(?P<name>[^/]*))?/?")
+CALL = re.compile(rf"{API}(?P<way>run|api|call|queue/join)(?P<v2>/v2(?=/[^/]))?(?:/(?P<name>[^/]*))?/?")
 
 NO_SUCH = "There is no such address here."
 BAD_SESSION = "A session is named by 1 to 64 letters, digits, - and _."
@@ -94,7 +93,13 @@ class Beats:
     def close(self, visitor: str) -> bool:
         """Whether it was the last one."""
         self._open[visitor] -= 1
-        return not self._open[visitor]
+        last = not self._open[visitor]
+        if last and visitor not in self._first:  # forgotten meanwhile
+            del self._open[visitor]
+        return last
+
+    def connected(self, visitor: str) -> bool:
+        return self._open.get(visitor, 0) > 0
 
 
 # ------------------------------------------------------------------------------------------ the middleware
@@ -109,6 +114,7 @@ class Doors:
         self.app, self.page, self.sessions = app, page, sessions
         self.most_body = MAX_BODY + 6 * most_text  # as \uXXXX
         self.beats, self._uploads = Beats(), 0
+        sessions.connected = self.beats.connected
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -163,8 +169,9 @@ class Doors:
             await self.app(scope, _bounded(scope, receive, most), send)
         finally:
             self._uploads -= 1
-            if not self._uploads:  # Gradio leaves what came of an upload that broke off
-                for path in Path(self.page.GRADIO_CACHE).glob("tmp*"):
+            cache = Path(self.page.GRADIO_CACHE)
+            if not self._uploads and is_own(cache):  # Gradio leaves what came of an upload that broke off
+                for path in cache.glob("tmp*"):
                     with suppress(OSError):
                         path.unlink()
 
@@ -192,9 +199,10 @@ class Doors:
         if not isinstance(asked, dict):
             raise Refused(400, "The request is no JSON object.")
         fns, name = self.page.fns, call["name"]
-        if name and asked.get("fn_index") is None and name not in {fn.api_name for fn in fns.values() if fn.fn}:
+        by_name = call["v2"] or asked.get("fn_index") is None
+        if name and by_name and name not in {fn.api_name for fn in fns.values() if fn.fn}:
             raise Refused(404, f"There is no endpoint '/{name[:40]}' here.")
-        if "/v2" in call.string:  # its body is the parameters by name
+        if call["v2"] and call["way"] == "call":  # its body is the parameters by name
             return body
         if not isinstance(asked.get("data"), list):
             raise Refused(400, "The request has no 'data', a list of values.")
@@ -212,7 +220,7 @@ class Doors:
 
 def _path(scope: Scope) -> str:
     path, root = scope["path"], scope.get("root_path") or ""
-    return path[len(root) :] if root and path.startswith(root) else path
+    return path[len(root) :] if path == root or path.startswith(f"{root}/") else path
 
 
 def _named(name: Any) -> str:

@@ -6,7 +6,7 @@ import html
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from .worker import in_thread
 TEMPLATE, OWN = "A prompt for each class", "My own prompts"
 NAMES, TOKENS = "by name", "by token, where there is one"
 SHOW_EVERY = 0.5  # seconds between two looks at a running export
+WAITING = 4  # times the limit that a run may last with what it waits for others
 SHOWN = 24  # pairs of image and mask in the gallery
 MAX_TEXT = 2_000_000  # characters of pasted prompts
 WORK = "export"  # of this tab, by which Stop finds it
@@ -122,6 +123,31 @@ def ended(summary: Summary, seconds: float, over_time: bool) -> str:
         f"{done:,} of {summary.total:,} images, {summary.kept:,} kept by the filters; {summary.made:,} made in this "
         f"run of {duration(seconds)}.{skipped}{why}"
     )
+
+
+class Stopwatch:
+    """Seconds at work, in units, and since it was made, what it waited for others included; clock: for tests."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self.clock, self.begun = clock, clock()
+        self._done, self._since = 0.0, None  # of the units that ended; the beginning of the one under way
+
+    @contextmanager
+    def unit(self, turn: AbstractContextManager) -> Iterator[None]:
+        """A unit, which begins once there is a turn."""
+        with turn:
+            self._since = since = self.clock()
+            try:
+                yield
+            finally:
+                self._since = None
+                self._done += self.clock() - since
+
+    def over(self, seconds: float) -> bool:
+        """Whether the work has taken longer than this, or all of it WAITING times as long."""
+        since = self._since
+        at_work = self._done + (0.0 if since is None else self.clock() - since)
+        return at_work > seconds or self.clock() - self.begun > WAITING * seconds
 
 
 # -------------------------------------------------------------------------------------------------- the tab
@@ -318,17 +344,14 @@ class ExportTab:
 
         stop: ends it; a visitor who left sets it too. Raises InputError as `plan` and `export_dataset` do.
         """
-        begun = time.monotonic()
+        watch = Stopwatch()
         planned = plan(self.ovam, work, settings, folder)
         if planned.largest_bytes > self.limits.megabytes * 1e6:
             megabytes = f"{planned.largest_bytes / 1e6:,.0f} MB"
             raise InputError(f"This would be up to {megabytes}; at most {self.limits.megabytes:,} here.")
 
-        def out_of_time() -> bool:
-            return time.monotonic() - begun > self.limits.seconds
-
         def over() -> bool:
-            return stop.is_set() or out_of_time()
+            return stop.is_set() or watch.over(self.limits.seconds)
 
         def export(report: Callable[[Progress], None]) -> Summary:
             """Without workers: each would import this whole page, for a few hundredths of a second an image."""
@@ -341,7 +364,7 @@ class ExportTab:
                     workers=0,
                     on_image=report,
                     should_stop=over,
-                    turn=lambda: turns.unit(over, Stopped(0, settings.steps)),
+                    turn=lambda: watch.unit(turns.unit(over, Stopped(0, settings.steps))),
                 )
 
         shown: list[tuple[Image.Image, str]] = []
@@ -350,15 +373,15 @@ class ExportTab:
             shown = [*(side_by_side(folder, report.row) for report in reversed(reports[-SHOWN:])), *shown][:SHOWN]
             if reports:
                 last: Progress = reports[-1]
-                moment = bar(last.done, last.total, last.done - planned.done, time.monotonic() - begun)
+                moment = bar(last.done, last.total, last.done - planned.done, time.monotonic() - watch.begun)
                 yield moment, shown, *[gr.skip()] * 3
             summary = result
-        late = out_of_time() and not stop.is_set()
+        late = watch.over(self.limits.seconds) and not stop.is_set()
         packed = pack(folder) if summary.rows else None
         yield (
             bar(len(summary.rows or ()), summary.total, 0, 0.0),
             gr.skip(),
             table(summary),
-            ended(summary, time.monotonic() - begun, late),
+            ended(summary, time.monotonic() - watch.begun, late),
             gr.DownloadButton(value=packed and str(packed), interactive=packed is not None),
         )

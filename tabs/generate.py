@@ -16,7 +16,7 @@ from ovam_core import plot
 from ovam_core.checks import MAX_SEED
 from ovam_core.errors import InputError, Stopped
 from ovam_core.methods import METHODS, check_settings, method_named, settings_of_text
-from ovam_core.models.load import unknown_words
+from ovam_core.models.load import learned_words, unknown_words
 from ovam_core.models.presets import ModelDefaults
 from ovam_core.ovam import OVAM
 from ovam_core.picture import Picture, Segmentation
@@ -145,6 +145,18 @@ def unknown_words_hint(ovam: OVAM, *texts: str) -> str:
     return f'<span class="hint">{html.escape(said)}</span>'
 
 
+def vocabulary(ovam: OVAM) -> str:
+    """What a model of few words is, and its words, a button each, as HTML; "" for a model whose words are not known."""
+    words = learned_words(ovam.pipe)
+    if not words:
+        return ""
+    buttons = "".join(f'<button type="button">{html.escape(word)}</button>' for word in words)
+    return (
+        f"<details><summary>{html.escape(ovam.name)} is a tiny demo model that knows {len(words)} words: "
+        f"<u>see them</u></summary><p>{buttons}</p></details>"
+    )
+
+
 def measures(found: Segmentation) -> dict[str, Any]:
     """The numbers behind the pictures, for the scale under the gallery and for programs that call the API."""
     return {
@@ -154,6 +166,17 @@ def measures(found: Segmentation) -> dict[str, Any]:
         "mask_shares": [round(float(mask.mean()), 4) for mask in found.masks],
     }
 
+
+# A word that is clicked is looked for too. The list of words is a text box, whose change the page hears of by "input".
+ADD_WORD = """element.addEventListener('click', event => {
+    const word = event.target.closest('button')?.textContent;
+    const box = document.querySelector('#words textarea, #words input');
+    if (!word || !box) return;
+    const words = box.value.split(',').map(one => one.trim()).filter(Boolean);
+    if (words.includes(word)) return;
+    box.value = [...words, word].join(', ');
+    box.dispatchEvent(new Event('input', {bubbles: true}));
+})"""
 
 # On a phone the picture is a screen further down.
 SHOW_PICTURE = """() => {
@@ -223,6 +246,8 @@ class GenerateTab:
             elem_id="words",
         )
         self.note = gr.HTML("", elem_id="note", elem_classes="note")
+        if known := vocabulary(self.ovam):
+            gr.HTML(known, js_on_load=ADD_WORD, elem_id="vocabulary")
         with gr.Row(elem_classes="tokens"):
             self.pick = gr.Dropdown(
                 list(self.sessions.shipped),

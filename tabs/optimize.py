@@ -503,7 +503,8 @@ class OptimizeTab:
         session = self.sessions.of(request)
         session.picture(values[self.key])  # without one, there is nothing to paint on
         canvas, files = Inputs(values).painted(self.canvas)
-        session.painted = [*self.sessions.pieces.take(request.session_hash or "", canvas), *files][: MAX_LAYERS + 1]
+        layers = [*self.sessions.pieces.take(request.session_hash or "", canvas), *files]
+        session.paint(values[self.key], layers[: MAX_LAYERS + 1])
 
     def understood(
         self, session: Session, key: str | None, way: str, given: Inputs
@@ -512,7 +513,7 @@ class OptimizeTab:
         picture = session.picture(key)
         size = (picture.image.height, picture.image.width)
         file = small_enough(given.file(self.file), self.sessions.limits.pixels)
-        labels = read_any(way, session.painted, file, size)
+        labels = read_any(way, session.painted(key), file, size)
         settings = search_settings(given.text(self.recipe), given.whole(self.epochs), given.number(self.rate))
         return picture, labels, class_name(given.text(self.name)), settings
 

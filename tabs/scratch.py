@@ -63,6 +63,11 @@ def sweep(base: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
+def is_own(folder: Path) -> bool:
+    """Whether a folder lies in that of a process, where nobody else has files."""
+    return any(part.startswith(PREFIX) for part in folder.parts)
+
+
 def _user(otherwise: int) -> int:
     return os.getuid() if hasattr(os, "getuid") else otherwise
 
@@ -112,14 +117,17 @@ def trim_memory() -> None:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """SIGTERM, and a terminal that was closed, end the block as an error would: what is to be cleared away is."""
+    """SIGTERM, and a terminal that was closed, end the block as an error would: what is to be cleared away is. What the
+    process was started to ignore, as by nohup, it goes on to ignore.
+    """
 
     def end(_number: int, _frame: FrameType | None) -> None:
         for name in names:  # a second one must not interrupt the clearing
             signal.signal(name, signal.SIG_IGN)
         sys.exit(0)
 
-    names = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    names = [name for name in known if signal.getsignal(name) != signal.SIG_IGN]
     before = {name: signal.signal(name, end) for name in names}
     try:
         yield

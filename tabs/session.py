@@ -46,8 +46,8 @@ NEVER = float("inf")
 class Limits:
     """What one visitor may ask for: of an export, and of the pictures and texts that they bring.
 
-    seconds: of one run; a stopped one goes on where it was. text: characters, or bytes of a file, of prompts. pixels:
-    of a photograph or a mask, before it is decoded.
+    seconds: of one run at work; a stopped one goes on where it was. text: characters, or bytes of a file, of prompts.
+    pixels: of a photograph or a mask, before it is decoded.
     """
 
     prompts: int
@@ -75,7 +75,8 @@ class Bounds:
     sessions: of visitors, those without anything included. pictures: of one visitor. nbytes: of all pictures together;
     the newest is kept even where it alone is larger, or a large model could not be used at all. seconds: that a picture
     waits for its next use. grace: seconds that a visitor may be gone: a laptop that slept, or a lost network, is no
-    visitor who left. idle: seconds without any event, after which a client that never says goodbye counts as gone.
+    visitor who left. idle: seconds without any event, after which a page that stays open counts as left alone.
+    unconnected: the same for a client without the connection whose end says goodbye.
     """
 
     sessions: int = 1000
@@ -84,6 +85,7 @@ class Bounds:
     seconds: float = 1800.0
     grace: float = 300.0
     idle: float = 24 * 3600.0
+    unconnected: float = 1800.0
 
 
 # ------------------------------------------------------------------------------------------------- exports
@@ -172,10 +174,13 @@ class _Kept:
     owner: Session
     picture: Picture
     used: float
+    painted: list[Layer]  # on it, at the last press of the button, as they came
 
 
 class Pictures:
-    """The pictures of all visitors with their recordings, least recently used out first; its callers hold the lock."""
+    """The pictures of all visitors with their recordings and what is painted on them, least recently used out first;
+    its callers hold the lock.
+    """
 
     def __init__(self, bounds: Bounds, clock: Callable[[], float]):
         self.bounds, self.clock = bounds, clock
@@ -184,20 +189,20 @@ class Pictures:
     def put(self, owner: Session, picture: Picture) -> str:
         """Keeps a picture for a visitor and returns its id, a long random string; their oldest one may have to go."""
         key = secrets.token_urlsafe(18)
-        self._kept[key] = _Kept(owner, picture, self.clock())
+        self._kept[key] = _Kept(owner, picture, self.clock(), [])
         own = [key for key, kept in self._kept.items() if kept.owner is owner]
         for old in own[: -self.bounds.pictures]:
             del self._kept[old]
         return key
 
-    def get(self, owner: Session, key: str | None) -> Picture | None:
+    def get(self, owner: Session, key: str | None) -> _Kept | None:
         """The visitor's picture, its time to live begun anew; None if there is none (any more)."""
         kept = self._kept.get(key or "")
         if kept is None or kept.owner is not owner:
             return None
         kept.used = self.clock()
         self._kept.move_to_end(key or "")
-        return kept.picture
+        return kept
 
     def of(self, owner: Session) -> list[Picture]:
         """All that the visitor has."""
@@ -218,7 +223,9 @@ class Pictures:
 
     @property
     def nbytes(self) -> int:
-        return sum(kept.picture.nbytes for kept in self._kept.values())
+        layers = (layer for kept in self._kept.values() for layer in kept.painted)
+        painted = sum(len(layer) for layer in layers if isinstance(layer, bytes))
+        return painted + sum(kept.picture.nbytes for kept in self._kept.values())
 
     def next_due(self) -> float:
         """When the next one has outlived its time, by the clock; infinity for never."""
@@ -266,15 +273,13 @@ def hung_up() -> Callable[[], bool]:
 class Session:
     """One visitor: a session of the page, or of an API client. Made by `Sessions`, whose lock it shares; thread safe.
 
-    painted: the layers of the canvas at the last press of the button, as they came. exports: the visitor's own, or on
-    one's own machine those of all.
+    exports: the visitor's own, or on one's own machine those of all.
     """
 
-    def __init__(self, everyone: Sessions):
-        self._everyone, self._lock = everyone, everyone.lock
+    def __init__(self, everyone: Sessions, owner: str):
+        self._everyone, self._lock, self.owner = everyone, everyone.lock, owner
         self.seen, self.left = everyone.clock(), False  # when it last did something, and whether that was to leave
         self.closed = False
-        self.painted: list[Layer] = []
         self.exports = everyone.exports or Exports(everyone.limits.keep, several=False, clock=everyone.clock)
         self._tokens: dict[str, Path] = {}
         self._flags: list[StopFlag] = []  # of works that run, wait, or were announced
@@ -293,7 +298,8 @@ class Session:
         """The picture of this id, its time to live begun anew; None if there is none (any more)."""
         self._everyone.sweep()
         with self._lock:
-            return self._everyone.pictures.get(self, key)
+            kept = self._everyone.pictures.get(self, key)
+            return kept and kept.picture
 
     def picture(self, key: str | None) -> Picture:
         """The same. Raises InputError if there is none (any more)."""
@@ -302,10 +308,30 @@ class Session:
             raise InputError(NO_IMAGE)
         return picture
 
+    def paint(self, key: str | None, layers: list[Layer]) -> None:
+        """Keeps what is painted on a picture, for as long as that is kept. Raises InputError where it is not."""
+        with self._lock:
+            kept = self._everyone.pictures.get(self, key)
+            if kept is None:
+                raise InputError(NO_IMAGE)
+            kept.painted = layers
+        self._everyone.sweep()
+
+    def painted(self, key: str | None) -> list[Layer]:
+        """What is painted on the picture of this id."""
+        with self._lock:
+            kept = self._everyone.pictures.get(self, key)
+            return kept.painted if kept else []
+
+    @property
+    def working(self) -> bool:
+        """Whether a run has begun and not ended; the caller holds the lock."""
+        return any(flag.taken for flag in self._flags)
+
     @property
     def empty(self) -> bool:
         """Whether there is nothing that the visitor would miss; the caller holds the lock."""
-        owned = self._tokens or self._flags or self.painted or self._files
+        owned = self._tokens or self.working or self._files
         exported = self.exports is not self._everyone.exports and self.exports.next_due() < NEVER
         return not owned and not exported and not self._everyone.pictures.of(self)
 
@@ -367,7 +393,7 @@ class Session:
         """A stop flag for a run that is about to be queued, so that Stop works while it waits as well."""
         with self._lock:
             announced = [flag for flag in self._flags if flag.work == work and not flag.taken]
-            for old in announced[: len(announced) + 1 - MAX_ANNOUNCED]:
+            for old in announced[: max(0, len(announced) + 1 - MAX_ANNOUNCED)]:
                 self._flags.remove(old)  # whose run never came
             self._flags.append(StopFlag(work))
 
@@ -391,6 +417,7 @@ class Session:
         finally:
             flag.set()
             with self._lock:
+                self.seen = self._everyone.clock()
                 if flag in self._flags:
                     self._flags.remove(flag)
 
@@ -430,14 +457,17 @@ class Session:
         return folder
 
     def close(self) -> None:
-        """Frees all that the visitor has: pictures, tokens, exports of their own, downloads, stop flags."""
+        """Frees all that the visitor has: pictures and what they paint, tokens, exports of their own, downloads, stop
+        flags.
+        """
         self.stop()
         with self._lock:
             self.closed = True
             files, self._files = self._files, None
             self._everyone.pictures.drop(self)
-            for held in (self._tokens, self._flags, self.painted):
-                held.clear()
+            self._everyone.pieces.drop(self.owner)
+            self._tokens.clear()
+            self._flags.clear()
         if files is not None:
             shutil.rmtree(files, ignore_errors=True)
         if self.exports is not self._everyone.exports:
@@ -452,7 +482,8 @@ class Sessions:
 
     model: whose shipped tokens are on offer. limits: what an export may cost; by default those of a shared Space, or of
     one's own machine. There visitors are one person, who finds a half-made export again after a reload of the page, and
-    whose exports do not go with a page that is closed.
+    whose exports do not go with a page that is closed. connected: whether a visitor has a connection open whose end
+    calls `leave`.
     """
 
     def __init__(
@@ -467,6 +498,7 @@ class Sessions:
         self.exports = Exports(self.limits.keep, several=True, clock=clock) if self.limits is LOCAL else None
         self.lock = threading.RLock()
         self.pictures, self.pieces = Pictures(self.bounds, clock), Pieces()
+        self.connected: Callable[[str], bool] = lambda _: False
         self._sessions: dict[str, Session] = {}
         self._timer: threading.Timer | None = None
         self._wake_at = NEVER
@@ -478,19 +510,20 @@ class Sessions:
             session = self._sessions.get(owner)
             if session is None:
                 self._make_room()
-                session = self._sessions[owner] = Session(self)
+                session = self._sessions[owner] = Session(self, owner)
             session.seen, session.left = self.clock(), False
             return session
 
     def _make_room(self) -> None:
-        """For one more session: those that have nothing go, the longest unseen first. Raises InputError where all have
-        something.
+        """For one more session: those that have nothing, or are over, go, the longest unseen first. Raises InputError
+        where there is none.
         """
         while len(self._sessions) >= self.bounds.sessions:
-            empty = [(one.seen, owner) for owner, one in self._sessions.items() if one.empty]
-            if not empty:
+            now = self.clock()
+            free = [(one.seen, owner) for owner, one in self._sessions.items() if one.empty or self._end(one) <= now]
+            if not free:
                 raise InputError(FULL)
-            self._sessions.pop(min(empty)[1]).close()
+            self._sessions.pop(min(free)[1]).close()
 
     def leave(self, request: gr.Request) -> None:
         """The visitor closed the page, or the connection broke: their runs stop, and unless they come back within the
@@ -526,7 +559,11 @@ class Sessions:
         self._wake_later()
 
     def _end(self, session: Session) -> float:
-        return session.seen + (self.bounds.grace if session.left else self.bounds.idle)
+        """When it is over, by the clock, should nothing happen until then."""
+        if session.left:
+            return session.seen + self.bounds.grace
+        seen = self.clock() if session.working else session.seen
+        return seen + (self.bounds.idle if self.connected(session.owner) else self.bounds.unconnected)
 
     def _all_exports(self) -> list[Exports]:
         with self.lock:

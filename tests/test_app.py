@@ -17,16 +17,18 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from page import set_steps, shoot, sources
 from PIL import Image
+from pipelines import make_pipe
 
 import app
 from ovam_core import OVAM, InputError
 from ovam_core.attention import mask
 from ovam_core.errors import HubUnreachable
 from ovam_core.methods import settings_of_text
+from ovam_core.models.load import learned_words
 from ovam_core.settings import GenerateSettings, SegmentSettings
 from tabs.events import OUR_FAULT, Inputs, handler
 from tabs.fields import NO_CRF
-from tabs.generate import EXAMPLES, grid_name, grid_names, segment_settings
+from tabs.generate import EXAMPLES, grid_name, grid_names, segment_settings, vocabulary
 from tabs.session import NO_IMAGE, Session
 
 STEPS = 4
@@ -344,9 +346,15 @@ def test_without_simplecrf_the_switch_is_off_and_says_why(ovam, monkeypatch):
 
 
 def test_grids_are_named_alike_for_every_size(ovam):
-    assert grid_names(ovam) == ["1/8", "1/16", "1/32"]
+    assert grid_names(ovam) == ["1/4", "1/8", "1/16", "1/32"]
     assert [grid_name((512, 384), one) for one in (64, 32, 16, 8)] == ["1/8", "1/16", "1/32", "1/64"]
     assert [grid_name((200, 120), one) for one in (25, 13, 7)] == ["1/8", "1/16", "1/32"]
+
+
+def test_a_model_whose_words_are_not_known_says_nothing_of_them(ovam):
+    assert vocabulary(ovam).count("<button") == len(learned_words(ovam.pipe)) > 50
+    assert not {"a", "of", "the"} & set(learned_words(ovam.pipe))
+    assert vocabulary(OVAM(make_pipe())) == ""
 
 
 def test_words_are_read_without_an_image(ovam):
@@ -521,6 +529,21 @@ def test_a_mistake_is_said_beside_the_words(visit):
     page.fill("#words textarea, #words input", "cat")
     wait_for_words(page, ["cat"])
     assert not page.is_visible("#note")
+
+
+def test_a_word_that_the_model_knows_is_a_click_away(visit, ovam):
+    page = visit()
+    set_steps(page, STEPS)
+    generate_now(page)
+    assert f"knows {len(learned_words(ovam.pipe))} words" in page.inner_text("#vocabulary summary")
+    page.click("#vocabulary summary")
+    assert page.locator("#vocabulary button").all_inner_texts() == learned_words(ovam.pipe)
+    asked = [*EXAMPLES[0][1].split(", "), "sheep"]
+    for _ in range(2):  # a second click changes nothing
+        page.click("#vocabulary button:text-is('sheep')")
+        wait_for_words(page, asked)
+        assert page.input_value("#words textarea, #words input") == ", ".join(asked)
+    shoot(page, "wide-vocabulary")
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import random
 import re
 import threading
 import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import httpx
@@ -30,9 +31,10 @@ from ovam_core.errors import InputError, Stopped
 from ovam_core.optimization import RECIPES
 from ovam_core.settings import GenerateSettings, PhotoSettings, SegmentSettings
 from ovam_core.tokens import BACKGROUND, Token
+from tabs.export import Stopwatch
 from tabs.model import MAX_LABELS, Model
 from tabs.optimize import search
-from tabs.session import Exports, Sessions
+from tabs.session import MAX_ANNOUNCED, Exports, Sessions
 from tabs.turns import MAX_WAITING, Turns
 
 PATIENCE = 20  # seconds after which a test that waits has failed
@@ -275,6 +277,46 @@ def test_runs_that_were_announced_and_never_came_are_forgotten(own):
     ann.begin("generate")
     with ann.run("generate") as flag:
         assert not flag.is_set()
+
+
+def test_a_stop_of_all_that_may_be_announced_is_heard(own):
+    ann = own.of(ANN)
+    for _ in range(MAX_ANNOUNCED):
+        ann.begin("generate")
+    assert len(ann._flags) == MAX_ANNOUNCED
+    ann.stop()
+    for _ in range(MAX_ANNOUNCED):
+        with ann.run("generate") as flag:
+            assert flag.is_set()
+    with ann.run("generate") as flag:
+        assert not flag.is_set()
+
+
+def test_the_time_of_an_export_is_that_of_its_units():
+    now = [0.0]
+    watch = Stopwatch(lambda: now[0])
+
+    @contextmanager
+    def turn():
+        now[0] += 50.0  # waiting
+        yield
+        now[0] += 100.0  # nobody's: after the unit
+
+    with watch.unit(turn()):
+        now[0] += 10.0
+        assert not watch.over(10.0 + 50.0)
+    assert (now[0], watch.over(100.0)) == (160.0, False)
+    with watch.unit(turn()):
+        now[0] += 90.0
+        assert not watch.over(100.0)
+        now[0] += 0.5
+        assert watch.over(100.0)  # the unit under way counts
+    assert watch.over(100.0)
+    assert not watch.over(100.5)
+    now[0] = 4 * 200.0
+    assert not watch.over(200.0)
+    now[0] += 0.5
+    assert watch.over(200.0)  # by the clock on the wall
 
 
 def test_a_run_of_a_session_that_is_over_is_stopped(own):
@@ -661,6 +703,23 @@ def test_the_load_in_miniature(monkeypatch, capsys):
     assert "Errors: 0" in shown
     assert int(re.search(r"made (\d+) images", shown)[1]) >= 0
     assert len(re.findall(r"\d+ MB", shown)) == 3
+
+
+def test_a_visitor_who_cannot_come_keeps_nobody_waiting(monkeypatch):
+    came = []
+
+    @contextmanager
+    def visitor(address):
+        came.append(address)
+        if len(came) == 2:
+            raise ConnectionError("no way in")
+        yield None
+
+    monkeypatch.setattr(load, "visitor", visitor)
+    monkeypatch.setattr(load, "visit", lambda *_: pytest.fail("began"))
+    calls = load.crowd("here", SimpleNamespace(visitors=3, requests=3, steps=1))
+    assert ("visitor", "ConnectionError: no way in") in calls.errors
+    assert len(calls.errors) == 3
 
 
 def test_percentiles_of_the_load():

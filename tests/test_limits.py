@@ -20,16 +20,18 @@ import httpx
 import pytest
 from gradio.state_holder import SessionState
 from PIL import Image
+from starlette._utils import get_route_path
 
 import app
 from ovam_core.data.prompts import Prompt
 from ovam_core.errors import InputError
 from tabs.canvas import MAX_LAYER_BYTES, MAX_LAYER_PIXELS, MAX_LAYERS, Pieces, flattened
-from tabs.doors import Beats, Doors, watch
+from tabs.doors import Beats, Doors, _path, watch
 from tabs.events import NO_MEMORY, NO_ROOM, OUR_FAULT, shown
 from tabs.export import OWN, prompts_of
 from tabs.fields import small_enough
 from tabs.optimize import OptimizeTab
+from tabs.scratch import ended_by_signals, sweep
 from tabs.session import FULL, HOSTED, LOCAL, Bounds, Sessions
 
 ROOT = Path(app.__file__).parent
@@ -113,6 +115,19 @@ def test_pieces_are_bounded():
     assert pieces.kept == 0
 
 
+def test_pieces_without_bytes_are_bounded_too():
+    pieces = Pieces(canvases=3)
+    for number in range(10):
+        pieces.put("ann", str(number), 0, b"")
+    pieces.put("bob", "b", 0, b"123")
+    pieces.put("bob", "b", 0, b"4")  # in place of the last
+    assert [canvas for _, canvas in pieces._kept] == ["8", "9", "b"]
+    assert pieces.kept == 1
+    pieces.drop("bob")
+    assert [canvas for _, canvas in pieces._kept] == ["8", "9"]
+    assert pieces.kept == 0
+
+
 def tab_of(blocks, kind: str):
     return next(
         event.fn.__self__
@@ -129,7 +144,7 @@ def test_without_a_picture_nothing_is_decoded(blocks, sessions, nothing_decoded)
         sessions.pieces.put("nobody", "canvas", number, LAYER)
     with pytest.raises(gr.Error, match="generate one first"):
         tab.take_canvas({tab.key: None, tab.canvas: {"layers": [], "id": "canvas"}}, request)
-    assert sessions.of(request).painted == []
+    assert sessions.of(request).painted(None) == []
 
 
 def test_the_canvas_keeps_what_came_and_decodes_it_later(blocks, sessions, nothing_decoded):
@@ -137,7 +152,7 @@ def test_the_canvas_keeps_what_came_and_decodes_it_later(blocks, sessions, nothi
     key = sessions.of(request).keep(SimpleNamespace(nbytes=1))
     sessions.pieces.put("painter", "c", 0, LAYER)
     tab.take_canvas({tab.key: key, tab.canvas: {"layers": [None], "id": "c"}}, request)
-    assert sessions.of(request).painted == [LAYER]
+    assert sessions.of(request).painted(key) == [LAYER]
     for wrong in (5, "x", [1], {"layers": 5}, {"layers": [5]}, {"id": {}}, {"layers": ["x"]}):
         with pytest.raises(gr.Error, match="paint anew"):
             tab.take_canvas({tab.key: key, tab.canvas: wrong}, request)
@@ -231,6 +246,36 @@ def test_sessions_are_bounded_and_those_with_something_stay():
     made.close()
 
 
+def test_works_that_were_only_announced_keep_nobody_out():
+    now = [0.0]
+    made = Sessions("emoji-voc", Bounds(sessions=3), clock=lambda: now[0])
+    for number in range(10):
+        made.of(SimpleNamespace(session_hash=str(number))).begin("generate")
+    for number in range(7, 10):
+        made.of(SimpleNamespace(session_hash=str(number))).download_folder()
+    with pytest.raises(InputError, match="Too many visitors"):
+        made.of(SimpleNamespace(session_hash="one more"))
+    now[0] = made.bounds.unconnected
+    assert made.of(SimpleNamespace(session_hash="one more"))
+    made.close()
+
+
+def test_what_is_painted_goes_with_its_picture_and_counts():
+    made = Sessions("emoji-voc", Bounds(pictures=1, nbytes=10))
+    ann = made.of(SimpleNamespace(session_hash="ann"))
+    bob = made.of(SimpleNamespace(session_hash="bob"))
+    first, key = ann.keep(SimpleNamespace(nbytes=1)), bob.keep(SimpleNamespace(nbytes=1))
+    bob.paint(key, [b"1234", "a file"])
+    assert (bob.painted(key), ann.painted(key), made.pictures.nbytes) == ([b"1234", "a file"], [], 6)
+    ann.paint(first, [b"x" * 5])
+    assert (bob.painted(key), made.pictures.nbytes) == ([], 6)  # the least recently used went
+    ann.keep(SimpleNamespace(nbytes=1))
+    assert (ann.painted(first), made.pictures.nbytes) == ([], 1)
+    with pytest.raises(InputError, match="generate one first"):
+        ann.paint(first, [b""])
+    made.close()
+
+
 def test_only_ones_own_connection_ends_a_session():
     now = [0.0]
     beats = Beats(lambda: now[0])
@@ -253,7 +298,10 @@ def test_what_is_known_of_connections_is_bounded():
     for number in range(100):
         beats.heard(str(number))
     assert len(beats._first) == 5
+    assert beats.connected("ann")
     assert beats.close("ann")
+    assert not beats.connected("ann")
+    assert not beats._open  # who is forgotten does not stay there
 
 
 # ------------------------------------------------------------------------------------------------- the doors
@@ -271,6 +319,21 @@ def asked(inner, method="POST", path="/gradio_api/queue/join", tmp_path=None, **
             return await client.request(method, path, **more)
 
     return asyncio.run(ask())
+
+
+@pytest.mark.parametrize(
+    ("path", "root", "inner"),
+    [
+        ("/gradio_api/run/f", "/gradio", "/gradio_api/run/f"),
+        ("/gradio/gradio_api/run/f", "/gradio", "/gradio_api/run/f"),
+        ("/gradio", "/gradio", ""),
+        ("/gradio_api/run/f", "", "/gradio_api/run/f"),
+        ("/a/b", "/a/", "/a/b"),
+        ("/a/b", "https://here/a", "/a/b"),
+    ],
+)
+def test_only_the_whole_root_is_no_part_of_the_path(path, root, inner):
+    assert _path({"path": path, "root_path": root}) == inner == get_route_path({"path": path, "root_path": root})
 
 
 async def echo(scope, receive, send):
@@ -308,6 +371,11 @@ def test_a_call_goes_through_as_it_came():
         ({"content": b"x" * (2 << 20)}, 413, "1 MB"),
         ({"json": {"data": []}, "path": "/gradio_api/run/leave"}, 404, "/leave"),
         ({"json": {"data": []}, "path": "/gradio_api/call/js"}, 404, "/js"),
+        ({"json": {"data": [], "fn_index": 1}, "path": "/gradio_api/run/v2x"}, 404, "no function"),
+        ({"json": {"data": []}, "path": "/gradio_api/run/v2x"}, 404, "/v2x"),
+        ({"json": {"fn_index": 0}, "path": "/gradio_api/run/v2/generate"}, 400, "'data'"),
+        ({"json": {"fn_index": 0}, "path": "/gradio_api/call/v2/"}, 400, "'data'"),
+        ({"json": {"fn_index": 0}, "path": "/gradio_api/call/v2/js"}, 404, "/js"),
         ({"content": b"x" * (22 << 20), "path": "/gradio_api/upload"}, 413, "21 MB"),
         ({"content": b"x" * (5 << 20), "path": "/gradio_api/component_server"}, 413, "4 MB"),
         ({"content": b"x", "path": "/gradio_api/component_server"}, 400, "64 letters"),
@@ -379,16 +447,18 @@ def test_gradios_faults_are_sentences(tmp_path):
     assert asked(answering(OUR_FAULT), json=CALL).status_code == 500
 
 
-def test_what_is_left_of_an_upload_that_broke_off_goes(tmp_path):
-    (tmp_path / "0123").mkdir()
-    (tmp_path / "0123" / "whole.png").touch()
+@pytest.mark.parametrize("ours", [True, False])
+def test_what_is_left_of_an_upload_that_broke_off_goes_from_ones_own_folder(tmp_path, ours):
+    cache = tmp_path / ("ovam-page-1" if ours else "everybody") / "gradio"
+    (cache / "0123").mkdir(parents=True)
+    (cache / "0123" / "whole.png").touch()
 
     async def breaks_off(*_):
-        (tmp_path / "tmp1234").touch()
+        (cache / "tmp1234").touch()
         raise ConnectionError
 
-    assert asked(breaks_off, path="/gradio_api/upload", tmp_path=tmp_path).status_code == 400
-    assert [path.name for path in tmp_path.rglob("*")] == ["0123", "whole.png"]
+    assert asked(breaks_off, path="/gradio_api/upload", tmp_path=cache).status_code == 400
+    assert sorted(path.name for path in cache.rglob("*")) == ["0123", *(() if ours else ("tmp1234",)), "whole.png"]
 
 
 # ------------------------------------------------------------------------- faults beside the handlers
@@ -479,9 +549,21 @@ def test_what_was_killed_is_cleared_away_at_the_next_start_and_at_the_end(start,
     assert sorted(path.name for path in tmp_path.iterdir()) == [living.name, f"{living.name}.lock"]
 
 
-def test_others_links_are_left_alone(tmp_path):
-    from tabs.scratch import sweep
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="signals")
+def test_what_nohup_ignores_is_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ended_by_signals():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            signal.raise_signal(signal.SIGHUP)
+            with pytest.raises(SystemExit):
+                signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
+
+def test_others_links_are_left_alone(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "target").write_text("kept")
     (tmp_path / "ovam-page-1.lock").symlink_to(tmp_path / "target")
@@ -509,6 +591,39 @@ def test_a_taken_port_is_said(no_model, monkeypatch, capsys):
         assert app.main() == 2
     assert capsys.readouterr().err.startswith(f"Error: Port {port} of '127.0.0.1' cannot be served")
     assert app.wanted_port() == port
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("When localhost is not accessible, ... or check your proxy settings to allow access to localhost."),
+        Exception("Couldn't start the app because ... Check your network or proxy settings to ensure ..."),
+        httpx.ProxyError("403 Forbidden"),
+        httpx.ConnectError("no way"),
+        OSError("Cannot find empty port in range: 7860-7959."),
+    ],
+)
+def test_a_page_that_cannot_start_says_so(ovam, monkeypatch, capsys, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(app, "open_model", lambda: (ovam, ""))
+    monkeypatch.setattr(app, "build", lambda *_: SimpleNamespace(is_running=False, close=lambda verbose: None))
+    monkeypatch.setattr(app, "launch", fail)
+    assert app.main() == 2
+    said = capsys.readouterr().err
+    assert said.startswith("Error: The page cannot start: ")
+    assert said.count("\n") == 1
+
+
+def test_a_bug_at_the_start_keeps_its_traceback(monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("of ours")
+
+    monkeypatch.setattr(app, "build", lambda *_: SimpleNamespace(is_running=False, close=lambda verbose: None))
+    monkeypatch.setattr(app, "launch", fail)
+    with pytest.raises(ValueError, match="of ours"):
+        app.serve(SimpleNamespace(name="emoji-voc"), "", None)
 
 
 @pytest.mark.parametrize("port", ["seven", "0", "65536", "1" * 400, "-1", "80.5"])

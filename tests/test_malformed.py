@@ -232,11 +232,13 @@ def post(web: httpx.Client, path: str, body: object) -> httpx.Response:
 
 
 @pytest.mark.parametrize("value", ["\ud800", 10**400, math.nan, [[1]], {"path": "/etc/passwd"}, True, "x" * 30_000])
-def test_the_server_answers_in_a_sentence(web, value):
-    body = {"data": [value, "", 1, 1, 4, 64, 64], "session_hash": NAME}
-    answer = post(web, "/gradio_api/run/generate", body)
+def test_the_server_answers_in_a_sentence(web, blocks, value):
+    rules = next(number for number, event in blocks.fns.items() if event.name == "rules")  # which needs no queue
+    answer = post(web, "/gradio_api/run/predict", {"data": [value], "fn_index": rules, "session_hash": NAME})
     assert answer.status_code == 422
     assert is_sentence(answer.json()["error"])
+    body = {"data": [value, "", 1, 1, 4, 64, 64], "session_hash": NAME}
+    assert post(web, "/gradio_api/run/generate", body).status_code == 404  # nobody passes by the queue
     queued = post(web, "/gradio_api/call/generate", {"data": body["data"]}).json()["event_id"]
     events = web.get(f"/gradio_api/call/generate/{queued}").text
     assert "event: error" in events

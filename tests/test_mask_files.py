@@ -150,6 +150,71 @@ def test_what_may_be_either_is_refused():
             read_mask(picture, SIZE)
 
 
+def board(*parts, background=(0, 0, 0)) -> Image.Image:
+    """A drawing of discs and rectangles: (kind, box, colour)."""
+    canvas = Image.new("RGB", (160, 120), background)
+    for kind, box, color in parts:
+        getattr(ImageDraw.Draw(canvas), kind)(box, fill=color)
+    return canvas
+
+
+def softened(picture: Image.Image) -> Image.Image:
+    return picture.filter(ImageFilter.GaussianBlur(0.6))
+
+
+WHITE, RED = (255, 255, 255), (255, 0, 0)
+LEFT, RIGHT, SMALL = (10, 30, 70, 90), (90, 30, 150, 90), (100, 50, 109, 59)
+SECOND_COLOURS = {
+    "dark blue beside white": [("ellipse", LEFT, (0, 0, 36)), ("ellipse", RIGHT, WHITE)],
+    "dark grey beside white": [("ellipse", LEFT, (35, 35, 35)), ("ellipse", RIGHT, WHITE)],
+    "dark red beside yellow": [("ellipse", LEFT, (30, 0, 0)), ("ellipse", RIGHT, (255, 255, 0))],
+    "a small green beside red": [("ellipse", LEFT, RED), ("rectangle", SMALL, (0, 255, 0))],
+    "a small green in red": [("ellipse", RIGHT, RED), ("rectangle", SMALL, (0, 255, 0))],
+    "a small grey beside white": [("ellipse", LEFT, WHITE), ("rectangle", SMALL, (128, 128, 128))],
+    "a trimap": [("ellipse", LEFT, (128, 128, 128)), ("ellipse", (18, 38, 62, 82), WHITE)],
+    "a trimap of a square": [("rectangle", LEFT, (100, 100, 100)), ("rectangle", (16, 36, 64, 84), WHITE)],
+}
+
+
+@pytest.mark.parametrize("kind", SECOND_COLOURS)
+def test_a_second_colour_is_never_dropped(kind):
+    picture = board(*SECOND_COLOURS[kind])
+    for one in (picture, softened(picture), picture.convert("P", palette=Image.Palette.ADAPTIVE)):
+        with pytest.raises(InputError, match="several colours"):
+            read_mask(one, (120, 160))
+
+
+def test_a_narrow_shade_along_the_object_is_its_edge():
+    for width, color in ((1, (128, 128, 128)), (2, (90, 90, 90)), (3, (200, 200, 200))):
+        inner = tuple(place + sign * width for place, sign in zip(LEFT, (1, 1, -1, -1), strict=True))
+        picture = board(("rectangle", LEFT, color), ("rectangle", inner, WHITE))
+        expected = np.asarray(picture)[..., 0] > 127
+        assert np.array_equal(read_mask(picture, (120, 160)) == 1, expected), width
+        assert np.array_equal(read_mask(picture.convert("L"), (120, 160)) == 1, expected), width
+
+
+def test_a_mask_with_a_transparent_margin_is_no_layer():
+    soft = board(("ellipse", LEFT, WHITE)).filter(ImageFilter.GaussianBlur(3))
+    margin = np.zeros((120, 160), np.uint8)
+    margin[8:-8, 8:-8] = 255
+    for picture in (soft, saved(soft, "JPEG"), board(("ellipse", LEFT, RED)), softened(board(("ellipse", LEFT, RED)))):
+        with pytest.raises(InputError, match="either may be the background"):
+            read_mask(with_alpha(picture, margin), (120, 160))
+    shades = np.linspace(60, 255, 160).astype(np.uint8)[None].repeat(120, 0)  # a cut-out that has little black
+    shades[40:44, 40:60] = 0
+    labels = read_mask(with_alpha(Image.fromarray(shades), margin), (120, 160))
+    assert np.array_equal(labels == 1, margin > 0)
+
+
+def test_a_layer_of_nothing_is_empty():
+    for picture in (
+        with_alpha(in_colors(DISC, (0, 0, 0), RED), 0),
+        saved(Image.new("L", (80, 60)), "PNG", transparency=0),
+    ):
+        with pytest.raises(InputError, match="empty"):
+            read_mask(picture, SIZE)
+
+
 # ------------------------------------------------------------------------------------------------ label maps
 
 FRAMED = np.where(DISC, 8, 0).astype(np.uint8)
@@ -202,3 +267,30 @@ def test_labelmes_outlines_are_refused_for_what_they_are(tmp_path):
     (tmp_path / "cat.json").write_text('{"shapes": []}')
     with pytest.raises(InputError, match="outlines, as labelme writes them"):
         read_mask(tmp_path / "cat.json", SIZE)
+
+
+@pytest.mark.parametrize("label", [21, 37, 128, 182])
+def test_a_ring_of_255_around_a_grey_label_is_left_out(label):
+    picture = board(("ellipse", (20, 20, 100, 100), WHITE), ("ellipse", (24, 24, 96, 96), (label,) * 3))
+    grey = np.asarray(picture.convert("L"))
+    expected = np.select([grey == label, grey == IGNORE], [1, IGNORE], 0)
+    for one in (picture.convert("L"), picture, Image.fromarray(grey.astype(np.uint16))):
+        assert np.array_equal(read_mask(one, (120, 160)), expected)
+
+
+def test_numbers_that_a_palette_has_no_colour_for_are_labels():
+    for colors in ([0, 0, 0, 128, 0, 0], [0, 0, 0, 255, 255, 255], [255, 0, 0, 0, 255, 0], []):
+        picture = Image.fromarray(TWO)
+        picture.putpalette(colors)
+        if picture.mode == "P":
+            assert np.array_equal(read_mask(picture, SIZE, classes=2), TWO), colors
+            with pytest.raises(InputError, match=r"several labels \(1, 2\)"):
+                read_mask(picture, SIZE)
+    framed = Image.fromarray(FRAMED)
+    framed.putpalette(plot.VOC_PALETTE[: 3 * 9])
+    assert np.array_equal(read_mask(framed, SIZE), np.where(FRAMED == 8, 1, FRAMED))
+    assert np.array_equal(read_mask(framed, SIZE, classes=8), FRAMED)
+    black_is_one = Image.fromarray(TWO)
+    black_is_one.putpalette([9, 9, 9, 0, 0, 0])
+    with pytest.raises(InputError, match="black at another number"):
+        read_mask(black_is_one, SIZE, classes=2)

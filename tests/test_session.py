@@ -202,14 +202,27 @@ def test_a_lost_connection_is_forgiven(sessions, now):
     assert sessions.of(ANN) is not ann
 
 
-def test_a_client_that_never_says_goodbye_goes_at_last(sessions, now):
-    ann = sessions.of(ANN)
-    now[0] = sessions.bounds.idle - 1
-    sessions.sweep()
-    assert sessions.of(ANN) is ann
-    now[0] += sessions.bounds.idle
-    sessions.sweep()
+@pytest.mark.parametrize("connected", [True, False])
+def test_a_client_that_never_says_goodbye_goes_at_last(sessions, now, connected):
+    sessions.connected = lambda owner: connected and owner == "ann"
+    patience = sessions.bounds.idle if connected else sessions.bounds.unconnected
+    assert patience == (24 * 3600 if connected else 1800)
+    ann, bob = sessions.of(ANN), sessions.of(BOB)
+    sessions.pieces.put("ann", "canvas", 0, b"layer")
+    with bob.run("optimize"):
+        now[0] = patience - 1
+        sessions.sweep()
+        assert sessions.of(ANN) is ann
+        now[0] += patience
+        sessions.sweep()
+        assert not bob.closed  # whose run is under way
     assert ann.closed
+    assert sessions.pieces.kept == 0
+    sessions.sweep()
+    assert sessions.of(BOB) is bob
+    now[0] += sessions.bounds.unconnected
+    sessions.sweep()
+    assert bob.closed
 
 
 def test_who_was_never_there_may_leave(sessions):
@@ -314,6 +327,7 @@ def test_exports_go_on_in_the_same_folder_and_free_the_disk(now):
 
 def test_on_a_space_an_export_is_its_visitors_and_goes_with_them(now):
     hosted = Sessions("emoji-voc", limits_of_exports=HOSTED, clock=lambda: now[0])
+    hosted.connected = lambda _: True
     with hosted.of(ANN).export_folder("one") as of_ann, hosted.of(BOB).export_folder("one") as of_bob:
         assert of_ann != of_bob
     assert hosted._timer.interval == HOSTED.keep  # even if nobody comes again

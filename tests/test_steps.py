@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 
@@ -9,15 +10,27 @@ import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, HeunDiscreteScheduler, PyramidAttentionBroadcastConfig
 from diffusers.hooks import apply_pyramid_attention_broadcast
+from diffusers.models.attention_processor import (
+    AttnProcessor2_0,
+    CustomDiffusionAttnProcessor,
+    CustomDiffusionAttnProcessor2_0,
+    CustomDiffusionXFormersAttnProcessor,
+    SD3IPAdapterJointAttnProcessor2_0,
+)
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from pipelines import pipe_of
 from reference import Spy, generate, triple_loop
 from torch import nn
 
-from ovam_core import InputError, heatmaps, record
+from ovam_core import InputError, Picture, heatmaps, record
+from ovam_core.attention.goca import goca
 from ovam_core.attention.heatmap import attribute
 from ovam_core.attention.mask import self_attention_map
 from ovam_core.hooks.goca_recorder import record_goca
+from ovam_core.models.reading import read_as
+from ovam_core.models.registry import adapter_of
 from ovam_core.optimization import initial_embedding, optimize
+from ovam_core.ovam import OVAM
 from ovam_core.query import attribute_sentence, attribute_words, encode_padded
 from ovam_core.settings import OptimizeSettings
 
@@ -345,6 +358,233 @@ def test_words_are_read_as_the_last_run_read_its_prompt(name):
     if name != "sd" or hasattr(pipe.text_encoder, "text_model"):  # else diffusers itself fails
         assert not torch.allclose(plain, read(clip_skip=1), atol=1e-3)
     assert torch.equal(plain, read())
+
+
+def text_lora(pipe, *encoders, name="default"):
+    peft = pytest.importorskip("peft")
+    for encoder in encoders or (pipe.text_encoder,):
+        config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj"], init_lora_weights="gaussian")
+        peft.inject_adapter_in_model(config, encoder, adapter_name=name)
+        for key, weight in encoder.named_parameters():
+            if f"lora_B.{name}" in key:
+                torch.nn.init.normal_(weight, std=0.5, generator=torch.Generator().manual_seed(0))
+    return pipe
+
+
+def pictured(pipe, **run):
+    """A recording, its picture, and what of the run's prompt the denoiser was given."""
+    seen, model = [], pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    hook = model.register_forward_pre_hook(
+        lambda _m, _a, kw: seen.append(kw["encoder_hidden_states"]), with_kwargs=True
+    )
+    with record(pipe) as r, record_goca(pipe) if hasattr(pipe, "unet") else contextlib.nullcontext() as g:
+        generator = torch.Generator().manual_seed(0)
+        given = {"height": 64, "width": 64, "guidance_scale": 1.0, "num_inference_steps": 1} | run
+        image = pipe(prompt=PROMPT, generator=generator, **given).images[0]
+    hook.remove()
+    return Picture(image, r.recordings[0], goca=g and g.recordings[0]), seen[0][0]
+
+
+RUNS = {
+    "clip_skip": ("sdxl", {"clip_skip": 1}),
+    "clip_skip, sd3": ("sd3", {"clip_skip": 1}),
+    "scale, sd": ("sd", {"cross_attention_kwargs": {"scale": 0.2}}),
+    "scale, sdxl": ("sdxl", {"cross_attention_kwargs": {"scale": 0.2}}),
+    "scale, sd3": ("sd3", {"joint_attention_kwargs": {"scale": 0.2}}),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_words_are_read_as_their_own_run_read_its_prompt(run):
+    name, given = RUNS[run]
+    pipe = text_lora(copy.deepcopy(pipe_of(name)))
+    first, text = pictured(pipe, **given)
+    before = OVAM(pipe).segment(first, ["cat"], crf=False).heatmaps
+    words = attribute_words(pipe, ["cat"])
+    maps = attribute(first.recording, words)
+    plain, _ = pictured(pipe)
+    torch.testing.assert_close(encode_padded(pipe, PROMPT), pictured(pipe)[1])
+    with pytest.raises(InputError, match=run.split(",")[0]):
+        attribute(first.recording, attribute_words(pipe, ["cat"]))
+    with pytest.raises(InputError, match="the prompt of this picture with"):
+        attribute(plain.recording, words)
+    with read_as(first.recording.reading):
+        torch.testing.assert_close(encode_padded(pipe, PROMPT), text, atol=1e-5, rtol=1e-4)
+        again = attribute_words(pipe, ["cat"])
+    assert torch.equal(attribute(first.recording.select(steps=[0]), again), maps)
+    ovam = OVAM(pipe)
+    first.last_maps = None
+    assert (ovam.segment(first, ["cat"], crf=False).heatmaps == before).all()
+    assert (ovam.segment(plain, ["cat"], crf=False).heatmaps != before).any()
+    if first.goca is not None:
+        assert len(ovam.segment(first, ["cat", "photograph"], method="GoCA, any word", crf=False).labels) == 2
+        with pytest.raises(InputError, match=run.split(",")[0]):
+            goca(first.goca, attribute_sentence(pipe, PROMPT))
+    # A photograph is read plainly, whatever the call before it.
+    pictured(pipe, **given)
+    photo = ovam.photograph(first.image, PROMPT)
+    found = ovam.segment(photo, ["cat"], crf=False).heatmaps
+    pictured(pipe)
+    assert (ovam.segment(ovam.photograph(first.image, PROMPT), ["cat"], crf=False).heatmaps == found).all()
+
+
+def lora_layers(pipe):
+    return [x for x in pipe.text_encoder.modules() if hasattr(x, "lora_B")]
+
+
+READERS = {
+    "unloaded": lambda pipe: recurse_remove_peft_layers(pipe.text_encoder),
+    "disabled": lambda pipe: [x.enable_adapters(False) for x in lora_layers(pipe)],
+    "set": lambda pipe: [x.set_scale("default", 0.5) for x in lora_layers(pipe)],
+    "fused": lambda pipe: [x.merge() for x in lora_layers(pipe)],
+    "another": lambda pipe: [text_lora(pipe, name="other"), *[x.set_adapter("other") for x in lora_layers(pipe)]],
+    "written in": lambda pipe: pipe.text_encoder.load_state_dict(
+        {k: -v for k, v in pipe.text_encoder.state_dict().items()}
+    ),
+}
+
+
+@pytest.mark.parametrize("change", READERS)
+def test_text_encoders_that_are_changed_are_noticed(change):
+    pipe = text_lora(copy.deepcopy(pipe_of("sd")))
+    picture, _ = pictured(pipe)
+    asked = attribute_words(pipe, ["cat"])
+    maps = attribute(picture.recording, asked)
+    READERS[change](pipe)
+    with pytest.raises(InputError, match="text encoder is no longer"):
+        attribute(picture.recording, attribute_words(pipe, ["cat"]))
+    with pytest.raises(InputError, match="text encoder is no longer"):
+        OVAM(pipe).segment(picture, ["cat"], crf=False)
+    assert torch.equal(attribute(picture.recording, asked), maps)  # read before
+    new, _ = pictured(pipe)
+    assert len(OVAM(pipe).segment(new, ["cat"], crf=False).labels) == 1
+    if change == "fused":
+        for layer in lora_layers(pipe):
+            layer.unmerge()
+        torch.testing.assert_close(attribute(picture.recording, attribute_words(pipe, ["cat"])), maps)
+
+
+def test_the_second_text_encoder_is_looked_at_too():
+    pipe = copy.deepcopy(pipe_of("sdxl"))
+    picture, _ = pictured(pipe)
+    text_lora(pipe, pipe.text_encoder_2)
+    with pytest.raises(InputError, match="text encoder is no longer"):
+        attribute(picture.recording, attribute_words(pipe, ["cat"]))
+
+
+def test_text_encoders_that_read_the_same(fresh):
+    """A LoRA of the denoiser alone, another dtype, the scale of a LoRA that reads nothing, its default."""
+    picture, _ = pictured(with_lora(fresh), cross_attention_kwargs={"scale": 0.3})
+    maps = attribute(picture.recording, attribute_words(fresh, ["cat"]))
+    pictured(fresh)
+    assert torch.equal(attribute(picture.recording, attribute_words(fresh, ["cat"])), maps)
+    fresh.to(torch.float16)
+    torch.testing.assert_close(attribute(picture.recording, attribute_words(fresh, ["cat"])), maps, atol=2e-3, rtol=0)
+    fresh.to(torch.float32)
+    text_lora(fresh)
+    picture, _ = pictured(fresh, cross_attention_kwargs={"scale": 1.0})
+    pictured(fresh)
+    assert attribute(picture.recording, attribute_words(fresh, ["cat"])).isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------- processors with weights
+
+
+LAYER = "up_blocks.2.attentions.0.transformer_blocks.0.attn2"
+
+
+def custom_diffusion(pipe, kind=CustomDiffusionAttnProcessor, kv=True, q=True):
+    """As its training leaves them: on the cross-attentions, and nothing of its own on the self-attentions."""
+    torch.manual_seed(3)
+    processors = {}
+    for name in pipe.unet.attn_processors:
+        attention = pipe.unet.get_submodule(name.removesuffix(".processor"))
+        own = "attn2" in name
+        sizes = {"hidden_size": attention.to_q.in_features, "cross_attention_dim": attention.to_k.in_features}
+        processors[name] = kind(train_kv=kv and own, train_q_out=q and own, **sizes)
+    pipe.unet.set_attn_processor(processors)
+    for name, weight in pipe.unet.named_parameters():
+        if "to_q_custom" in name or "to_k_custom" in name:
+            weight.data *= 4
+    return pipe
+
+
+@torch.no_grad()
+def assert_made_by(pipe, q, k):
+    """What is recorded of a layer is what these two modules of it make of what it got."""
+    attention, seen = pipe.unet.get_submodule(LAYER), []
+
+    def keep(_m, args, kw):
+        seen.append((args[0][1], kw["encoder_hidden_states"][1]))
+
+    hook = attention.register_forward_pre_hook(keep, with_kwargs=True)
+    with record(pipe) as r, record_goca(pipe) as g:
+        generate(pipe, PROMPT, steps=2)
+    hook.remove()
+    layer = next(x for x in r.recordings[0].layers if x.name == LAYER)
+    pixels, text = seen[0]
+    queries = q(pixels).unflatten(-1, (attention.heads, -1)).transpose(0, 1)
+    torch.testing.assert_close(layer.queries[0], queries, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(layer.keys(text), k(text), atol=1e-5, rtol=1e-4)
+    first = next(x.layer for x in g.recordings[0].layers if x.layer.name == LAYER)
+    torch.testing.assert_close(first.keys(text), k(text), atol=1e-5, rtol=1e-4)
+    assert torch.isfinite(heatmaps(r.recordings[0], text)).all()
+
+
+@pytest.mark.parametrize("kind", [CustomDiffusionAttnProcessor, CustomDiffusionAttnProcessor2_0])
+@pytest.mark.parametrize(("kv", "q"), [(True, True), (True, False), (False, True), (False, False)])
+def test_custom_diffusion_has_queries_and_keys_of_its_own(fresh, kind, kv, q):
+    custom_diffusion(fresh, kind, kv, q)
+    attention = fresh.unet.get_submodule(LAYER)
+    own = attention.processor
+    assert_made_by(
+        fresh, own.to_q_custom_diffusion if q else attention.to_q, own.to_k_custom_diffusion if kv else attention.to_k
+    )
+
+
+def test_custom_diffusion_from_a_file(fresh, tmp_path):
+    trained = custom_diffusion(copy.deepcopy(fresh), q=False)
+    trained.unet.save_attn_procs(tmp_path, safe_serialization=False)
+    fresh.unet.load_attn_procs(tmp_path, weight_name="pytorch_custom_diffusion_weights.bin", _pipeline=fresh)
+    own = fresh.unet.get_submodule(LAYER).processor
+    assert torch.equal(
+        own.to_k_custom_diffusion.weight, trained.unet.get_submodule(LAYER).processor.to_k_custom_diffusion.weight
+    )
+    assert_made_by(fresh, fresh.unet.get_submodule(LAYER).to_q, own.to_k_custom_diffusion)
+    with record(fresh) as r:
+        generate(fresh, PROMPT, steps=1)
+    words = attribute_words(fresh, ["cat"])
+    maps = attribute(r.recordings[0], words)
+    fresh.unet.set_attn_processor(AttnProcessor2_0())
+    assert torch.equal(attribute(r.recordings[0], words), maps)
+
+
+def test_processors_are_read_or_refused_by_name(fresh):
+    custom_diffusion(fresh, CustomDiffusionXFormersAttnProcessor)
+    cross, _ = adapter_of(fresh).attentions()
+    assert adapter_of(fresh).keys(cross[LAYER]) is cross[LAYER].processor.to_k_custom_diffusion
+
+    class LoRAAttnProcessor(nn.Module):  # as diffusers had it
+        def __init__(self):
+            super().__init__()
+            self.to_k_lora = nn.Linear(4, 4)
+
+    fresh.unet.get_submodule(LAYER).set_processor(LoRAAttnProcessor())
+    with pytest.raises(InputError, match=rf"The LoRAAttnProcessor of the layer {LAYER} has weights"):
+        record(fresh)
+    pipe = copy.deepcopy(pipe_of("sd3"))
+    attention = pipe.transformer.transformer_blocks[0].attn
+    attention.processor = SD3IPAdapterJointAttnProcessor2_0(8, 8, 4)
+    assert adapter_of(pipe).attentions()
+    attention.processor = LoRAAttnProcessor()
+    with pytest.raises(InputError, match=r"LoRAAttnProcessor of the layer transformer_blocks\.0\.attn"):
+        record(pipe)
+
+
+def test_keys_of_the_text_beside_those_of_the_image_are_refused(fresh):
+    fresh.unet.get_submodule(LAYER).added_kv_proj_dim = 32
+    with pytest.raises(InputError, match=f"The layer {LAYER} attends to the text and to the image at once"):
+        record(fresh)
 
 
 # --------------------------------------------------------------------------------- storage that is not computed in

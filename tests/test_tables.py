@@ -68,6 +68,13 @@ def test_empty_cells_behind_a_row_are_none():
         "prompt,classes\nA photograph of a cat, sleeping\n",
         "prompt,negative_prompt\nA photograph of a cat, a dog\n",
         "classes,seed,prompt,negative_prompt\ncat,3,A cat, indoors\n",
+        f"prompt,width\n{SENTENCE}\n",
+        "prompt,width\nA cat,a dog and a car\n",
+        "prompt,width,height\nA cat, sleeping, curled up\n",
+        "prompt,notes,notes\nA cat, sleeping,\n",
+        "prompt,seed\nA cat, a dog\n",
+        "prompt,classes,style\nA cat, dog, sleeping\n",
+        "id,prompt,,\n1,A cat with a hat,or a dog,\n",
     ],
 )
 def test_the_rest_of_a_sentence_is_no_other_column(table):
@@ -89,10 +96,34 @@ def test_the_rest_of_a_sentence_is_no_other_column(table):
             "prompt,classes\nsalt and pepper shakers,salt and pepper shaker\n",
             Prompt("salt and pepper shakers", ("salt and pepper shaker",), source="line 2"),
         ),
+        (
+            'prompt,classes\n"A set table","salt and pepper shaker"\n',
+            Prompt("A set table", ("salt and pepper shaker",), source="line 2"),
+        ),
+        (
+            'prompt,classes\nA set table,"salt and pepper shaker"\n',
+            Prompt("A set table", ("salt and pepper shaker",), source="line 2"),
+        ),
+        (
+            'prompt,negative_prompt\n"A ""set""\ntable, laid", the night\n',
+            Prompt('A "set"\ntable, laid', negative=" the night", source="line 3"),
+        ),
+        ("prompt,classes\na photo of my pet, cat\n", Prompt("a photo of my pet", ("cat",), source="line 2")),
+        ("prompt,classes\na balcony,plant in a pot\n", Prompt("a balcony", ("plant in a pot",), source="line 2")),
+        ("prompt,width,height\na cat, 512, 512\n", Prompt("a cat", source="line 2")),
+        ("prompt,seed,notes\na cat,5,the best\n", Prompt("a cat", seed=5, source="line 2")),
+        ("notes,prompt,source\na cat and a dog, a pet,here\n", Prompt("a pet", source="line 2")),
     ],
 )
 def test_rows_that_are_what_they_seem(table, expected):
     assert parse_prompts(table, "csv") == [expected]
+
+
+def test_what_would_help_is_said():
+    with pytest.raises(InputError, match="in quotes, or take the space away"):
+        parse_prompts("prompt,classes\nmy pet, zebra\n", "csv")
+    with pytest.raises(InputError, match=r"in quotes\.$"):
+        parse_prompts("prompt,classes\nmy pet, a zebra\n", "csv")
 
 
 @pytest.mark.parametrize(
@@ -113,10 +144,28 @@ def test_a_list_in_a_cell_is_a_list(cell):
     assert classes(cell) == ("cat", "dog")
 
 
-@pytest.mark.parametrize("cell", ["\"['cat' 'dog']\"", '"[1, 2]"', "\"['cat', dog]\"", "[cat", '"{""cat"": 1}"', "nan"])
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "\"['cat' 'dog']\"",
+        '"[1, 2]"',
+        "\"['cat', dog]\"",
+        "[cat",
+        "\"('cat', dog)\"",
+        '"(cat, dog)"',
+        '"{""cat"": 1}"',
+        "nan",
+    ],
+)
 def test_a_cell_that_is_no_list_of_names_is_refused_by_line(cell):
     with pytest.raises(InputError, match="line 2"):
         classes(cell)
+
+
+def test_a_name_may_begin_with_a_bracket():
+    assert classes("(potted) plant") == ("(potted) plant",)
+    assert classes('"(potted) plant, cat"') == ("(potted) plant", "cat")
+    assert classes("(tall)glass;(small) red bus") == ("(tall)glass", "(small) red bus")
 
 
 @pytest.mark.parametrize(
@@ -307,6 +356,23 @@ def test_one_good_prompt_and_the_rest_is_listed():
     prompts = [Prompt(f"a cat {number}", source=f"line {number}") for number in range(1, MAX_REFUSED + 20)]
     work = work_list(prompts, ("cat",), check=check)
     assert (len(work.items), len(work.skipped)) == (1, MAX_REFUSED + 18)
+
+
+@pytest.mark.parametrize("stated", ["aeroplan", "cta", "zebra"])
+def test_a_stated_class_that_is_not_in_the_list_ends_the_export(stated):
+    prompts = [Prompt("a cat", ("cat",)), Prompt("x" * 3000, ("cat", stated), source="line 3")]
+    with pytest.raises(InputError, match=rf"The class '{stated}' \(line 3\) is not among the classes"):
+        work_list(prompts, ("cat", "aeroplane"))
+
+
+def test_a_row_of_the_background_is_not_searched():
+    for written in ("background", "_background_", ["Background"]):
+        rows = [{"prompt": "a cat"}, {"prompt": "a cat", "classes": written}, {"prompt": "x", "classes": ["cat"]}]
+        prompts = parse_prompts(json.dumps(rows), "json")
+        for names in (None, ("cat",)):
+            work = work_list(prompts, names)
+            assert [item.prompt for item in work.items] == ["a cat", "x"]
+            assert [one.reason for one in work.skipped] == ["It names none of the classes."]
 
 
 def test_how_far_it_is():

@@ -293,6 +293,18 @@ def test_the_command_says_what_a_textual_inversion_is(tmp_path, capsys):
     assert "load_textual_inversion" in said
 
 
+@pytest.mark.parametrize("words", [("<cat-toy>", "<cat_toy>"), ("cat", "CAT"), ("<a b>", "dog", "a.b")])
+def test_two_words_of_one_file_name_do_not_overwrite_each_other(words, tmp_path, capsys):
+    save_file({word: VECTORS[0].clone() for word in words}, tmp_path / "x.safetensors")
+    command = ["tokens", "import", str(tmp_path / "x.safetensors"), "--model", "m", "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "give one file" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    names = [f"word {number}" for number, _ in enumerate(words)]
+    assert main([*command, "--class", *names]) == 0
+    assert len(list((tmp_path / "out").iterdir())) == len(words)
+
+
 # ---------------------------------------------------------------------------------- where it cannot be written
 
 

@@ -24,6 +24,7 @@ from ovam_core.attention.heatmap import (
     resize,
     summed,
 )
+from ovam_core.attention.reading import Reading, check_reading
 from ovam_core.attention.recording import LayerQueries
 from ovam_core.errors import InputError
 
@@ -66,7 +67,7 @@ class GocaRecording:
 
     height, width: size of the maps, the largest attention grid. finest: the self-attentions of that grid.
     timestep: the scheduler's. reference: the layer whose queries made the reference affinity. The keys come
-    from the pipeline's own layers, as in `Recording`.
+    from the pipeline's own layers, and `reading` is, as in `Recording`.
     """
 
     layers: tuple[WeightedLayer, ...]
@@ -76,6 +77,7 @@ class GocaRecording:
     width: int
     embed_dim: int
     reference: str
+    reading: Reading | None = None
 
     @property
     def nbytes(self) -> int:
@@ -168,6 +170,7 @@ def _scores(recording: GocaRecording, prompts: list[AttributionPrompt], options:
     """`token_scores` of each prompt."""
     if not prompts:
         raise InputError("There is no word to attribute: give at least one.")
+    check_reading(recording.reading, [x.reading for x in prompts])
     check_layer_weights((x.layer for x in recording.layers), recording.embed_dim)
     scores = [token_scores(recording, prompt.embedding, options) for prompt in prompts]
     for one in scores:

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from ovam_core.attention.kernels import fused
 from ovam_core.attention.modules import call_frozen, check_same, probe, without_hooks
+from ovam_core.attention.reading import Reading, check_reading
 from ovam_core.attention.recording import LayerQueries, Recording
 from ovam_core.errors import InputError
 
@@ -43,12 +44,14 @@ def attribute(recording: Recording, prompts: AttributionPrompt | Sequence[Attrib
     Returns float32 `[labels, recording.height, recording.width]` in [0, 1], the labels of all prompts in their order.
     The queries are read once for all prompts; each has its own softmax, so the map of a word does not depend on the
     others.
-    Raises InputError for no prompt and for an embedding of another width.
+    Raises InputError for no prompt, for an embedding of another width, and for words that were not read as the
+    picture's prompt was.
     """
     if isinstance(prompts, AttributionPrompt):
         prompts = [prompts]
     if not prompts:
         raise InputError("There is no word to attribute: give at least one.")
+    check_reading(recording.reading, [x.reading for x in prompts])
     all_maps = _heatmaps(recording, [x.embedding for x in prompts])
     return torch.stack([label for maps, prompt in zip(all_maps, prompts, strict=True) for label in prompt.means(maps)])
 
@@ -282,12 +285,14 @@ class AttributionPrompt:
     embedding: `[L, E]` in the text encoder's dtype, on its device, the special tokens included.
     labels: what gets a map; groups: for each label the rows of `embedding` whose maps are averaged; shares: what each
     of them counts for, one in sum, None where they count alike.
+    reading: how it was read, None for an embedding that was found.
     """
 
     embedding: Tensor
     labels: tuple[str, ...]
     groups: tuple[tuple[int, ...], ...]
     shares: tuple[tuple[float, ...], ...] | None = None
+    reading: Reading | None = None
 
     def means(self, maps: Tensor, rows: Sequence[int] | None = None) -> list[Tensor]:
         """One map a label, `[...]` each, of one a row, `[L, ...]`.

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
+from ovam_core.attention.reading import Reading
 from ovam_core.attention.rows import common, rows_of
 from ovam_core.attention.text_stream import TextStream
 from ovam_core.errors import InputError
@@ -85,7 +86,8 @@ class Recording:
     `num_inference_steps`. Where a cache (DeepCache, FasterCache, ...) skipped a layer at some of them, the layer's own
     `steps` are fewer, and all means are over the attention maps that there are.
     stream: with joint attention, what carries words to their keys; None with cross-attention. Its tensors are up to
-    twice the size of the queries.
+    twice the size of the queries. reading: how the run's prompt was read, which is how words are to be; None where that
+    is not known.
     The keys come from the pipeline's own layers as they were set in the run: the scale of a LoRA then, and not what is
     set, loaded or unloaded afterwards. Weights that have themselves changed are refused (`check_same`).
     """
@@ -100,6 +102,7 @@ class Recording:
     embed_dim: int
     branch: Branch
     stream: TextStream | None = None
+    reading: Reading | None = None
 
     @property
     def nbytes(self) -> int:

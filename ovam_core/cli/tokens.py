@@ -91,6 +91,8 @@ def run_import(options: ImportOptions) -> None:
     folder = Path(options.out or folder_for(options.model))
     paths = [folder / file_name(token.names) for token in tokens]
     for path in paths:
+        if paths.count(path) > 1:
+            raise InputError(f"Two names give one file, '{path}'; tell them apart by more than signs (--class).")
         if path.exists():
             raise InputError(f"There is a token '{path}' already; give another folder by --out, or remove it.")
     for path, token in zip(paths, tokens, strict=True):

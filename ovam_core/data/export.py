@@ -32,6 +32,7 @@ from PIL import Image
 
 from ovam_core.attention.heatmap import AttributionPrompt
 from ovam_core.attention.mask import NO_CRF, crf_available
+from ovam_core.attention.reading import Reading
 from ovam_core.attention.recording import Branch, Recording
 from ovam_core.data import runs
 from ovam_core.data.dataset import Job, assemble, encode, prepare, write_job
@@ -44,6 +45,7 @@ from ovam_core.errors import InputError, Stopped, is_out_of_memory
 from ovam_core.hooks.recorder import record
 from ovam_core.methods import METHODS, NOTHING_GIVEN, Cut, Method, attribute_queries, cut_maps, over_peak, weighted_maps
 from ovam_core.models.presets import ModelDefaults, recommended_grids, recommended_steps
+from ovam_core.models.reading import read_as
 from ovam_core.ovam import OVAM
 from ovam_core.picture import Picture
 from ovam_core.query import Query, token_query, word_queries
@@ -286,7 +288,8 @@ def class_queries(
         query = by_token.get(name)
         if query is None:
             try:
-                query = word_queries(ovam.pipe, [name], template=template)[0]
+                with read_as(Reading()):  # as OVAM draws, whatever the pipeline's last call was
+                    query = word_queries(ovam.pipe, [name], template=template)[0]
             except InputError as error:
                 raise InputError(f"Neither a token nor a word fits the class '{name[:60]}': {error}") from None
         queries[name] = method.cut(query, given, preset)

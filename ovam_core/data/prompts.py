@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
-from itertools import islice, zip_longest
+from itertools import islice, takewhile, zip_longest
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
@@ -24,7 +24,8 @@ from ovam_core.checks import MAX_PROMPT, MAX_SEED, check_text, check_whole
 from ovam_core.data.voc import VOC_CLASSES
 from ovam_core.errors import InputError
 from ovam_core.io.texts import LARGEST_TEXT, read_text
-from ovam_core.models.words import Vocabulary, listed, plain, units
+from ovam_core.io.token_files import BACKGROUND
+from ovam_core.models.words import Vocabulary, listed, units
 
 MAX_CLASSES = 254  # ids 1 to 254: 0 is the background, 255 is "ignore"
 
@@ -38,12 +39,12 @@ COLUMNS = ("prompt", "classes", "seed", "negative_prompt")
 
 NO_COLUMN = "has no column 'prompt' in its first line; name the columns there."
 
-BACKGROUND = "background"  # whatever its case, labelme's _background_ too
-
-_SENTENCE = re.compile(r"^(?:an?|the|and|or|with)\b|\b(?:and|an?|the)\b", re.IGNORECASE)
+_SENTENCE = re.compile(r"^\s*(?:or|with)\b|\b(?:and|an?|the)\b", re.IGNORECASE)
+_LETTER = re.compile(r"[^\W\d_]")
 _QUOTED = re.compile(r"""'[^'\\]*'|"[^"\\]*\"""")
 _PYTHON_LIST = re.compile(rf"[\[({{]\s*(?:(?:{_QUOTED.pattern})\s*,\s*)*(?:(?:{_QUOTED.pattern})\s*)?[\])}}]")
-_LATIN = regex.compile(r"[\p{Latin}\p{M}' ]+")
+_BRACKETED = re.compile(r"\([^(),;|'\"]+\)\s*[^\s,;|]")  # "(potted) plant"
+_LATIN = regex.compile(r"(?:.* )?[\p{Latin}\p{M}\d]+")
 
 # Other spellings of the VOC classes, COCO's among them: each means what the others mean. Plurals are made by `_forms`.
 SPELLINGS: dict[str, tuple[str, ...]] = {
@@ -108,8 +109,8 @@ DECOYS = (
     "ski lift chair",
     "table cloth",
     "train set",
-    "熊猫",
-    "热狗",
+    *"熊猫 熊貓 热狗 熱狗 马路 馬路 斑马 斑馬 河马 河馬 海马 海馬 马桶 馬桶 蜗牛 蝸牛 牛奶 牛乳 牛仔 羊毛".split(),
+    *"猫头鹰 貓頭鷹 猫粮 狗粮 鸟巢 鳥巢 鳥居 车站 車站 火车站 火車站 汽车站 公共汽车站 公交车站 人行道 人形".split(),
 )
 
 # Plurals whose singular is another word.
@@ -234,17 +235,21 @@ def _table(delimiter: str, text: str, name: str) -> Iterator[Prompt]:
     csv.field_size_limit(1 << 24)
     # Some write a space before a quote, which is then none.
     spaced = re.search(r'[,;] +"', text[:1000]) is not None
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=spaced)
+    lines = list(io.StringIO(text, newline=""))
+    reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=spaced)
     table: _Table | None = None
+    end = 0
     try:
         for row in reader:
+            begin, end = end, reader.line_num
             if not any(cell.strip() for cell in row):
                 continue
             number = reader.line_num + offset
             if table is None:
                 table = _Table(name, delimiter, row)
             else:
-                yield _from_row(table.cells(row, number), f"line {number}", name)
+                cells = table.cells(row, number, "".join(lines[begin:end]))
+                yield _from_row(cells, f"line {number}", name)
     except csv.Error as error:
         raise InputError(f"{name} is malformed at line {reader.line_num + offset}: {error}.") from None
     if table is None and first:
@@ -268,9 +273,9 @@ class _Table:
             if self.columns.count(column) > 1:
                 raise InputError(f"{name} names the column '{column}' twice.")
 
-    def cells(self, row: list[str], number: int) -> dict[str, str]:
-        """A row by its columns. Raises InputError for one that is longer than the first line, and where the rest of a
-        prompt seems to be taken for another column.
+    def cells(self, row: list[str], number: int, raw: str) -> dict[str, str]:
+        """A row by its columns. raw: as it is written. Raises InputError for one that is longer than the first line,
+        and where the rest of a prompt seems to be taken for another column.
         """
         if any(cell.strip() for cell in row[len(self.columns) :]):
             raise InputError(
@@ -278,27 +283,36 @@ class _Table:
                 f"{len(self.columns)}; put a text that holds '{self.delimiter}' in quotes."
             )
         cells = dict(zip_longest(self.columns, row[: len(self.columns)], fillvalue=""))
-        if self.delimiter == ",":
-            for column in ("classes", "negative_prompt"):
-                if self._cut_off(column, cells):
+        if self.delimiter == "," and not _is_quoted(cells["prompt"], raw):
+            after = list(zip(self.columns, row, strict=False))[self.columns.index("prompt") + 1 :]
+            # A number, and a cell without anything, end what may be a sentence.
+            for column, cell in takewhile(lambda x: _LETTER.search(x[1]), after):
+                if self._reads_on(column, cell, cells["prompt"]) and not _is_quoted(cell, raw):
                     raise InputError(
-                        f"{self.name}, line {number}: '{cells[column].strip()[:60]}' reads like the rest of the "
-                        f"prompt and stands in the column '{column}'; put a prompt that holds commas in quotes."
+                        f"{self.name}, line {number}: '{cell.strip()[:60]}' reads like the rest of the prompt and "
+                        f"stands in the column '{column}'; put a prompt that holds commas in quotes"
+                        f"{'' if _SENTENCE.search(cell) else ', or take the space away'}."
                     )
         return cells
 
-    def _cut_off(self, column: str, cells: dict[str, str]) -> bool:
-        """Whether a cell is the rest of a sentence: "a cat, a dog and a car" without quotes is two cells."""
-        cell, prompt = cells.get(column, ""), cells.get("prompt", "")
-        doubtful = cell.startswith(" ") and bool(cell.strip()) and not self.spaced
+    def _reads_on(self, column: str, cell: str, prompt: str) -> bool:
+        """Whether a cell may be the rest of a sentence: "a cat, a dog and a car" without quotes is two cells."""
+        doubtful = cell.startswith(" ") and not self.spaced
         if column == "negative_prompt":
             return doubtful
+        if column != "classes":
+            return doubtful or _SENTENCE.search(cell) is not None
         names = _names(cell) or [] if len(prompt) <= MAX_PROMPT else []
         return any(
-            (doubtful or _SENTENCE.search(name)) and not find_classes(prompt, (name,))
+            (doubtful or _SENTENCE.search(name))
+            and not (match_class(name, VOC_CLASSES) or find_classes(prompt, (name,)))
             for name in names
             if len(name) <= MAX_CLASS_CHARS
         )
+
+
+def _is_quoted(cell: str, raw: str) -> bool:
+    return '"{}"'.format(cell.replace('"', '""')) in raw
 
 
 def _json_lines(text: str, name: str) -> Iterator[Prompt]:
@@ -366,7 +380,7 @@ def _seed(value: Any, where: str) -> int | None:
 
 def _stated_classes(value: Any, where: str) -> tuple[str, ...]:
     """The classes of a row: a list, or a text of names between commas, semicolons or bars, or a list as JSON or Python
-    write it. The background, which needs no name, is left out.
+    write it. The background, which needs no name, is left out where there are others.
     """
     if value is None:
         return ()
@@ -380,13 +394,13 @@ def _stated_classes(value: Any, where: str) -> tuple[str, ...]:
         raise InputError(f"{where}: the class '{long[:30]}...' is longer than {MAX_CLASS_CHARS} characters.")
     if wrong := next((one for one in clean if one in NO_TEXT or set(one) & set('[]{}"')), None):
         raise InputError(f"{where}: '{wrong}' is not the name of a class.")
-    return tuple(one for one in clean if _plain(one) != BACKGROUND)
+    return tuple(one for one in clean if not _is_background(one)) or clean
 
 
 def _names(text: str) -> list[str] | None:
     """The names in a text; None for one that begins as a list and is none."""
     text = text.strip()
-    if not text.startswith(("[", "(", "{")):
+    if not text.startswith(("[", "(", "{")) or _BRACKETED.match(text):
         return listed(text, more="|")
     try:
         value = json.loads(text)
@@ -441,7 +455,11 @@ def check_classes(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def find_classes(text: str, classes: Sequence[str]) -> tuple[str, ...]:
-    """The classes that a caption names, by name, synonym, singular or plural, in the order of the class list."""
+    """The classes that a caption names, by name, synonym, singular or plural, in the order of the class list.
+
+    No dictionary is asked: in scripts without spaces a name is found inside a longer word, too, 花 in 花生, where the
+    word is neither a class nor among DECOYS.
+    """
     found = _vocabulary(tuple(classes)).named_in(text)
     return tuple(name for name in classes if name in found)
 
@@ -455,10 +473,15 @@ def _plain(text: str) -> str:
     return " ".join(units(text))
 
 
+def _is_background(name: str) -> bool:
+    """Whatever its case, and labelme's _background_."""
+    return _plain(name) == BACKGROUND
+
+
 @lru_cache(maxsize=10_000)
 def _forms(word: str) -> tuple[str, ...]:
-    """A name, its plurals, and its singular where it is a plural itself; of words in Latin letters."""
-    word = plain(word)
+    """A name, its plurals, and its singular where it is a plural itself; of words that end in Latin letters."""
+    word = _plain(word)
     if not _LATIN.fullmatch(word):
         return (word,)
     regular = re.sub(r"(?<=[^aeiou])y$", "ie", word)
@@ -474,7 +497,7 @@ def _inflector() -> Pluralizer:
 
 def _voc_class(name: str) -> str | None:
     """The VOC class of which a name is a spelling."""
-    forms = set(_forms(_plain(name)))
+    forms = set(_forms(name))
     return next((one for one in VOC_CLASSES if forms & {one, *SPELLINGS.get(one, ())}), None)
 
 
@@ -538,8 +561,12 @@ def work_list(
     for done, prompt in enumerate(prompts, start=1):
         if on_prompt is not None:
             on_prompt(done, len(prompts))
+        stated = _stated_in(prompt, names)
         try:
-            own = _usable(prompt, names)
+            _check_texts(prompt)
+            own = stated if prompt.classes else find_classes(prompt.text, names)
+            if not own:
+                raise InputError("It names none of the classes.")
             if check is not None:
                 refused += 1
                 check(prompt.text, prompt.negative)
@@ -562,16 +589,14 @@ def work_list(
 
 
 def _stated(prompts: Sequence[Prompt]) -> tuple[str, ...]:
-    names = list(dict.fromkeys(name for prompt in prompts for name in prompt.classes))
+    names = [x for x in dict.fromkeys(name for prompt in prompts for name in prompt.classes) if not _is_background(x)]
     if all(match_class(name, VOC_CLASSES) for name in names):
         return VOC_CLASSES
     return check_classes(names)
 
 
-def _classes_of(prompt: Prompt, classes: tuple[str, ...]) -> tuple[str, ...]:
-    if not prompt.classes:
-        return find_classes(prompt.text, classes)
-    matched = {name: match_class(name, classes) for name in prompt.classes}
+def _stated_in(prompt: Prompt, classes: tuple[str, ...]) -> tuple[str, ...]:
+    matched = {name: match_class(name, classes) for name in prompt.classes if not _is_background(name)}
     unknown = [name for name, match in matched.items() if match is None]
     if unknown:
         raise InputError(
@@ -580,16 +605,12 @@ def _classes_of(prompt: Prompt, classes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in classes if name in matched.values())
 
 
-def _usable(prompt: Prompt, names: tuple[str, ...]) -> tuple[str, ...]:
-    """The classes of a prompt. Raises InputError for texts of which no image can be made, whatever the model."""
+def _check_texts(prompt: Prompt) -> None:
+    """Raises InputError for texts of which no image can be made, whatever the model."""
     for what, text in (("prompt", prompt.text), ("negative prompt", prompt.negative)):
         check_text(f"The {what}", text, MAX_PROMPT)
         if _printable(text) != text:
             raise InputError("It holds half of a character (a lone surrogate).")
-    own = _classes_of(prompt, names)
-    if not own:
-        raise InputError("It names none of the classes.")
-    return own
 
 
 def _printable(text: str) -> str:

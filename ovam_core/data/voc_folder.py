@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ovam_core.data.layout import CLASSES, IMAGES, LABEL_MAPS, SETS
-from ovam_core.data.prompts import BACKGROUND, Item, Work, check_classes, find_classes, match_class
+from ovam_core.data.prompts import Item, Work, check_classes, find_classes, match_class
 from ovam_core.data.runs import digest
 from ovam_core.data.voc import VOC_CLASSES
 from ovam_core.errors import InputError
@@ -21,6 +21,7 @@ from ovam_core.io.files import find_file
 from ovam_core.io.masks import IGNORE
 from ovam_core.io.pictures import open_picture, upright
 from ovam_core.io.texts import read_text
+from ovam_core.io.token_files import BACKGROUND
 from ovam_core.models.words import units
 from ovam_core.query import caption_of
 

@@ -38,7 +38,7 @@ from ovam_core.attention.heatmap import tried_keys
 from ovam_core.attention.recording import Branch, LayerQueries, named
 from ovam_core.errors import InputError
 from ovam_core.hooks.recorder import NO_CALL, Hooked
-from ovam_core.models.adapter import Adapter, Call, Pipeline, Take, sources
+from ovam_core.models.adapter import Adapter, Call, Pipeline, Take, projection_of, sources
 from ovam_core.models.pixart import PixArt
 from ovam_core.models.presets import EMBEDDED
 from ovam_core.models.registry import adapter_of
@@ -91,7 +91,7 @@ def reference_layer(pipe: Pipeline, names: Sequence[str]) -> str:
     The paper's: Stable Diffusion 1 (and 2, of the same build), the second of the 32 x 32 up block, which is
     the last but one up block with attention; SDXL, the first of the last such block (64 x 64); PixArt, the
     middle one, block 13 of 28. Other UNets have what corresponds to Stable Diffusion 1. The embedded model
-    has the second of its last up block (16 x 16): what corresponds would be 8 x 8, where an object is a
+    has the second of its 16 x 16 up block: what corresponds would be 8 x 8, where an object is a
     handful of pixels.
     """
     known = REFERENCES.get(getattr(pipe, "ovam_name", ""))
@@ -152,7 +152,8 @@ class GocaRecorder(Hooked[GocaRecording]):
     def _attach(self, on: Callable[[Any], None]) -> None:
         on(self._adapter.denoiser.register_forward_pre_hook(self._on_call, with_kwargs=True))
         for block in self._blocks:
-            on(block.cross_attention.to_out[0].register_forward_pre_hook(self._before(block.name, "hidden")))
+            out = projection_of(block.cross_attention, "to_out")[0]
+            on(out.register_forward_pre_hook(self._before(block.name, "hidden")))
             for attention, projection, what in (
                 (block.cross_attention, "to_q", "queries"),
                 (block.self_attention, "to_q", "self queries"),
@@ -214,7 +215,7 @@ class GocaRecorder(Hooked[GocaRecording]):
         with torch.autocast(device.type, enabled=False):
             projections = {
                 x.name: _projections(
-                    self._as_in_run(x.cross_attention.to_out[0]),
+                    self._as_in_run(projection_of(x.cross_attention, "to_out")[0]),
                     x.cross_attention.heads,
                     self._caught[x.name, "hidden"],
                 )
@@ -240,6 +241,7 @@ class GocaRecorder(Hooked[GocaRecording]):
             width=width,
             embed_dim=self._adapter.embed_dim,
             reference=self._reference,
+            reading=self._adapter.reading,
         )
 
     def _layer(self, block: _Block, image: int, projections: Tensor, weight: float) -> WeightedLayer:

@@ -24,6 +24,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from ovam_core.attention.reading import Reading
 from ovam_core.attention.recording import Branch, Recording
 from ovam_core.checks import MAX_PROMPT, MAX_SEED, TIMESTEPS, check_text, check_whole
 from ovam_core.errors import InputError, Stopped
@@ -31,6 +32,7 @@ from ovam_core.hooks.recorder import record
 from ovam_core.io.pictures import read_photo
 from ovam_core.models.adapter import Pipeline
 from ovam_core.models.presets import defaults_for
+from ovam_core.models.reading import read_as
 from ovam_core.models.registry import ADAPTERS, adapter_of, check_fits
 
 MAX_TIMESTEPS = 50
@@ -81,7 +83,7 @@ def record_images(
     some captions are empty and some are not, and as `record_image` does.
     """
     noisy = prepare(pipe, images, captions, timesteps, seed, size)
-    with record(pipe, branch="all", **kept) as recorder:
+    with read_as(Reading()), record(pipe, branch="all", **kept) as recorder:
         denoise(pipe, noisy)
     return [with_run_facts(recording, noisy) for recording in recorder.recordings]
 
@@ -124,10 +126,12 @@ def prepare(
     (shared,), adapter = sizes, adapter_of(pipe)
     clean = encode(pipe, photos, shared)
     latents = torch.stack([noised(pipe, photo, timesteps, seed + n) for n, photo in enumerate(clean)], dim=1)
+    with read_as(Reading()):  # and not as the pipeline's last call read its prompt
+        condition = adapter.condition(captions, shared)
     return Noisy(
         latents=torch.stack([adapter.packed(batch) for batch in latents]).to(adapter.denoiser.dtype),
         timesteps=tuple(timesteps),
-        condition=adapter.condition(captions, shared),
+        condition=condition,
         branch="conditional" if captions[0].strip() else "unconditional",
     )
 

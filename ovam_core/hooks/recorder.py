@@ -332,6 +332,7 @@ class Recorder(Hooked[Recording]):
         sums = {name: _by_image(self._sums[name]) for name in self._self_attentions if name in self._sums}
         images = self._layers()
         streams = self._streams(len(images))
+        reading = self._adapter.reading
         height, width = self._largest
         factor = self._pipe.vae_scale_factor
         recordings = []
@@ -351,6 +352,7 @@ class Recorder(Hooked[Recording]):
                     embed_dim=self._adapter.embed_dim,
                     branch=self._branch,
                     stream=stream,
+                    reading=reading,
                 )
             )
         return recordings

@@ -21,14 +21,20 @@ from ovam_core.plot import VOC_PALETTE
 
 IGNORE = 255  # label of pixels that the loss leaves out
 LARGEST_VOC_ID = 20
+LARGEST_COCO_ID = 182
 
 LOSSY = ("JPEG", "MPO")  # formats whose values are never labels
 ANALYSED = 300_000  # pixels, about, that the colours of a drawing are looked for in
-APART = 0.15  # of the contrast: what colours differ by at least that are not one
+APART = 0.1  # of the contrast: what colours differ by at least that are not one
+NEAR = 8  # of 255: the same, in a drawing of few colours, but for its edges
+FEW = 8  # how many these are
 ASIDE = 0.45  # of the contrast: how far a colour lies from all blends of two that is a third
-EDGE_SHARE = 0.15  # of an object's side: how wide a shade along it may be that belongs to its edge
-FEW = 8  # colours of a drawing that has no soft edges
-SHARE = 0.05  # of what is not background: what a colour covers that is not an edge
+BLEND = 0.15  # of the way from background to object: how far from it a shade of the edge may lie
+SEAM = 3  # pixels: how wide a shade along an object may be that belongs to its edge
+OBJECT = 0.01  # of what is not background: what a colour covers that is not noise
+STRAY = 4  # pixels of a colour that is nothing yet
+BORDER = 0.15  # of an object's width: how wide the border around it may be that a label map leaves out
+SHARE = 0.05  # of an area: what is no part of it yet
 
 
 def read_mask(image: Image.Image | str | Path, size: tuple[int, int], classes: int = 1) -> np.ndarray:
@@ -37,7 +43,7 @@ def read_mask(image: Image.Image | str | Path, size: tuple[int, int], classes: i
     image: picture or file, upright by its EXIF orientation. size: (H, W) of the generated image; nearest neighbour.
     One class: what differs from the background, the darkest colour, by more than half of the mask's own contrast,
     whatever the mode; or the opaque part of a picture that is transparent elsewhere. 255 is ignored only beside another
-    label, as in VOC's files, where it may be their cream; beside a grey it is white.
+    label, as in VOC's files, where it may be their cream, and as a ring around one grey; else it is white.
     Several classes: the values are the labels (grey and palette modes), or VOC's colours stand for them.
     Raises InputError for an empty or full mask, another aspect ratio, several labels or colours where one class is
     wanted.
@@ -97,8 +103,10 @@ def _numbers(picture: Image.Image, classes: int) -> np.ndarray:
     by_color = _voc_ids(colors)
     if picture.mode == "P":
         labels = np.asarray(picture)
-        black = labels[~colors.any(axis=-1) & (labels != IGNORE)]
-        if by_color is None or by_color[by_color != IGNORE].max(initial=0) > classes or (labels == by_color).all():
+        has_color = labels < _palette_size(picture)
+        black = labels[has_color & ~colors.any(axis=-1) & (labels != IGNORE)]
+        by_voc = by_color is not None and by_color[by_color != IGNORE].max(initial=0) <= classes
+        if not by_voc or (labels == by_color)[has_color].all():
             if black.any():
                 raise InputError(
                     "The mask's palette has black at another number than 0, so that its numbers are no labels; save it "
@@ -175,29 +183,57 @@ def _is_small(values: np.ndarray) -> bool:
     return bool(values.max() <= 255 and (values == np.rint(values)).all())
 
 
+def _palette_size(picture: Image.Image) -> int:
+    return len(picture.getpalette() or ()) // 3
+
+
 def _indices(picture: Image.Image, colors: np.ndarray) -> np.ndarray | None:
-    """The numbers of a palette that are surely labels: a few, and 255 for what is left out, not all of them grey."""
-    if picture.mode != "P" or (colors == colors[..., :1]).all():
+    """The numbers of a palette that are surely labels: those that have no colour in it, or a few, and 255 for what is
+    left out, not all of them grey.
+    """
+    if picture.mode != "P":
         return None
     numbers = np.asarray(picture)
     used = np.unique(numbers)
+    if used[-1] >= _palette_size(picture):
+        return numbers
+    if (colors == colors[..., :1]).all():
+        return None
     marked = _marked(used)
     by_voc = not len(marked) and _voc_ids(colors) is not None
     return numbers if used[-1] == IGNORE and (by_voc or 0 < len(marked) <= LARGEST_VOC_ID) else None
 
 
 def _label_map(colors: np.ndarray, exact: bool = True) -> np.ndarray | None:
-    """The labels of a label map, by VOC's colours or as small greys; None for any other picture.
+    """The labels of a label map, by VOC's colours, as small greys or as a grey in a ring of 255; None for any other
+    picture.
 
     exact: whether the greys are the picture's own numbers.
     """
     if (colors == colors[..., :1]).all():
-        ids = colors[..., 0] if exact and 0 < _marked(colors).max(initial=0) <= LARGEST_VOC_ID else None
+        grey = colors[..., 0]
+        is_map = exact and (0 < _marked(grey).max(initial=0) <= LARGEST_VOC_ID or _is_ringed(grey))
+        ids = grey if is_map else None
     else:
         ids = _voc_ids(colors)
         if ids is not None and len(_marked(ids)) > 1 and not _are_several(_marked(ids)):
             return None
     return None if ids is None or not len(_marked(ids)) else ids
+
+
+def _is_ringed(ids: np.ndarray) -> bool:
+    """Whether there is one label, and 255 is a border between it and 0, narrow beside the label's own width."""
+    marked = _marked(ids)
+    if len(marked) != 1 or marked[0] > LARGEST_COCO_ID:
+        return False
+    void, own = ids == IGNORE, ids == marked[0]
+    around = _grown(own, 1) & ~own
+    return _is_within(around, void) and _is_within(void, _grown(own, round(BORDER * float(own.sum()) ** 0.5)))
+
+
+def _is_within(part: np.ndarray, area: np.ndarray) -> bool:
+    """Whether there is a part, bool `[h, w]`, and hardly any of it is outside of the area."""
+    return bool((part & ~area).sum() < SHARE * part.sum())
 
 
 def _are_several(ids: np.ndarray) -> bool:
@@ -234,9 +270,19 @@ def _only_label(ids: np.ndarray) -> np.ndarray:
 
 
 def _layer(colors: np.ndarray, hidden: np.ndarray, by_key: bool) -> np.ndarray:
-    """The opaque part of a layer, or of a picture that was cut out."""
-    shown = np.unique(_codes(colors[~hidden]))
-    if len(shown) == (1 if by_key else 2) and shown[0] == 0:
+    """The opaque part of a layer, or of a picture that was cut out.
+
+    Raises InputError where that part is itself a drawing on black.
+    """
+    if hidden.all():
+        return np.zeros(hidden.shape, np.uint8)
+    shown = colors[~hidden].astype(np.int16)
+    brightness = shown.max(axis=-1)
+    brightest = shown[brightness.argmax()]
+    near = brightest.max() / 16
+    black, bright = (brightness <= near).mean(), (abs(shown - brightest).max(axis=-1) <= near).mean()
+    is_drawing = brightest.any() and min(black, bright) > SHARE and black + bright > 0.5
+    if is_drawing or (by_key and not brightest.any()):
         raise InputError(
             "The mask has black parts and transparent ones, and either may be the background: save it without "
             "transparency."
@@ -254,7 +300,7 @@ def _drawn(colors: np.ndarray) -> np.ndarray:
     contrast = int((sample.max(axis=(0, 1)) - sample.min(axis=(0, 1))).max())
     if contrast == 0:
         return np.full(colors.shape[:2], int(sample.any()), np.uint8)
-    background, marked = _two_colors(sample, contrast)
+    background, marked = _two_colors(sample, contrast, max(1, SEAM // step))
     way = marked - background
     along = np.zeros(colors.shape[:2], np.float32)
     for channel in range(3):
@@ -262,23 +308,38 @@ def _drawn(colors: np.ndarray) -> np.ndarray:
     return (along > float(way @ way) / 2).astype(np.uint8)
 
 
-def _two_colors(sample: np.ndarray, contrast: int) -> tuple[np.ndarray, np.ndarray]:
-    """The colours of background and object, float `[3]`. sample: int16 `[h, w, 3]`. contrast: of its widest channel.
+def _two_colors(sample: np.ndarray, contrast: int, seam: int) -> tuple[np.ndarray, np.ndarray]:
+    """The colours of background and object, float `[3]`.
+
+    sample: int16 `[h, w, 3]`. contrast: of its widest channel. seam: how wide a shade of the edge may be, in pixels.
 
     Raises InputError for more colours than these.
     """
     colors = sample.reshape(-1, 3).astype(np.float32)
     brightness = colors.max(axis=-1)
     background = colors[brightness <= brightness.min() + contrast / 32].mean(axis=0)
-    is_hard = len(np.unique(_codes(sample))) <= FEW
-    groups = _groups(colors if is_hard else sample[_is_flat(sample, contrast)], contrast)
+    spans = _spans(sample)
+    few = colors if _are_few(colors) else sample[spans == 0]
+    if len(few) and _are_few(few):
+        groups = _groups(few, min(NEAR, contrast / 4), STRAY + 1, contrast)
+    else:
+        flat = sample[spans <= max(2, contrast // 16)]
+        beside = int((flat.max(axis=-1) > brightness.min() + APART * contrast).sum())
+        groups = _groups(flat, APART * contrast, max(STRAY + 1, OBJECT * beside), contrast)
     if groups and groups[0].max() - brightness.min() < ASIDE * contrast:  # JPEG has pixels darker than the darkest
         background, *groups = groups
     away = np.linalg.norm(colors - background, axis=1)
     marked = groups.pop() if groups else colors[away >= away.max() - contrast / 32].mean(axis=0)
     if marked.max() < 2 * background.max() and max(np.ptp(marked), np.ptp(background)) > contrast / 8:
         _refuse([background, marked], "and none of them is black, the background's")
-    others = [color for color in groups if not _is_edge(color, background, marked, sample)]
+    wide = round(BORDER * float((away > away.max() / 2).sum()) ** 0.5)
+    others = _no_edges(groups, background, marked, sample, wide)
+    steps = [
+        color
+        for color in _no_edges(groups, background, marked, sample, seam)
+        if min(abs(color - background).max(), abs(color - marked).max()) > APART * contrast
+    ]
+    others = others or steps * (len(steps) == 1)  # one alone is a trimap's; more are those of a wide soft edge
     if others:
         _refuse([*others, marked])
     way = marked - background
@@ -294,19 +355,24 @@ def _blends(colors: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarra
     return ((colors - one) @ way / (way @ way)).clip(0, 1)[:, None] * way + one
 
 
-def _is_edge(color: np.ndarray, background: np.ndarray, marked: np.ndarray, sample: np.ndarray) -> bool:
-    """Whether a colour is a shade of the object's edge, as of a soft mask in few colours: a narrow seam along what is
-    brighter, and no object of its own.
+def _no_edges(
+    groups: list[np.ndarray], background: np.ndarray, marked: np.ndarray, sample: np.ndarray, seam: int
+) -> list[np.ndarray]:
+    """Those of the colours that are no shades of the object's edge, as a soft mask in few colours has them: blends of
+    background and object, each a narrow seam along what is brighter.
     """
     way = marked - background
-    if np.linalg.norm(color - _blends(color[None], background, marked)[0]) > EDGE_SHARE * np.linalg.norm(way):
-        return False
-    place = (color - background) @ way / (way @ way)
-    along = (sample - background.astype(np.float32)) @ (way / (way @ way)).astype(np.float32)
-    brighter = along > (1 + place) / 2
-    shade = (along > place / 2) & ~brighter
-    near = _grown(brighter, round(EDGE_SHARE * float((along > place / 2).sum()) ** 0.5) or 1)
-    return (shade & ~near).sum() < SHARE * shade.sum()
+    scale = way / (way @ way)
+    places = [float((color - background) @ scale) for color in groups]
+    along = (sample - background.astype(np.float32)) @ scale.astype(np.float32)
+    others = []
+    for color, place, below, above in zip(groups, places, [0, *places], [*places[1:], 1], strict=False):
+        is_blend = np.linalg.norm(color - _blends(color[None], background, marked)[0]) < BLEND * np.linalg.norm(way)
+        brighter = along > (place + above) / 2
+        shade = (along > (below + place) / 2) & ~brighter
+        if not (is_blend and _is_within(shade, _grown(brighter, seam))):
+            others.append(color)
+    return others
 
 
 def _grown(mask: np.ndarray, by: int) -> np.ndarray:
@@ -316,30 +382,32 @@ def _grown(mask: np.ndarray, by: int) -> np.ndarray:
     return sums[side:, side:] + sums[:-side, :-side] > sums[side:, :-side] + sums[:-side, side:]
 
 
-def _is_flat(sample: np.ndarray, contrast: int) -> np.ndarray:
-    """bool `[h, w]`: pixels like their eight neighbours, within what JPEG's noise is."""
-    flat = np.zeros(sample.shape[:2], bool)
-    if min(flat.shape) < 3:
-        return flat
-    windows = np.lib.stride_tricks.sliding_window_view(sample, (3, 3), axis=(0, 1))
-    span = windows.max(axis=(-2, -1)) - windows.min(axis=(-2, -1))
-    flat[1:-1, 1:-1] = span.max(axis=-1) <= max(2, contrast // 16)
-    return flat
+def _are_few(colors: np.ndarray) -> bool:
+    return len(np.unique(_codes(colors))) <= FEW
 
 
-def _groups(colors: np.ndarray, contrast: int) -> list[np.ndarray]:
+def _spans(sample: np.ndarray) -> np.ndarray:
+    """int16 `[h, w]`: by how much a channel varies among each pixel and its eight neighbours; 255 at the frame."""
+    spans = np.full(sample.shape[:2], 255, np.int16)
+    if min(spans.shape) >= 3:
+        windows = np.lib.stride_tricks.sliding_window_view(sample, (3, 3), axis=(0, 1))
+        spans[1:-1, 1:-1] = (windows.max(axis=(-2, -1)) - windows.min(axis=(-2, -1))).max(axis=-1)
+    return spans
+
+
+def _groups(colors: np.ndarray, apart: float, least: float, contrast: int) -> list[np.ndarray]:
     """The mean colours of the groups that these `[n, 3]` fall into, the darkest first; shades between two join them.
 
-    Left out are groups of less than four pixels, or SHARE of what is not the darkest, and those that are a whole ramp.
+    Left out are groups of less than `least` pixels and those that are a whole ramp.
     """
     if not len(colors):
         return []
-    width = max(1, contrast // 32)
+    width = max(1, int(apart / 4))
     _, place, counts = np.unique(_codes(colors // width), return_inverse=True, return_counts=True)
     means = np.stack([np.bincount(place, colors[:, channel]) / counts for channel in range(3)], axis=1)
-    common = counts >= 0.002 * len(colors)
+    common = counts >= least / 8
     means, counts = means[common], counts[common]
-    near = np.abs(means[:, None] - means[None]).max(axis=-1) < APART * contrast
+    near = np.abs(means[:, None] - means[None]).max(axis=-1) < apart
     groups = []
     left = np.ones(len(means), bool)
     while left.any():
@@ -347,12 +415,10 @@ def _groups(colors: np.ndarray, contrast: int) -> list[np.ndarray]:
         group[np.flatnonzero(left)[0]] = True
         while (grown := near[group].any(axis=0)).sum() > group.sum():
             group = grown
-        is_ramp = np.ptp(means[group], axis=0).max() > 2 * APART * contrast
-        groups.append((np.average(means[group], axis=0, weights=counts[group]), int(counts[group].sum()), is_ramp))
+        if counts[group].sum() >= least and np.ptp(means[group], axis=0).max() <= 2 * APART * contrast:
+            groups.append(np.average(means[group], axis=0, weights=counts[group]))
         left &= ~group
-    groups.sort(key=lambda group: float(group[0].max()))
-    least = max(4, SHARE * sum(count for _, count, _ in groups[1:]))
-    return [color for color, count, is_ramp in groups if count >= least and not is_ramp]
+    return sorted(groups, key=lambda color: float(color.max()))
 
 
 def _refuse(colors: list[np.ndarray], more: str = "for one object") -> NoReturn:

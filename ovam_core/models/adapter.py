@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ovam_core.attention.heads import Attention, Turn, by_head
+from ovam_core.attention.reading import Reading
 from ovam_core.attention.rows import Rows
 from ovam_core.attention.self_attention import column_sums
 from ovam_core.attention.text_stream import TextStream
@@ -32,6 +33,7 @@ from ovam_core.models.reading import (
     has_vectors,
     read_tokens,
     reader_of,
+    reading_of,
 )
 
 if TYPE_CHECKING:
@@ -59,6 +61,11 @@ class Call:
 # A module's output for some images `[b, ...]` to what is kept of it, `[b, ...]`.
 Form = Callable[[Tensor, Call], Tensor]
 Take = Callable[[Tensor], Tensor]  # a projection out of the output of the module that makes it
+
+# Weights that attention processors have beside the attention's own: Custom Diffusion's projections, which take the
+# place of those, and an IP-Adapter's, which are of the image alone.
+CUSTOM_DIFFUSION = tuple(f"to_{x}_custom_diffusion" for x in ("q", "k", "v", "out"))
+IP_ADAPTER = ("to_k_ip", "to_v_ip", "norm_")
 
 
 class Adapter(ABC):
@@ -165,7 +172,7 @@ class Adapter(ABC):
 
         None where the keys are not of the embedding alone: there `stream` makes them.
         """
-        return attention.to_k
+        return projection_of(attention, "to_k")
 
     def beside_queries(self, _names: Collection[str]) -> dict[str, list[tuple[nn.Module, Form]]]:
         """What to keep of each step beside the queries of the attentions of these names.
@@ -208,6 +215,11 @@ class Adapter(ABC):
             min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
             for tokenizer, encoder in self.encoders
         )
+
+    @property
+    def reading(self) -> Reading:
+        """How texts are read now."""
+        return reading_of(self.pipe, [encoder for _, encoder in self.word_encoders])
 
     def tokenize(self, text: str) -> Tokens:
         """Raises InputError for an empty text, one that is not Unicode, one that the pipeline would cut, and where the
@@ -335,12 +347,34 @@ class Adapter(ABC):
         return {"negative_prompt": negative_prompt if any(prompts) else None, "callback_on_step_end": callback}
 
 
+def projection_of(attention: Attention, name: str) -> Any:
+    """The module that makes an attention's "to_q", "to_k", "to_v" or "to_out": its processor's own, where Custom
+    Diffusion has trained one, else that of the attention.
+    """
+    trained = getattr(getattr(attention, "processor", None), f"{name}_custom_diffusion", None)
+    return getattr(attention, name) if trained is None else trained
+
+
+def check_processors(attentions: Mapping[str, Attention]) -> None:
+    """Raises InputError for a processor with weights that are not known here: keys or queries may come from them."""
+    for name, attention in attentions.items():
+        processor = getattr(attention, "processor", None)
+        parts = [x for x, _ in processor.named_parameters()] if isinstance(processor, nn.Module) else []
+        known = CUSTOM_DIFFUSION + (IP_ADAPTER if hasattr(processor, "to_k_ip") else ())
+        if any(not x.startswith(known) for x in parts):
+            raise InputError(
+                f"The {type(processor).__name__} of the layer {name} has weights of its own that cannot be read: set "
+                "the usual one, such as AttnProcessor2_0(), with set_attn_processor()."
+            )
+
+
 def sources(attention: Attention, projection: str) -> list[tuple[nn.Module, Take]]:
     """The modules that may give an attention's projection, "to_q", "to_k" or "to_v", each with what takes it out.
 
-    Its own one; and where `fuse_qkv_projections` has put all three into one product, that. Only one of them runs.
+    Its own one (`projection_of`); and where `fuse_qkv_projections` has put all three into one product, that. Only one
+    of them runs.
     """
-    found: list[tuple[nn.Module, Take]] = [(getattr(attention, projection), lambda output: output)]
+    found: list[tuple[nn.Module, Take]] = [(projection_of(attention, projection), lambda output: output)]
     fused = getattr(attention, "to_qkv", None)
     if fused is not None:
         place = ("to_q", "to_k", "to_v").index(projection)
@@ -356,6 +390,7 @@ def default_of(pipe: Pipeline, argument: str) -> Any:
 def attentions_of(denoiser: Denoiser) -> tuple[dict[str, Attention], dict[str, Attention]]:
     """The cross-attentions and the self-attentions among a denoiser's modules. Raises InputError without the former."""
     attentions = {name: module for name, module in denoiser.named_modules() if _is_attention(module)}
+    check_processors(attentions)
     cross = {name: x for name, x in attentions.items() if x.is_cross_attention}
     if not cross:
         raise InputError(f"This {type(denoiser).__name__} has no cross-attention: there is no word to ask for.")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ovam_core.attention.heads import Attention, Turn, by_head, rotated
 from ovam_core.attention.rows import Rows
 from ovam_core.attention.text_stream import JointBlock, TextStream, text_stream
-from ovam_core.models.adapter import Call, Form, Take, TextEncoder, default_of, sources
+from ovam_core.models.adapter import Call, Form, Take, TextEncoder, check_processors, default_of, sources
 from ovam_core.models.reading import Tokenizer
 from ovam_core.models.transformer import FlowTransformerAdapter
 
@@ -35,6 +35,7 @@ class JointTransformerAdapter(FlowTransformerAdapter):
 
     def attentions(self) -> tuple[dict[str, Attention], dict[str, Attention]]:
         joint: dict[str, Attention] = {name: block.attn for name, block in self._blocks().items()}
+        check_processors(joint)
         return joint, joint
 
     def _blocks(self) -> dict[str, JointBlock]:

@@ -70,6 +70,11 @@ def unknown_words(pipe: Pipeline, *texts: str) -> list[str]:
     return [word for word in dict.fromkeys(words) if word not in learned | FUNCTION_WORDS]
 
 
+def learned_words(pipe: Pipeline) -> list[str]:
+    """The words that the model has learned, sorted, without "a", "of" and their like; [] where they are not known."""
+    return sorted((getattr(pipe, "ovam_words", None) or frozenset()) - FUNCTION_WORDS)
+
+
 def _words_of(folder: Path | None) -> frozenset[str] | None:
     try:
         return frozenset(json.loads((folder / WORDS_FILE).read_text(encoding="utf-8"))) if folder else None

@@ -6,17 +6,25 @@ import copy
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
 from ovam_core.attention.modules import lora_settings
+from ovam_core.attention.reading import Reading
 from ovam_core.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 else:
     Tokenizer = Any  # transformers is not imported for its name
+
+FEW = 8  # numbers of a weight by which it is known again
 
 SOT, EOT = "<SoT>", "<EoT>"
 
@@ -96,16 +104,38 @@ def has_vectors(tokenizer: Tokenizer) -> bool:
     return known[1]
 
 
+_asked: ContextVar[Reading | None] = ContextVar("reading", default=None)
+
+
+@contextmanager
+def read_as(reading: Reading | None) -> Iterator[None]:
+    """Within it words are read with the settings of a recording's run (`Recording.reading`); None: with those of the
+    pipeline's last call, as outside.
+    """
+    before = _asked.set(reading)
+    try:
+        yield
+    finally:
+        _asked.reset(before)
+
+
 def last_clip_skip(pipe: Any) -> int | None:
     """How many of CLIP's last layers the pipeline's last call left out (`clip_skip`): words are read as its prompt was.
 
-    None before its first call.
+    None before its first call. Within `read_as` those of that reading.
     """
-    return getattr(pipe, "_clip_skip", None)
+    asked = _asked.get()
+    return getattr(pipe, "_clip_skip", None) if asked is None else asked.clip_skip
 
 
 def last_lora_scale(pipe: Any) -> float | None:
-    """The scale of LoRA layers that the pipeline's last call was given, text encoders included; None for none."""
+    """The scale of LoRA layers that the pipeline's last call was given, text encoders included; None for none.
+
+    Within `read_as` that of that reading.
+    """
+    asked = _asked.get()
+    if asked is not None:
+        return asked.lora_scale
     given = (getattr(pipe, f"_{name}_kwargs", None) for name in ("cross_attention", "joint_attention"))
     return next((x["scale"] for x in given if x and x.get("scale") is not None), None)
 
@@ -127,6 +157,52 @@ def at_last_scale(pipe: Any, encoders: Sequence[Any]) -> Iterator[None]:
     finally:
         for encoder in scaled:
             unscale_lora_layers(encoder, scale)
+
+
+def reading_of(pipe: Any, encoders: Sequence[nn.Module | None]) -> Reading:
+    """How these text encoders of a pipeline, None for one that is not loaded, read a text now."""
+    rows: dict[str, Tensor] = {}
+    kinds: set[torch.dtype] = set()
+    scaled = False
+    for place, encoder in enumerate(encoders):
+        if not isinstance(encoder, nn.Module):
+            continue
+        for name, weight in encoder.named_parameters():
+            if weight.ndim == 2 and "lora_" not in name:
+                rows[f"{place}.{name.replace('.base_layer', '')}"] = _few(weight)
+                kinds |= {weight.dtype} if weight.is_floating_point() else set()
+        layers = lora_settings(encoder)
+        for name, layer in encoder.named_modules():
+            for adapter in _in_use(layer) if layer in layers else ():
+                rows[f"{place}.{name} {adapter}"] = _few_of_lora(layer, adapter)
+                scaled = True
+    return Reading(
+        last_clip_skip(pipe),
+        last_lora_scale(pipe) if scaled else None,
+        tuple(rows),
+        torch.stack([x.to(next(iter(rows.values())).device) for x in rows.values()]).cpu() if rows else None,
+        max((torch.finfo(kind).eps for kind in kinds), default=0.0),
+    )
+
+
+def _few(weight: Tensor) -> Tensor:
+    """A few of a weight's numbers, float32 `[FEW]`; NaN where it is on the device "meta", or packed."""
+    if weight.is_meta or type(weight) not in (nn.Parameter, Tensor):
+        return torch.full((FEW,), torch.nan)
+    few = weight.detach()[0].flatten()[:FEW].float()
+    return F.pad(few, (0, FEW - len(few)))
+
+
+def _in_use(layer: Any) -> list[str]:
+    """The adapters of a LoRA layer that add to what it makes."""
+    if layer.disable_adapters:
+        return []
+    return [x for x in layer.active_adapters if x in layer.scaling and x not in layer.merged_adapters]
+
+
+def _few_of_lora(layer: Any, adapter: str) -> Tensor:
+    weight = layer.lora_B[adapter].weight if adapter in layer.lora_B else layer.lora_embedding_B[adapter]
+    return layer.scaling[adapter] * _few(weight)
 
 
 def check_written(text: str) -> str:

@@ -69,5 +69,6 @@ class StableDiffusionXL(StableDiffusion):
     def _prompt(self, caption: str) -> tuple[Tensor, Tensor]:
         """Embeddings `[1, 77, E]` and pooled ones `[1, P]`. The pipeline may have zeros for no negative prompt."""
         device, empty = self.pipe._execution_device, not caption.strip()
-        encoded = self.pipe.encode_prompt(caption, device=device, do_classifier_free_guidance=empty)
+        how = {"clip_skip": last_clip_skip(self.pipe), "lora_scale": last_lora_scale(self.pipe)}
+        encoded = self.pipe.encode_prompt(caption, device=device, do_classifier_free_guidance=empty, **how)
         return encoded[1::2] if empty else encoded[::2]

@@ -50,7 +50,8 @@ class StableDiffusion(Adapter):
     @property
     def strides(self) -> tuple[int, ...]:
         config = self.denoiser.config
-        levels = {level for level, kind in enumerate(config.down_block_types) if "CrossAttn" in kind}
+        ways = (config.down_block_types, reversed(config.up_block_types))
+        levels = {level for way in ways for level, kind in enumerate(way) if "CrossAttn" in kind}
         if "CrossAttn" in (config.mid_block_type or ""):
             levels.add(len(config.down_block_types) - 1)
         return tuple(self.pipe.vae_scale_factor * 2**level for level in sorted(levels))
@@ -66,6 +67,8 @@ class StableDiffusion(Adapter):
         for name, x in cross.items():
             if x.norm_cross or getattr(x, "norm_q", None) is not None or getattr(x, "norm_k", None) is not None:
                 raise InputError(f"The layer {name} normalises its queries or keys, which is not supported.")
+            if getattr(x, "added_kv_proj_dim", None) is not None:
+                raise InputError(f"The layer {name} attends to the text and to the image at once: it is not supported.")
         return cross, self_attentions
 
     def listen(self) -> Listener:

@@ -32,7 +32,14 @@ _PARTICLES = regex.compile(PARTICLES)
 _CLUSTER = regex.compile(r"\X")
 _IGNORED = regex.compile(r"[\p{Default_Ignorable_Code_Point}--\u200b]", regex.V1)
 _SEPARATORS = regex.compile(r"[,;\n\r、，；､،؛﹐﹑﹔]")  # noqa: RUF001
-_WEIGHT = regex.compile(r"[^\W\d]['\"\s)\]}]*:+\s*-?\d*\.?\d+[\s)\]}>]*$|\)\s*-?\d*\.?\d+\s*$")
+# Of numbers before a colon only "(boeing 747:1.3)": 10:30 and 16:9 are none.
+_WEIGHT = regex.compile(
+    r"""[^\s:](?<!\b\d+)\s*:+\s*[+-]?(?:\d*\.\d+|\d{1,2}\s*[)\]])  # cat:1.3, (cat:2)
+    |\([^()]*\p{L}[^()]*:\s*[+-]?\d*\.\d+\s*\)  # (boeing 747:1.3)
+    |::\s*[+-]?\d  # cat::2
+    |\)(?:[+-]?\d*\.\d+|[+-]++(?!\w))  # (cat)1.3, (cat)++""",
+    regex.VERBOSE,
+)
 
 HANGUL = "가"  # its first syllable
 
@@ -59,8 +66,8 @@ def listed(text: str, more: str = "") -> list[str]:
 
 
 def has_weight(word: str) -> bool:
-    """Whether a word ends in a weight of other programs: (cat:1.3), cat::2, (cat)1.3."""
-    return _WEIGHT.search(word) is not None
+    """Whether a word, or a part of it, has a weight of other programs: (cat:1.3), cat::2, (cat)1.3, (cat)++."""
+    return _WEIGHT.search(unicodedata.normalize("NFKC", word)) is not None
 
 
 # ------------------------------------------------------------------------------------------- words in a sentence
