@@ -243,7 +243,8 @@ def evaluate(
             maps[key] = attribute_queries(parts[key], [queries[kind] for kind in KINDS])
         map_ = maps[key][KINDS.index(row.kind)]
         if row.table == CEILING:
-            map_ = perfect_map(truth, parts[key].recording)
+            seen = parts[key].recording
+            map_ = resize(perfect_map(truth, seen)[None], (seen.height, seen.width))[0]
         query = replace(queries[row.kind], tau=row.tau, alpha=row.alpha)
         weigh = inverted_maps if row.inverted else weighted_maps
         weighted = weigh(parts[key], map_[None], [query], truth.shape)

@@ -124,14 +124,19 @@ def attribute_queries(picture: Picture, queries: Sequence[Query]) -> Tensor:
 
 
 def weighted_maps(picture: Picture, maps: Tensor, queries: Sequence[Query], size: Size) -> Tensor:
-    """A_alpha * D (Eq. 8) of maps `[labels, h, w]`, bilinear at `size`: float32 `[labels, H, W]`."""
+    """A_alpha * D (Eq. 8) of maps `[labels, h, w]`, bilinear at `size`: float32 `[labels, H, W]`.
+
+    GoCA's maps may lie on a coarser grid than A_alpha: they are brought to its grid first.
+    """
     attention: dict[tuple[str, float], Tensor] = {}
     weighted = []
     for query, rows in zip(queries, _places(queries), strict=True):
         key = (query.branch, query.alpha)
         if key not in attention:
             attention[key] = self_attention_map(picture.of_branch(query.branch), query.alpha).to(maps.device)
-        weighted.append(resize(maps[rows].detach() * attention[key], size))
+        received, own = attention[key], maps[rows].detach()
+        own = own if own.shape[1:] == received.shape else resize(own, received.shape)
+        weighted.append(resize(own * received, size))
     return torch.cat(weighted)
 
 

@@ -18,6 +18,7 @@ from ovam_core.cli.progress import EpochBar
 from ovam_core.data import annotated
 from ovam_core.data.annotated import Example, by_class, check_same, learn, learn_contrasting, read_folder
 from ovam_core.errors import InputError
+from ovam_core.io import token_files
 from ovam_core.io.masks import read_mask
 from ovam_core.models.load import load_pipeline
 from ovam_core.models.presets import recommended_part
@@ -300,7 +301,8 @@ def test_the_papers_recipe(pipe, mask):
 
 
 def test_the_tokens_command(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tokens, "FOLDER", tmp_path / "tokens")
+    for module in (tokens, token_files):
+        monkeypatch.setattr(module, "FOLDER", tmp_path / "tokens")
     assert main(["tokens", "list"]) == 0
     assert "no tokens" in capsys.readouterr().out
     np.save(

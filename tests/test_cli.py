@@ -278,7 +278,7 @@ BAD = {
     "resolution not there": (
         [PROMPT],
         [*WORDS, "--resolutions", "3"],
-        "No attention grid is 3 wide: choose among 16, 8, 4",
+        "No attention grid is 3 wide: choose among 32, 16, 8, 4",
     ),
     "no such model": ([PROMPT], [*WORDS, "--model", "no-such-model"], "no-such-model"),
     "no such folder": ([PROMPT], [*WORDS, "--model", "/no/such/folder"], "/no/such/folder"),

@@ -44,7 +44,7 @@ def test_diffusers_alone_loads_it():
     image = plain("a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
     assert image.size == (128, 128)
     attentions = {type(block).__name__ for block in (*plain.unet.down_blocks, *plain.unet.up_blocks)}
-    assert attentions == {"CrossAttnDownBlock2D", "CrossAttnUpBlock2D"}
+    assert attentions >= {"CrossAttnDownBlock2D", "CrossAttnUpBlock2D"}
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_maps_find_their_objects_in_generated_images(pipe):
     blob = best_mean_iou([centred_blob(128)] * len(masks), masks)
     print(f"generated: {len(masks)} of 20 drawn, IoU {ours:.3f}, uniform {uniform:.3f}, blob {blob:.3f}")
     assert len(masks) >= 16
-    assert ours > max(0.6, 1.4 * max(uniform, blob))
+    assert ours > max(0.68, 1.25 * max(uniform, blob))
 
 
 @pytest.mark.slow

@@ -67,7 +67,7 @@ def generations(
         yield from zip(images, recorder.recordings, strict=True)
 
 
-def find(pipe, network, name: str, steps: int | None = None, seeds: Sequence[int] = SEEDS, batch: int = 4):
+def find(pipe, network, name: str, steps: int | None = None, seeds: Sequence[int] = SEEDS, batch: int = 1):
     """The first seed whose image shows the class clearly: (seed, image, mask bool [H, W]). ValueError if none does."""
     number = VOC_CLASSES.index(name) + 1
     made = generations(pipe, [prompt_for(name)] * len(seeds), seeds, steps, batch)
