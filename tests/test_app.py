@@ -465,7 +465,7 @@ def test_a_visit(visit, tmp_path):
     )
     assert sources(page, "#image") == picture
     maps = sources(page, "#gallery")
-    page.locator("#grids input").nth(1).click()
+    page.locator("#grids input").nth(2).click()  # 1/16 beside 1/8
     page.wait_for_function(
         "old => [...document.querySelectorAll('#gallery img')].map(one => one.src).join() !== old", arg=",".join(maps)
     )
