@@ -424,12 +424,12 @@ def test_a_visit(visit, tmp_path):
     assert "<b>markup</b>" in page.inner_text("#head .notice")
     set_steps(page, STEPS)
     generate_now(page)
-    assert captions(page) == ["animal", "car"]
+    assert captions(page) == ["bird", "ship"]
     assert page.get_attribute("#image img", "alt") == "The picture"
-    assert page.locator("#gallery img").first.get_attribute("alt").startswith("animal · peak")
+    assert page.locator("#gallery img").first.get_attribute("alt").startswith("bird · peak")
     assert f"{STEPS} steps" in page.inner_text("#facts")
     assert "from the recording in" in page.inner_text("#map-facts")
-    assert page.locator("#annotated .legend-item").all_inner_texts() == ["animal", "car"]
+    assert page.locator("#annotated .legend-item").all_inner_texts() == ["bird", "ship"]
     assert page.is_disabled("#stop")
     assert page.is_enabled("#pack")
     shoot(page, "wide", full=True)
