@@ -88,7 +88,7 @@ def test_smoke_subset_of_the_quality_tables(ovam, tmp_path, library):
             "Steps",
             "Alpha",
         }
-        assert sum(row["table"] == "Resolutions" for row in rows) == 2 * (2**4 - 1)  # sets of the four grids, by name and token
+        assert sum(row["table"] == "Resolutions" for row in rows) == 2 * (2**4 - 1)  # sets of four grids
         for row in rows:
             # Of two images the bootstrap draws each one alone as well: the mIoU of both lies between theirs.
             assert row["n"] == 2
