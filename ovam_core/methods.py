@@ -135,7 +135,7 @@ def weighted_maps(picture: Picture, maps: Tensor, queries: Sequence[Query], size
         if key not in attention:
             attention[key] = self_attention_map(picture.of_branch(query.branch), query.alpha).to(maps.device)
         received, own = attention[key], maps[rows].detach()
-        own = own if own.shape[1:] == received.shape else resize(own, received.shape)
+        own = own if own.shape[1:] == received.shape else resize(own, (received.shape[0], received.shape[1]))
         weighted.append(resize(own * received, size))
     return torch.cat(weighted)
 
