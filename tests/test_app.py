@@ -484,6 +484,7 @@ def test_a_visit(visit, tmp_path):
 def test_another_method(visit):
     page = visit()
     set_steps(page, STEPS)
+    page.fill("#prompt textarea", PROMPT)
     page.fill("#words textarea, #words input", "cat, car")
     generate_now(page)
     picture, maps, masks = (sources(page, name) for name in ("#image", "#gallery", "#annotated"))
