@@ -159,6 +159,7 @@ def test_joint_blocks_that_a_cache_skips():
         return r.recordings[0]
 
     plain = run()
+    vars(pipe.transformer).pop("_diffusers_hook")  # diffusers 0.38 lists the hooks of the blocks once, at the first run
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
     recording = run()
     first, *others = recording.layers
