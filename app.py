@@ -34,7 +34,8 @@ from tabs.session import Sessions
 PAPER = "https://openaccess.thecvf.com/content/CVPR2024/html/Marcos-Manchon_Open-Vocabulary_Attention_Maps_with_Token_Optimization_for_Semantic_Segmentation_in_CVPR_2024_paper.html"
 CODE = "https://github.com/vpulab/ovam"
 PROXY = "The page cannot start: this machine does not reach its own address; set NO_PROXY=localhost,127.0.0.1."
-CSS = Path(__file__).parent / "tabs" / "style.css"
+ASSETS = Path(__file__).parent / "tabs" / "assets"
+CSS = [ASSETS / f"{name}.css" for name in ("page", "viewer", "generate", "optimize", "export")]
 
 THEME = gr.themes.Default(
     primary_hue="indigo",
