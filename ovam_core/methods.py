@@ -38,7 +38,8 @@ class Method(Protocol):
 
     name, about: for people, `about` one line. asks: words (and tokens beside them), or tokens alone. takes_tokens:
     whether a token can be asked. run_steps, step: steps of the run that the method is defined on, and the only one of
-    it that it looks at; None for any, and for all. needs_goca: whether the picture must bring the pass of
+    it that it looks at; None for any, and for all. cuts_each: whether a mask follows from its own map, tau and alpha
+    alone. needs_goca: whether the picture must bring the pass of
     `record_goca`. crf: whether a dense CRF follows. has_alpha: whether the self-attention map is used. tau, alpha,
     token_tau, token_alpha: as published.
     """
@@ -51,6 +52,8 @@ class Method(Protocol):
     def asks(self) -> Asks: ...
     @property
     def takes_tokens(self) -> bool: ...
+    @property
+    def cuts_each(self) -> bool: ...
     @property
     def run_steps(self) -> int | None: ...
     @property
@@ -115,7 +118,7 @@ NOTHING_GIVEN = Cut()
 def attribute_queries(picture: Picture, queries: Sequence[Query]) -> Tensor:
     """The mean map of each label (Eq. 5), float32 `[labels, h, w]`; the queries of a branch are read once for all."""
     found: dict[int, Tensor] = {}
-    places = _places(queries)
+    places = rows_of_labels(queries)
     for branch in dict.fromkeys(query.branch for query in queries):
         chosen = [n for n, query in enumerate(queries) if query.branch == branch]
         maps = attribute(picture.of_branch(branch), [queries[n].attribution for n in chosen])
@@ -130,7 +133,7 @@ def weighted_maps(picture: Picture, maps: Tensor, queries: Sequence[Query], size
     """
     attention: dict[tuple[str, float], Tensor] = {}
     weighted = []
-    for query, rows in zip(queries, _places(queries), strict=True):
+    for query, rows in zip(queries, rows_of_labels(queries), strict=True):
         key = (query.branch, query.alpha)
         if key not in attention:
             attention[key] = self_attention_map(picture.of_branch(query.branch), query.alpha).to(maps.device)
@@ -143,7 +146,7 @@ def weighted_maps(picture: Picture, maps: Tensor, queries: Sequence[Query], size
 def cut_maps(weighted: Tensor, queries: Sequence[Query]) -> Tensor:
     """Eq. 9 with each query's own tau: bool `[labels, H, W]`."""
     return torch.cat(
-        [binary_masks(weighted[rows], query.tau) for query, rows in zip(queries, _places(queries), strict=True)]
+        [binary_masks(weighted[rows], query.tau) for query, rows in zip(queries, rows_of_labels(queries), strict=True)]
     )
 
 
@@ -152,7 +155,7 @@ def over_peak(weighted: Tensor) -> Tensor:
     return weighted / weighted.amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def _places(queries: Sequence[Query]) -> list[list[int]]:
+def rows_of_labels(queries: Sequence[Query]) -> list[list[int]]:
     """The rows of each query's labels."""
     rows, first = [], 0
     for query in queries:
@@ -189,6 +192,7 @@ class HeatmapMethod:
     asks: Asks = "words"
 
     takes_tokens: ClassVar[bool] = True
+    cuts_each: ClassVar[bool] = True
     needs_goca: ClassVar[bool] = False
 
     @property
@@ -297,6 +301,7 @@ class GocaMethod:
     crf: ClassVar[bool] = False
     asks: ClassVar[Asks] = "words"
     takes_tokens: ClassVar[bool] = False
+    cuts_each: ClassVar[bool] = False
     needs_goca: ClassVar[bool] = True
     has_alpha: ClassVar[bool] = False
 

@@ -14,18 +14,19 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, replace
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from ovam_core.attention.evolution import Evolution, Over, check_over, evolutions, of_as_many_heads
 from ovam_core.attention.heatmap import resize
-from ovam_core.attention.mask import NO_CRF, crf_available
+from ovam_core.attention.mask import NO_CRF, crf_available, self_attention_map
 from ovam_core.attention.reading import Reading
 from ovam_core.attention.recording import Branch, Recording
 from ovam_core.errors import InputError, Stopped
@@ -34,7 +35,8 @@ from ovam_core.hooks.photograph import denoise, fitted_size, prepare, with_run_f
 from ovam_core.hooks.recorder import record
 from ovam_core.io.masks import read_mask
 from ovam_core.io.pictures import read_photo
-from ovam_core.methods import Cut, check_settings, method_named
+from ovam_core.methods import Cut, check_settings, method_named, rows_of_labels
+from ovam_core.models.binding import bound, bound_goca
 from ovam_core.models.load import load_pipeline
 from ovam_core.models.presets import (
     ModelDefaults,
@@ -45,6 +47,7 @@ from ovam_core.models.presets import (
 )
 from ovam_core.models.reading import read_as
 from ovam_core.models.registry import adapter_of
+from ovam_core.models.starting import fitted_start, start_arguments, starting_from_picture
 from ovam_core.optimization import (
     PROMPT,
     RECIPES,
@@ -54,10 +57,10 @@ from ovam_core.optimization import (
     initial_embedding,
     optimize,
 )
-from ovam_core.picture import Picture, Segmentation
+from ovam_core.picture import Picture, Segmentation, load_picture
 from ovam_core.plot import resize_mask
 from ovam_core.query import Query, branch_of, caption_of, token_query
-from ovam_core.settings import GenerateSettings, PhotoSettings, SegmentSettings
+from ovam_core.settings import DEFAULT_METHOD, GenerateSettings, PhotoSettings, SegmentSettings
 from ovam_core.tokens import BACKGROUND, Token
 
 if TYPE_CHECKING:
@@ -124,16 +127,24 @@ class OVAM:
         guidance_scale: float | None = None,
         width: int | None = None,
         height: int | None = None,
+        start: Image.Image | str | Path | None = None,
+        strength: float | None = None,
         tokens: Sequence[Token] = (),
+        branch: Branch | None = None,
         callback_on_step_end: OnStep | None = None,
     ) -> Picture:
         """An image and its recording. None takes the model's own steps, guidance and size.
 
-        seed: 0 to 2**32 - 1; the noise is drawn on the CPU, so it is the same on every device. tokens: those that will
-        be asked for, where they belong to the unconditional half of the guided batch. callback_on_step_end: called
-        with (steps done, steps in all), once with 0 before the first; it may raise `Stopped` to end the run.
+        seed: 0 to 2**32 - 1; the noise is drawn on the CPU, so it is the same on every device. start: a picture or its
+        file to begin from in place of noise, cropped about its middle to the size; strength: the share of the steps
+        that are run then, above 0 to 1 (0.6). tokens: those that will be asked for, where they belong to the
+        unconditional half of the guided batch. branch: the half to record, "all" for both; None for that of the tokens.
+        callback_on_step_end: called with (steps done, steps in all), once with 0 before the first; it may raise
+        `Stopped` to end the run.
         Raises InputError, one sentence, for what this model cannot make.
         """
+        if start is None and strength is not None:
+            raise InputError("A strength is given and no picture to start from; give start, or leave strength out.")
         settings = GenerateSettings.for_model(
             self.pipe,
             prompt,
@@ -143,8 +154,11 @@ class OVAM:
             guidance=guidance_scale,
             width=width,
             height=height,
+            start=start,
+            strength=strength,
         )
-        return self.draw(settings, on_step=callback_on_step_end, branch=branch_of(tokens), with_goca=self.serves_goca)
+        branch = branch_of(tokens) if branch is None else branch
+        return self.draw(settings, on_step=callback_on_step_end, branch=branch, with_goca=self.serves_goca)
 
     def draw(
         self,
@@ -159,33 +173,51 @@ class OVAM:
 
         on_step: called with (steps done, steps in all) after every denoising step, once with 0 before the first.
         should_stop: asked at every step; where it says True, `Stopped` is raised and nothing is kept. branch: half of
-        the guided batch to record (`branch_of` knows which one tokens need). with_goca: record the pass of GoCA too.
+        the guided batch to record (`halves_of` knows which one a question needs); "all" for both, where there are two:
+        the unconditional one is then among the picture's `others`. with_goca: record the pass of GoCA too.
         """
         settings.validate(self.pipe)
-        weighing = record_goca(self.pipe, branch=branch) if with_goca else nullcontext()
+        settings, pipe = self._begun(settings)
+        total = self.steps_run(settings)
+        first: Branch = "conditional" if branch == "all" else branch
+        rest: list[Branch] = ["unconditional"] if branch == "all" and self.adapter.guides(settings.guidance) else []
         begun = time.perf_counter()
 
         def after_step(done: int) -> None:
-            done = min(done, settings.steps)  # some schedulers take a step or two more than asked for
+            done = min(done, total)  # some schedulers take a step or two more than asked for
             if should_stop is not None and should_stop():
-                raise Stopped(done, settings.steps)
+                raise Stopped(done, total)
             if on_step is not None:
-                on_step(done, settings.steps)
+                on_step(done, total)
 
         after_step(0)
         # A generator on the CPU draws the same noise whatever the device.
         generator = torch.Generator("cpu").manual_seed(settings.seed)
-        with record(self.pipe, branch=branch) as recorder, weighing as weighted:
+        size: dict[str, Any] = {"width": settings.width, "height": settings.height}
+        if settings.start is not None:
+            size = start_arguments(pipe, settings.start, settings.strength)
+        with ExitStack() as recorders:
+            recorded = [recorders.enter_context(record(pipe, branch=half)) for half in (first, *rest)]
+            weighted = recorders.enter_context(record_goca(pipe, branch=first)) if with_goca else None
             images = self.run(
+                pipe=pipe,
                 prompt=settings.prompt,
                 num_inference_steps=settings.steps,
                 guidance_scale=settings.guidance,
-                width=settings.width,
-                height=settings.height,
                 generator=generator,
-                **self.adapter.arguments(settings.negative_prompt, after_step),
+                **size,
+                **adapter_of(pipe).arguments(settings.negative_prompt, after_step),
             ).images
-        return self._picture(images[0], recorder.recordings[0], settings, weighted, begun)
+        recording, *others = (one.recordings[0] for one in recorded)
+        picture = self._picture(images[0], recording, settings, weighted, begun)
+        return replace(picture, others={one.branch: one for one in others})
+
+    def _begun(self, settings: GenerateSettings) -> tuple[GenerateSettings, Pipeline]:
+        """The settings with their start picture as the run begins from it, and the pipeline that runs."""
+        if settings.start is None:
+            return settings, self.pipe
+        start = fitted_start(settings.start, (settings.width, settings.height))
+        return replace(settings, start=start), starting_from_picture(self.pipe)
 
     def photograph(
         self,
@@ -231,9 +263,15 @@ class OVAM:
             denoise(self.pipe, noisy, should_stop)
         return self._picture(image, with_run_facts(recorder.recordings[0], noisy), settings, weighted, begun)
 
-    def run(self, **arguments: Any) -> Any:
-        """The pipeline's own call."""
-        return self.pipe(**arguments)  # type: ignore[operator]  # diffusers' base class is not callable, each pipeline is
+    def steps_run(self, settings: GenerateSettings) -> int:
+        """How many of the steps are run: from a picture, fewer."""
+        if settings.start is None:
+            return settings.steps
+        return self.adapter.steps_run(settings.steps, settings.strength)
+
+    def run(self, *, pipe: Pipeline | None = None, **arguments: Any) -> Any:
+        """The pipeline's own call; pipe: another one of the same modules."""
+        return (pipe or self.pipe)(**arguments)  # type: ignore[operator]  # diffusers' base class is not callable, each pipeline is
 
     def _picture(
         self,
@@ -254,6 +292,33 @@ class OVAM:
             seconds=time.perf_counter() - begun,
         )
 
+    def load_recording(self, path: str | Path) -> Picture:
+        """A picture with its recording, from a file of `Picture.save_recording`, to be asked as if it were just made.
+
+        Raises InputError for what is no such file, and where the model is not the one that made it.
+        """
+        return self.bind(load_picture(path))
+
+    def bind(self, picture: Picture) -> Picture:
+        """A picture of another process, or one `detached`, with this model's own layers in its recordings.
+
+        They are found by name. Raises InputError where the model has not the layers of the run, or others' weights in
+        them.
+        """
+        try:
+            if picture.settings is not None:
+                picture.settings.validate(self.pipe)
+            return replace(
+                picture,
+                recording=bound(self.pipe, picture.recording),
+                goca=None if picture.goca is None else bound_goca(self.pipe, picture.goca),
+                others={branch: bound(self.pipe, one) for branch, one in picture.others.items()},
+                last_maps=None,
+            )
+        except InputError as error:
+            made = f"by {picture.model}" if picture.model else "elsewhere"
+            raise InputError(f"This picture was made {made} and cannot be asked with {self.name}: {error}") from None
+
     # ------------------------------------------------------------------------------------ what is in them
 
     def segment(
@@ -269,6 +334,7 @@ class OVAM:
         crf: bool = True,
         step_indices: Sequence[int] | None = None,
         resolutions: Sequence[int] | None = None,
+        branch: Branch | None = None,
     ) -> Segmentation:
         """Heatmaps and masks of anything in a picture, from its recording alone.
 
@@ -276,7 +342,9 @@ class OVAM:
         `sentence`, words to be found in it, and without words every token of the sentence. method: a name in METHODS.
         tau, alpha: threshold (Eq. 9) and self-attention floor (Eq. 8), 0 to 1; None: the model's own for words, each
         token's own for tokens. step_indices, resolutions: denoising steps and attention grids to use; None: those that
-        the model recommends. Raises InputError, one sentence, for what the recording cannot answer.
+        the model recommends. branch: half of the guided batch that words are asked of, and that the self-attention is
+        of: "unconditional" is the negative prompt's own; None for the conditional one. Raises InputError, one sentence,
+        for what the recording cannot answer.
         """
         asked = [queries] if isinstance(queries, str | Token) else list(queries)
         settings = SegmentSettings(
@@ -292,6 +360,7 @@ class OVAM:
             token_tau=tau,
             token_alpha=alpha,
             method=method_named(method).name,
+            branch=branch,
         )
         return self.answer(picture, settings)
 
@@ -312,11 +381,8 @@ class OVAM:
         settings = self.filled(settings)
         self.check_answerable(settings, picture.settings)
         method = method_named(settings.method)
-        seen = replace(
-            picture, image=_at_work_size(picture.image), recording=self._used_part(picture.recording, settings)
-        )
-        for token in settings.tokens:
-            _check_branch(token, picture.recording)
+        seen = replace(self._used_parts(picture, settings), image=_at_work_size(picture.image))
+        _check_branches(settings, picture, method.needs_goca)
         queries = self.queries(settings)
         labels = _distinct(queries)
         if len(labels) * picture.image.width * picture.image.height > MAX_ANSWER:
@@ -328,7 +394,25 @@ class OVAM:
         masks = method.masks(seen, maps, queries, settings.crf, on_label)
         full = resize(maps[: len(labels)], (picture.image.height, picture.image.width)).float().cpu().numpy()
         masks = np.stack([resize_mask(mask, picture.image.size) for mask in masks])
-        return Segmentation(labels, full, masks, picture, settings)
+        on_grid = maps[: len(labels)].float().cpu().numpy()
+        apart = [] if settings.evolution is None else self._evolutions(picture, settings, settings.evolution)
+        return Segmentation(labels, full, masks, picture, settings, on_grid, tuple(queries), apart)
+
+    def received_attention(self, found: Segmentation) -> dict[str, np.ndarray]:
+        """The attention that each pixel received (Eq. 8), scaled to [0, 1], so that A_alpha = alpha + (1 - alpha) * it.
+
+        float32 `[h, w]` on the recording's grid for each half of the guided batch that was asked; nothing for a method
+        that does without, and for a half that was recorded without self-attention.
+        """
+        if not method_named(found.settings.method).has_alpha:
+            return {}
+        seen = self._used_parts(found.picture, found.settings)
+        halves = {branch: seen.of_branch(branch) for branch in dict.fromkeys(query.branch for query in found.queries)}
+        return {
+            branch: self_attention_map(recording, 0).float().cpu().numpy()
+            for branch, recording in halves.items()
+            if recording.column_sums
+        }
 
     def queries(self, settings: SegmentSettings) -> list[Query]:
         """The words or sentence of the settings, then their tokens, read, with their tau and alpha decided.
@@ -337,7 +421,10 @@ class OVAM:
         """
         method = method_named(settings.method)
         given = Cut(settings.tau, settings.alpha, settings.token_tau, settings.token_alpha)
-        asked = [*method.words(self.pipe, settings), *(token_query(self.pipe, token) for token in settings.tokens)]
+        words = method.words(self.pipe, settings)
+        if settings.branch is not None:
+            words = [replace(query, branch=cast(Branch, settings.branch)) for query in words]
+        asked = [*words, *(token_query(self.pipe, token) for token in settings.tokens)]
         return [method.cut(query, given, self.preset) for query in asked]
 
     def filled(self, settings: SegmentSettings) -> SegmentSettings:
@@ -360,33 +447,60 @@ class OVAM:
         method = method_named(settings.method)
         if made_with is None:
             return
-        if method.run_steps is not None and getattr(made_with, "steps", None) != method.run_steps:
+        run = self.steps_run(made_with) if isinstance(made_with, GenerateSettings) else None
+        if method.run_steps is not None and run != method.run_steps:
             raise InputError(
                 f"{method.name} looks at step {method.step} of a run of {method.run_steps}: generate an image with "
                 f"{method.run_steps} steps, or choose another method."
             )
         if isinstance(made_with, GenerateSettings):
             self._check_parts(settings, made_with)
+        self._check_half(settings, made_with)
         method.check_words(self.pipe, made_with.caption, settings.words)
 
     def _check_parts(self, settings: SegmentSettings, made_with: GenerateSettings) -> None:
         """Refuses steps and grids that no recording of this image can have."""
         # A second-order scheduler calls the model twice a step, PNDM once more than it has steps.
-        calls = made_with.steps * getattr(self.pipe.scheduler, "order", 1) + 1
+        run = self.steps_run(made_with)
+        calls = run * getattr(self.pipe.scheduler, "order", 1) + 1
         if settings.step_indices is not None and min(settings.step_indices) >= calls:
-            last = made_with.steps - 1
-            raise InputError(f"None of these steps is in a run of {made_with.steps}: choose among 0 to {last}.")
+            raise InputError(f"None of these steps is in a run of {run}: choose among 0 to {run - 1}.")
         side, strides = max(made_with.width, made_with.height), self.adapter.strides
         grids = {side // stride for stride in strides} | {-(-side // stride) for stride in strides}
         if settings.resolutions is not None and not grids & set(settings.resolutions):
             listed = ", ".join(str(grid) for grid in sorted(grids, reverse=True))
             raise InputError(f"No attention grid is {settings.resolutions[-1]} wide: choose among {listed}.")
 
-    def _used_part(self, recording: Recording, settings: SegmentSettings) -> Recording:
-        """The steps and grids that were named, else those that the model recommends."""
+    def _check_half(self, settings: SegmentSettings, made_with: GenerateSettings | PhotoSettings) -> None:
+        """Refuses the half of the guided batch that no recording of these settings can have."""
+        if settings.branch is None:
+            return
+        if isinstance(made_with, PhotoSettings):
+            half = "conditional" if made_with.caption.strip() else "unconditional"
+            if settings.branch != half:
+                other = "without a caption" if made_with.caption.strip() else "with a caption"
+                raise InputError(f"This photograph is of the {half} half alone; look at it {other} for the other one.")
+        elif settings.branch == "unconditional" and not self.adapter.guides(made_with.guidance):
+            raise InputError(
+                "Without guidance there is no unconditional half to ask: make the picture with a guidance scale above "
+                "1 by a model that is guided so, or ask the conditional one."
+            )
+
+    def _used_parts(self, picture: Picture, settings: SegmentSettings) -> Picture:
+        """The picture with `_used_part` of each of its recordings."""
+        return replace(
+            picture,
+            recording=self._used_part(picture.recording, settings),
+            others={half: self._used_part(one, settings) for half, one in picture.others.items()},
+        )
+
+    def _used_part(
+        self, recording: Recording, settings: SegmentSettings, layers: Sequence[str] | None = None
+    ) -> Recording:
+        """The steps, grids and layers that were named, else those that the model recommends."""
         method = method_named(settings.method)
-        used = recording.select(steps=settings.step_indices, resolutions=settings.resolutions)
-        if settings.resolutions is None:
+        used = recording.select(steps=settings.step_indices, layers=layers, resolutions=settings.resolutions)
+        if settings.resolutions is None and layers is None:
             used = recommended_grids(self.pipe, used)
         if settings.step_indices is None and method.step is None:
             used = recommended_steps(self.pipe, used)
@@ -394,8 +508,8 @@ class OVAM:
 
     def _maps(self, picture: Picture, seen: Picture, settings: SegmentSettings, queries: Sequence[Query]) -> Tensor:
         """The maps of the queries; the last ones again where only the cut has changed."""
-        numbers = tuple(token.embedding.numpy().tobytes() for token in settings.tokens)
-        parts = (settings.step_indices, settings.resolutions)
+        numbers = tuple((token.embedding.numpy().tobytes(), token.branch) for token in settings.tokens)
+        parts = (settings.step_indices, settings.resolutions, settings.branch)
         question = (settings.method, settings.words, settings.sentence, settings.template, parts, numbers)
         last = picture.last_maps  # which another thread may replace at any time
         if last is None or last[0] != question:
@@ -404,6 +518,74 @@ class OVAM:
                 method_named(settings.method).heatmaps(self.pipe, seen, queries),
             )
         return last[1]
+
+    def evolution(
+        self,
+        picture: Picture,
+        query: str | Token = "",
+        over: Over = "steps",
+        *,
+        label: str | None = None,
+        sentence: str = "",
+        template: str = "{}",
+        step_indices: Sequence[int] | None = None,
+        resolutions: Sequence[int] | None = None,
+        layers: Sequence[str] | None = None,
+        branch: Branch | None = None,
+    ) -> Evolution:
+        """The heatmap of a word or a token taken apart: a map for each denoising step, grid, layer or head.
+
+        query: as in `segment`; label: which of its labels, where it has several (a token of several classes, a
+        sentence without words). Shown is all that was recorded of what the heatmap is taken apart over, and of the rest
+        what the model recommends, unless you name other steps, grids (`resolutions`) or layers (names or parts of them,
+        as `record` takes them); heads are of layers that have as many, else of the finest grid. The weighted mean of
+        the frames is the word's heatmap of OVAM (Eq. 5), whatever other methods make of it. branch: half of the guided
+        batch that a word is asked of. Raises InputError as `segment` does, and for another `over`.
+        """
+        words, tokens = ((), (query,)) if isinstance(query, Token) else ((query,) if query.strip() else (), ())
+        settings = SegmentSettings(
+            words=words,
+            sentence=" ".join(sentence.split()),
+            template=template,
+            crf=False,
+            step_indices=None if step_indices is None else tuple(step_indices),
+            resolutions=None if resolutions is None else tuple(resolutions),
+            tokens=tokens,
+            branch=branch,
+        )
+        check_settings(settings)
+        self.check_answerable(settings, picture.settings)
+        _check_branches(settings, picture, of_one_pass=False)
+        with torch.no_grad(), read_as(picture.recording.reading):
+            labels, found = _distinct(self.queries(settings)), self._evolutions(picture, settings, over, layers)
+        wanted = labels[0] if label is None and len(labels) == 1 else label
+        if wanted not in labels:
+            raise InputError(f"This has the labels {', '.join(labels)[:300]}: choose one of them.")
+        return found[labels.index(wanted)]
+
+    def _evolutions(
+        self, picture: Picture, settings: SegmentSettings, over: str, layers: Sequence[str] | None = None
+    ) -> list[Evolution]:
+        """One a label, in the order of the queries."""
+        check_over(over)
+        settings = replace(settings, method=DEFAULT_METHOD)
+        queries = self.queries(settings)
+        found: dict[int, Evolution] = {}
+        places = rows_of_labels(queries)
+        for branch in dict.fromkeys(query.branch for query in queries):
+            chosen = [n for n, query in enumerate(queries) if query.branch == branch]
+            whole = picture.of_branch(branch)
+            used = self._used_part(whole, settings, layers)
+            if over == "steps":
+                every = settings.step_indices or whole.step_indices
+                shown = self._used_part(whole, replace(settings, step_indices=every), layers)
+            elif over == "heads":
+                shown = used = of_as_many_heads(used)
+            else:
+                shown = whole.select(used.step_indices, layers, settings.resolutions)
+            one = evolutions(shown, [queries[n].attribution for n in chosen], cast(Over, over), used)
+            found.update(zip([row for n in chosen for row in places[n]], one, strict=True))
+        return [found[row] for row in range(len(found))]
 
     # ------------------------------------------------------------------------------------ tokens
 
@@ -484,7 +666,7 @@ class OVAM:
             raise InputError("Stopped before the first epoch: nothing was learned.")
         first = pictures[0].settings
         how = settings.to_json() | {"epochs": found.epochs, "images": len(pictures)} | (more or {})
-        about = {} if first is None else asdict(first)
+        about = {} if first is None else first.to_json()
         kind = "photo" if isinstance(first, PhotoSettings) else "image"
         outside = ("prompt", "caption", "seed", "steps")  # fields of the token itself
         kept = {kind: {name: value for name, value in about.items() if name not in outside}, "optimization": how}
@@ -514,11 +696,26 @@ def default_caption(settings: SegmentSettings) -> str:
     return settings.sentence or caption_of(list(dict.fromkeys([*settings.words, *names])))
 
 
-def _check_branch(token: Token, recording: Recording) -> None:
-    if token.branch != recording.branch:
+def _check_branches(settings: SegmentSettings, picture: Picture, of_one_pass: bool) -> None:
+    """Raises InputError for a token, or a half that words are asked of, which was not recorded; of_one_pass: GoCA's is
+    of the first half alone.
+    """
+    own = picture.recording.branch
+    recorded = {own} if of_one_pass else {own, *picture.others}
+    if own == "all":
+        return
+    for token in settings.tokens:
+        if token.branch not in recorded:
+            raise InputError(
+                f"The token '{', '.join(token.names)}' was found on the {token.branch} half of the guided batch and "
+                f"this image was recorded on the {own} one: make the image again with the token chosen."
+            )
+    if settings.branch not in (None, *recorded):
         raise InputError(
-            f"The token '{', '.join(token.names)}' was found on the {token.branch} half of the guided batch and this "
-            f"image was recorded on the {recording.branch} one: make the image again with the token chosen."
+            f"{settings.method} looks at the {own} half of the guided batch: choose that one, or another method."
+            if of_one_pass
+            else f"This image was recorded on the {own} half of the guided batch: make it again with the "
+            f"{settings.branch} one chosen, or ask the {own} one."
         )
 
 

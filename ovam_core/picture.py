@@ -20,18 +20,24 @@ from PIL import Image
 from torch import Tensor
 
 from ovam_core import plot
+from ovam_core.attention.evolution import Evolution
 from ovam_core.attention.goca import GocaRecording
 from ovam_core.attention.mask import label_map
 from ovam_core.attention.recording import Recording
 from ovam_core.errors import InputError
 from ovam_core.io.files import make_folder, write_atomically
 from ovam_core.io.names import slugs
-from ovam_core.settings import GenerateSettings, PhotoSettings, SegmentSettings
+from ovam_core.io.pictures import read_photo
+from ovam_core.io.recording_files import Recordings, read_recordings, write_recordings
+from ovam_core.query import Query
+from ovam_core.settings import START_FILE, GenerateSettings, PhotoSettings, SegmentSettings
 from ovam_core.tokens import SUFFIX, Token
 
 MadeBy = TypeVar("MadeBy", GenerateSettings, PhotoSettings)
 
 SETTINGS_FILE = "settings.json"
+# Files of a result that another result in its folder may not have.
+OWN = re.compile(r"(overlay|mask)_[\w-]+\.png|token_[\w-]+\.safetensors|evolution_[\w-]+\.webp|start\.png")
 MAX_STRETCH = 1.25  # by which an image may be wider or higher than the recorded one; a photograph's sides are rounded
 
 
@@ -96,13 +102,44 @@ class Picture:
             )
         return found
 
+    def detached(self) -> Picture:
+        """The same in host memory, with recordings that are detached from the model; see `Recording.detached`."""
+        return replace(
+            self,
+            recording=self.recording.detached(),
+            goca=None if self.goca is None else self.goca.detached(),
+            others={branch: one.detached() for branch, one in self.others.items()},
+            last_maps=None,
+        )
+
+    def save_recording(self, path: str | Path) -> Path:
+        """Writes the picture with all that was recorded of it into one safetensors file, there whole or not at all.
+
+        `OVAM.load_recording` reads it, in another process too, where any words can be asked. It holds tensors and names
+        of layers, and not the model.
+        """
+        plain = self.detached()
+        about = {"model": self.model, "device": self.device, "dtype": self.dtype, "seconds": self.seconds}
+        if self.settings is not None:
+            about[self.settings.KIND] = self.settings.to_json()
+        images = {"image": self.image, "start": getattr(self.settings, "start", None)}
+        pixels = {
+            name: torch.from_numpy(np.array(image.convert("RGB")))
+            for name, image in images.items()
+            if isinstance(image, Image.Image)
+        }
+        write_recordings(Path(path), about, pixels, Recordings(plain.recording, plain.goca, plain.others))
+        return Path(path)
+
 
 @dataclass(eq=False)
 class Segmentation:
     """What was found of each label in a picture, at the picture's size.
 
     labels: words, phrases, tokens' classes, as they were asked for. heatmaps: float32 `[L, H, W]` in [0, 1]. masks:
-    bool `[L, H, W]`. picture, settings: what was asked of what.
+    bool `[L, H, W]`. picture, settings: what was asked of what. grid_maps: the heatmaps before they are resized,
+    float32 `[L, h, w]`; queries: as what the labels were asked, in their order. Both are left out of what is made by
+    hand. evolutions: one a label where the settings asked for it, else none.
     """
 
     labels: list[str]
@@ -110,6 +147,9 @@ class Segmentation:
     masks: np.ndarray
     picture: Picture
     settings: SegmentSettings
+    grid_maps: np.ndarray | None = field(default=None, repr=False)
+    queries: tuple[Query, ...] = field(default=(), repr=False)
+    evolutions: list[Evolution] = field(default_factory=list, repr=False)
 
     @property
     def peaks(self) -> list[float]:
@@ -128,9 +168,14 @@ class Segmentation:
         tokens = token_files(self.settings.tokens)
         image, peaks = self.picture.image, self.peaks
         files = {"image.png": plot.png(image), "heatmaps.npz": self._npz()}
+        if isinstance(start := getattr(self.picture.settings, "start", None), Image.Image):
+            files[START_FILE] = plot.png(start)
         for slug, heatmap, mask in zip(names, self.heatmaps, self.masks, strict=True):
             files[f"overlay_{slug}.png"] = plot.png(plot.overlay(image, heatmap, max(peaks)))  # one scale for all words
             files[f"mask_{slug}.png"] = plot.png(plot.mask_image(mask))
+        for slug, evolution in zip(names, self.evolutions, strict=False):
+            frames = plot.frames(image, evolution.maps, evolution.labels)
+            files[f"evolution_{slug}.webp"] = plot.animation(frames)
         files["labels.png"] = plot.png(plot.label_image(self.label_map()))
         about = self._about(names, [*files, *tokens, SETTINGS_FILE], list(tokens))
         files[SETTINGS_FILE] = (json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode()
@@ -141,8 +186,9 @@ class Segmentation:
 
         image.png; heatmaps.npz (`maps` float32 [L, H, W] in [0, 1], `words`); overlay_<word>.png and mask_<word>.png
         for each word; labels.png (ids in the order of the words, VOC palette); token_<class>.safetensors for each token
-        asked for; settings.json, from which `ovam generate --settings` (or `ovam photo --settings`) makes the same
-        bytes on the same machine. Files of an earlier result in the folder that this one does not have are taken away.
+        asked for; start.png, where the run began from a picture; evolution_<word>.webp, where the settings asked for
+        one; settings.json, from which `ovam generate --settings` (or `ovam photo --settings`) makes the same bytes on
+        the same machine. Files of an earlier result in the folder that this one does not have are taken away.
         """
         folder = make_folder(folder)
         files = self.files()
@@ -200,13 +246,52 @@ def _earlier(folder: Path) -> set[str]:
     """Overlays and masks that a settings.json in the folder owns up to: only names that `save` itself makes."""
     try:
         listed = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))["files"]
-        return {name for name in listed if re.fullmatch(r"(overlay|mask)_[\w-]+\.png|token_[\w-]+\.safetensors", name)}
+        return {name for name in listed if OWN.fullmatch(name)}
     except (OSError, ValueError, KeyError, TypeError):
         return set()
 
 
+def load_picture(path: str | Path) -> Picture:
+    """A file of `Picture.save_recording`, its recordings detached: `OVAM.bind` lets them be asked.
+
+    Raises InputError, one sentence, for any other file.
+    """
+    path = Path(path)
+    about, pixels, found = read_recordings(path)
+    images = {name: Image.fromarray(x.numpy()) for name, x in pixels.items()}
+    try:
+        return Picture(
+            image=images["image"],
+            recording=found.recording,
+            settings=_made_with(about, images.get("start")),
+            goca=found.goca,
+            model=str(about["model"]),
+            device=str(about["device"]),
+            dtype=str(about["dtype"]),
+            seconds=float(about["seconds"]),
+            others=found.others,
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        reason = f": {error}" if isinstance(error, InputError) else " lacks a setting or holds one of the wrong kind."
+        raise InputError(f"The recording '{path.name}'{reason}") from None
+
+
+def _made_with(about: dict[str, Any], start: Image.Image | None) -> GenerateSettings | PhotoSettings | None:
+    """The settings of a recording's file. Raises InputError, KeyError and TypeError for what is none."""
+    if PhotoSettings.KIND in about:
+        photo = PhotoSettings.from_json(about[PhotoSettings.KIND])
+        photo.check_fields()
+        return photo
+    if GenerateSettings.KIND not in about:
+        return None
+    made = GenerateSettings.from_json(about[GenerateSettings.KIND])
+    made.check_fields()
+    return made if made.start is None else replace(made, start=start)
+
+
 def load_settings(path: str | Path, made_by: type[MadeBy]) -> tuple[MadeBy, SegmentSettings, str, str]:
-    """settings.json back to (what made the picture, what was asked, model, device); tokens are read from beside it.
+    """settings.json back to (what made the picture, what was asked, model, device); tokens and a start picture are read
+    from beside it.
 
     made_by: GenerateSettings or PhotoSettings. Raises InputError if it is not one of `save`'s, or of the other kind.
     """
@@ -220,12 +305,21 @@ def load_settings(path: str | Path, made_by: type[MadeBy]) -> tuple[MadeBy, Segm
     if not isinstance(about, dict) or about.get("format") != made_by.FORMAT:
         raise InputError(f"'{path}' is not a settings.json of this program (format {made_by.FORMAT}).")
     try:
-        picture = made_by.from_json(about[made_by.KIND])
+        picture = _with_start(made_by.from_json(about[made_by.KIND]), path.parent)
         asked = SegmentSettings.from_json(_lists(about["maps"]))
         asked = replace(asked, tokens=tuple(Token.load(path.parent / name) for name in asked.tokens))
         return picture, asked, str(about["model"]), str(about["device"])
     except (KeyError, TypeError, AttributeError):
         raise InputError(f"'{path}' lacks a setting or holds one of the wrong kind.") from None
+
+
+def _with_start(settings: MadeBy, folder: Path) -> MadeBy:
+    """The same with the picture of START_FILE for its name. Raises TypeError for another one."""
+    if not isinstance(settings, GenerateSettings) or settings.start is None:
+        return settings
+    if settings.start != START_FILE:
+        raise TypeError
+    return replace(settings, start=read_photo(folder / START_FILE))
 
 
 def _lists(values: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib import colormaps
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from ovam_core.errors import InputError
 
@@ -25,6 +25,8 @@ COLORS = (
     "#882255",
 )
 
+FRAME_SIDE = 512  # pixels of an animation's picture at most
+CAPTION = 28  # of the bar below it
 DIM = 0.45  # how bright the picture under a heatmap stays
 
 
@@ -138,6 +140,49 @@ def png(image: Image.Image) -> bytes:
     """The picture as the bytes of a PNG file, the same for the same pixels."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def frames(image: Image.Image, maps: np.ndarray, labels: Sequence[str], vmax: float | None = None) -> list[Image.Image]:
+    """Maps over the dimmed picture, one picture each, with a caption below and how far along it is.
+
+    maps: float `[N, h, w]`. labels: N captions. vmax: as in `colorize`, the same for all; None takes the largest of the
+    maps. Returns RGB images of one size, no side of the picture over FRAME_SIDE.
+    """
+    if len(maps) != len(labels):
+        raise InputError(f"There are {len(maps)} maps and {len(labels)} labels; give each map its label.")
+    below = enlarge(image.convert("RGB"), FRAME_SIDE // 2)
+    below.thumbnail((FRAME_SIDE, FRAME_SIDE), Image.Resampling.LANCZOS)
+    top = float(np.nanmax(maps)) if vmax is None and len(maps) else vmax
+    return [
+        _captioned(overlay(below, one, top), label, (number + 1) / len(maps))
+        for number, (one, label) in enumerate(zip(maps, labels, strict=True))
+    ]
+
+
+def _captioned(picture: Image.Image, caption: str, done: float) -> Image.Image:
+    whole = Image.new("RGB", (picture.width, picture.height + CAPTION), "#18181b")
+    whole.paste(picture)
+    draw = ImageDraw.Draw(whole)
+    draw.rectangle((0, picture.height, round(done * picture.width), picture.height + 2), fill=COLORS[0])
+    middle = picture.height + 2 + (CAPTION - 2) / 2
+    draw.text((8, middle), caption, fill="white", font=ImageFont.load_default(13), anchor="lm")
+    return whole
+
+
+def animation(frames: Sequence[Image.Image], milliseconds: int = 200, hold: int = 1200) -> bytes:
+    """Pictures of one size as the bytes of an animated WebP that repeats, the same for the same pictures.
+
+    milliseconds: of each picture; hold: of the last. Raises InputError for no picture, and for sizes that differ.
+    """
+    if not frames:
+        raise InputError("There is no picture to animate; give one at least.")
+    if len({frame.size for frame in frames}) > 1:
+        raise InputError("The pictures of an animation must have one size; these differ.")
+    buffer = io.BytesIO()
+    first, *rest = (frame.convert("RGB") for frame in frames)
+    durations = [milliseconds] * len(rest) + [hold]
+    first.save(buffer, "WEBP", save_all=True, append_images=rest, duration=durations, loop=0, quality=80, method=4)
     return buffer.getvalue()
 
 

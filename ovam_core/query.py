@@ -11,7 +11,7 @@ import unicodedata
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from ovam_core.errors import InputError
 from ovam_core.models.reading import EOT, FUNCTION_WORDS, SOT, Tokens
 from ovam_core.models.registry import adapter_of
 from ovam_core.models.words import content_words, find_word, has_weight, listed, plain
+from ovam_core.settings import SegmentSettings
 from ovam_core.tokens import Token, last_part
 
 if TYPE_CHECKING:
@@ -266,6 +267,14 @@ def branch_of(tokens: Sequence[Token]) -> Branch:
     if len(branches) > 1:
         raise InputError("These tokens were found on different halves of the guided batch; use them one at a time.")
     return branches.pop()
+
+
+def halves_of(settings: SegmentSettings) -> Branch:
+    """What to record of the guided batch so that all of this can be asked: a half, or "all" for both."""
+    halves: set[Branch] = {token.branch for token in settings.tokens}
+    if settings.words or settings.sentence.strip() or not halves:
+        halves.add(cast(Branch, settings.branch or "conditional"))
+    return halves.pop() if len(halves) == 1 else "all"
 
 
 def token_prompt(pipe: Pipeline, token: Token) -> AttributionPrompt:

@@ -35,6 +35,8 @@ MAX_PROXIMITY = 1e6
 
 # What files and options name; their modules import torch, and the command line lists them without it.
 HALVES = ("conditional", "unconditional")  # of the guided batch
+EVOLUTIONS = ("steps", "grids", "layers", "heads")  # what a heatmap is taken apart over
+START_FILE = "start.png"  # the picture that a run began from, beside its settings.json
 FORMATS = ("voc", "coco", "parquet")  # of a data set; "voc" is always there
 LIBRARY = "library"  # in place of a folder: the tokens that ship for the model
 
@@ -79,6 +81,9 @@ Threads = Annotated[
 ]
 
 
+LATER = {"later": True}  # metadata of a field that older files lack
+
+
 def json_names(settings_class: type) -> dict[str, str]:
     """Field name to the key under which it stands in files; files keep the keys that they have always had."""
     return {one.name: one.metadata.get("key", one.name) for one in fields(settings_class)}
@@ -98,9 +103,11 @@ class Settings:
             check_field(type(self), name, value)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as settings.json holds them."""
-        names = json_names(type(self))
-        return {key: getattr(self, name) for name, key in names.items()}
+        """The fields as settings.json holds them; those that came later (LATER) only where they were given."""
+        later = {one.name for one in fields(cast(Any, self)) if "later" in one.metadata}
+        values = {name: getattr(self, name) for name in json_names(type(self))}
+        kept = {name: value for name, value in values.items() if name not in later or value is not None}
+        return {json_names(type(self))[name]: value for name, value in kept.items()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
@@ -165,7 +172,12 @@ def _sentence(info: FieldInfo, value: Any) -> str:
 
 @dataclass(frozen=True)
 class GenerateSettings(Settings):
-    """What makes an image. `validate` must pass before a picture is made of it."""
+    """What makes an image. `validate` must pass before a picture is made of it.
+
+    start: what the run begins from in place of pure noise, cropped about its middle to the size; None for noise.
+    strength: the share of the steps that are run then. In files both are there only with a start, which is the picture
+    of START_FILE beside them.
+    """
 
     KIND: ClassVar[str] = "generation"  # its name in settings.json
     FORMAT: ClassVar[str] = "ovam-generate/1"
@@ -182,6 +194,16 @@ class GenerateSettings(Settings):
     ] = 4.0
     width: int = 128
     height: int = 128
+    start: Any = field(default=None, metadata=LATER)  # a picture or its file
+    strength: Annotated[
+        float,
+        Field(
+            title="The strength",
+            ge=1 / MAX_STEPS,
+            le=1.0,
+            description="how much of the start picture is drawn anew: the share of the steps that are run",
+        ),
+    ] = 0.6
 
     @property
     def caption(self) -> str:
@@ -197,10 +219,18 @@ class GenerateSettings(Settings):
         usual = {name: getattr(preset, name) for name in ("steps", "guidance", "width", "height")}
         return cls(prompt=prompt, **(usual | {name: value for name, value in given.items() if value is not None}))
 
+    def to_json(self) -> dict[str, Any]:
+        values = super().to_json()
+        if self.start is None:
+            del values["strength"]
+            return values
+        return values | {"start": START_FILE}
+
     def validate(self, pipe: Pipeline) -> None:
         """Raises InputError, one sentence, where this model cannot make an image of these settings."""
         from ovam_core.models.presets import defaults_for
         from ovam_core.models.registry import adapter_of, check_draws, check_fits
+        from ovam_core.models.starting import check_start
 
         check_field(type(self), "prompt", self.prompt)
         if not self.prompt.strip():
@@ -212,6 +242,8 @@ class GenerateSettings(Settings):
         adapter_of(pipe).check_whole()
         self.check_fields()
         check_sides(self.width, self.height, MIN_SIDE, defaults_for(pipe).max_size, adapter_of(pipe).side_multiple)
+        if self.start is not None:
+            check_start(pipe, self.steps, self.strength)
 
 
 @dataclass(frozen=True)
@@ -268,7 +300,8 @@ class SegmentSettings(Settings):
     model's do not hold); token_tau, token_alpha: for tokens, None for each token's own. step_indices: denoising steps
     to use, from 0; resolutions: larger sides of the attention grids to use; None for those that the model recommends.
     tokens: each a further attribution prompt; words are then optional. method: a name of methods.METHODS. What it does
-    not use of tau, alpha and crf is left alone.
+    not use of tau, alpha and crf is left alone. branch: half of the guided batch that words are asked of; None for the
+    conditional one; a token is of its own. evolution: over which of EVOLUTIONS each label's heatmap is taken apart.
     """
 
     words: tuple[str, ...] = ()
@@ -283,6 +316,8 @@ class SegmentSettings(Settings):
     token_tau: Annotated[float | None, Field(title="The tokens' tau", ge=0, le=1)] = None
     token_alpha: Annotated[float | None, Field(title="The tokens' alpha", ge=0, le=1)] = None
     method: str = DEFAULT_METHOD
+    branch: str | None = field(default=None, metadata=LATER)
+    evolution: str | None = field(default=None, metadata=LATER)
 
     def validate(self) -> None:
         """Raises InputError, one sentence, for what no recording could answer; `methods.check_settings` asks the
@@ -301,6 +336,9 @@ class SegmentSettings(Settings):
             raise InputError("No denoising step is chosen; choose at least one.")
         if self.resolutions is not None and not self.resolutions:
             raise InputError("No resolution is chosen; choose at least one.")
+        for name, value, known in (("half", self.branch, HALVES), ("evolution", self.evolution, EVOLUTIONS)):
+            if value is not None and value not in known:
+                raise InputError(f"The {name} is {str(value)[:40]!r}; choose {' or '.join(known)}.")
 
     def with_tokens(self, tokens: Iterable[Token]) -> SegmentSettings:
         return replace(self, tokens=tuple(tokens))

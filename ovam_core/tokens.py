@@ -6,13 +6,10 @@ A token is a plain safetensors file. Nothing here unpickles a stranger's objects
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
 import re
-import tempfile
-import urllib.request
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,7 +32,6 @@ from ovam_core.io.textual_inversion import is_textual_inversion, read_textual_in
 from ovam_core.io.token_files import (
     BACKGROUND,
     FOLDER,
-    MAX_BYTES,
     MAX_VALUE,
     SUFFIX,
     TOKEN_FORMAT,
@@ -46,14 +42,9 @@ from ovam_core.io.token_files import (
     read_header,
 )
 from ovam_core.io.token_files import last_part as last_part  # where others look for it
-from ovam_core.models.presets import DEFAULT_HUB_MODEL
 from ovam_core.settings import HALVES
 
 MAX_NAME = 200  # characters of a class name
-
-VOC_SD15_URL = "https://raw.githubusercontent.com/vpulab/ovam/main/docs/assets/tokens_VOC.npy"
-
-VOC_SD15_SHA256 = "532f05423bedaf3c2c227bfdbedab0746bccf5e52e6f7f007cda097a322a51cc"
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,29 +302,6 @@ def _words_of(vectors: Mapping[str, np.ndarray], path: Path, classes: Sequence[s
 def _spaced(name: str) -> str:
     """ "potted-plant" to "potted plant"."""
     return re.sub(r"[-_]+", " ", name).strip()
-
-
-def fetch_voc_sd15(folder: str | Path | None = None, url: str = VOC_SD15_URL) -> list[Path]:
-    """Downloads the paper's 20 published tokens for Stable Diffusion 1.5 (MIT licence) and saves them as safetensors.
-
-    They were found on the other half of the guided batch than the paper says, hence branch "unconditional".
-    folder: default `folder_for` Stable Diffusion 1.5. Returns the files. Raises InputError without a network, and
-    for a download whose SHA-256 is not the known one.
-    """
-    try:
-        with urllib.request.urlopen(url, timeout=30) as answer:
-            data = answer.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise InputError(f"The published tokens cannot be fetched from {url} ({reason}); is there a network?") from None
-    if hashlib.sha256(data).hexdigest() != VOC_SD15_SHA256:
-        raise InputError(f"What came from {url} is not the file that was published; nothing was imported.")
-    with tempfile.TemporaryDirectory() as work:
-        file = Path(work) / "tokens_VOC.npy"
-        file.write_bytes(data)
-        tokens = import_file(file, DEFAULT_HUB_MODEL, branch="unconditional", steps=30)
-    folder = Path(folder or folder_for(DEFAULT_HUB_MODEL))
-    return [token.save(folder / file_name(token.names)) for token in tokens]
 
 
 def export_npy(token: Token, path: str | Path, name: str | None = None) -> Path:

@@ -19,36 +19,36 @@ from typing import Any
 from urllib.parse import parse_qs
 
 import gradio as gr
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ovam_core.errors import InputError
 
-from .canvas import MAX_LAYER_BYTES
 from .events import NO_ROOM, OUR_FAULT, check_values, is_disk_full, said
 from .fields import MAX_UPLOAD_MB
 from .scratch import is_own, trim_memory
 from .session import Sessions
+from .tools import VISITOR, adapt
 
 MAX_BODY = 1 << 20  # bytes of a request beside the text of a prompt file
-MAX_PIECE = MAX_LAYER_BYTES + (64 << 10)
+MAX_TOOL_CALL = 4 << 20  # as the package of MCP has it
+MAX_TOOL_CALLS = 16  # at a time: each keeps one of the 40 threads that send files, too
 NAME = re.compile(r"[\w-]{1,64}", re.ASCII)  # of a session: the page's have 11 characters, uuids 36
 API = "/gradio_api/"
 
 # Of Gradio's routes, those that the page has no use for: what is going on here, other servers' files fetched by this
-# one, videos decoded, pages stored.
+# one, videos decoded, pages stored, MCP's older way, which keeps a session of each client.
 CLOSED = re.compile(
-    rf"(?:{API}|/)(?:monitoring|deep_link|process_recording|profiling|run-history|proxy=|stream/|runs\b|vibe|undo-vibe"
-    r"|file[=/]+\s*https?:)",
+    rf"(?:{API}|/)(?:mcp/(?:sse|messages)|monitoring|deep_link|process_recording|profiling|run-history|proxy=|stream/|runs\b|vibe|undo-vibe"
+    r"|component_server|file[=/]+\s*https?:)",
     re.IGNORECASE,
 )
 CALL = re.compile(rf"{API}(?P<way>run|api|call|queue/join)(?P<v2>/v2(?=/[^/]))?(?:/(?P<name>[^/]*))?/?")
 
 NO_SUCH = "There is no such address here."
 BAD_SESSION = "A session is named by 1 to 64 letters, digits, - and _."
+NO_STREAM = "There is nothing to listen to here; a call of a tool is answered where it is made."
+MANY_CALLS = "Too many tools are at work here just now; please try again in a moment."
 UNREADABLE = "This request cannot be read; reload the page and try again."
 
 
@@ -113,7 +113,8 @@ class Doors:
     def __init__(self, app: ASGIApp, page: gr.Blocks, sessions: Sessions, most_text: int):
         self.app, self.page, self.sessions = app, page, sessions
         self.most_body = MAX_BODY + 6 * most_text  # as \uXXXX
-        self.beats, self._uploads = Beats(), 0
+        self.beats, self._uploads, self._tool_calls = Beats(), 0, 0
+        adapt(page)
         sessions.connected = self.beats.connected
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -138,12 +139,12 @@ class Doors:
             _named(name)
         if path.startswith(f"{API}heartbeat/"):
             await self._stay(path.removeprefix(f"{API}heartbeat/").rstrip("/"), scope, receive, send)
+        elif path.startswith(f"{API}mcp"):
+            await self._take_tool_call(scope, receive, send)
         elif scope["method"] != "POST":
             await self.app(scope, receive, send)
         elif path.startswith(f"{API}upload"):
             await self._take_upload(scope, receive, send)
-        elif path.startswith(f"{API}component_server"):
-            await self._take_piece(scope, receive, send)
         else:
             body = await _read(scope, receive, self.most_body)
             if call := CALL.fullmatch(path):
@@ -162,6 +163,29 @@ class Doors:
                     leave = asyncio.get_running_loop().run_in_executor
                     leave(None, self.sessions.leave, SimpleNamespace(session_hash=visitor))
 
+    async def _take_tool_call(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A call by MCP, which is a visitor of its own: its work ends with the connection that waits for it."""
+        if scope["method"] != "POST":
+            listens = b"text/event-stream" in dict(scope["headers"]).get(b"accept", b"")
+            if listens or scope["method"] == "DELETE":
+                raise Refused(405, NO_STREAM)
+            await self.app(scope, receive, send)
+            return
+        body = await _read(scope, receive, MAX_TOOL_CALL)
+        if self._tool_calls >= MAX_TOOL_CALLS:
+            await _refused_tool(body)(scope, receive, send)
+            return
+        self._tool_calls += 1
+        visitor = secrets.token_hex(16)
+        try:
+            named = _with_length(scope, body)
+            named["headers"].append((VISITOR.encode(), visitor.encode()))
+            await self.app(named, _replay(body, receive), send)
+        finally:
+            self._tool_calls -= 1
+            with suppress(RuntimeError):  # the server ends
+                asyncio.get_running_loop().run_in_executor(None, self.sessions.hang_up, visitor)
+
     async def _take_upload(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._uploads += 1
         try:
@@ -174,21 +198,6 @@ class Doors:
                 for path in cache.glob("tmp*"):
                     with suppress(OSError):
                         path.unlink()
-
-    async def _take_piece(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """A layer of the canvas, which Gradio would keep without bound."""
-        request = Request(scope, _replay(await _read(scope, receive, MAX_PIECE), receive))
-        try:
-            async with request.form(max_files=1, max_fields=10) as form:
-                visitor, canvas = _named(form.get("session_hash")), _named(form.get("id"))
-                files = [value for value in form.values() if isinstance(value, UploadFile)]
-                if form.get("type") == "layer" and files:
-                    index = int(str(form.get("index")))
-                    self.sessions.pieces.put(visitor, canvas, index, await files[0].read())
-        except (ValueError, HTTPException) as error:
-            raise Refused(400, str(error) if isinstance(error, InputError) else UNREADABLE) from None
-        self.beats.heard(visitor)
-        await JSONResponse(None)(scope, receive, send)
 
     def _understood(self, call: re.Match, body: bytes) -> bytes:
         """The body of a call, checked; a call without a session gets one of its own."""
@@ -237,6 +246,14 @@ def _fault(error: Exception) -> tuple[int, str]:
         return 507, NO_ROOM
     logging.getLogger("ovam").exception("A request failed.", exc_info=error)
     return 400, UNREADABLE
+
+
+def _refused_tool(body: bytes) -> JSONResponse:
+    """Too many tools are at work, as MCP says it: of an answer with another status its clients read nothing."""
+    number = None
+    with suppress(ValueError, RecursionError, AttributeError):
+        number = json.loads(body).get("id")
+    return JSONResponse({"jsonrpc": "2.0", "id": number, "error": {"code": -32000, "message": MANY_CALLS}})
 
 
 class _Answer:

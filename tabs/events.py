@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import errno
 import functools
-import html
 import inspect
 import logging
 import os
-import re
-import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +16,8 @@ import gradio as gr
 from gradio.components import Component
 
 from ovam_core.errors import InputError, Stopped, is_out_of_memory
+
+from .sentences import OUR_FAULT, shown
 
 # The values of an event come as the client sent them, for `Inputs` to read. Gradio's own reading of a field fails
 # without a sentence on text for a number or on no list; and what one puts in its place at a component is gone as soon
@@ -33,12 +31,10 @@ MODEL = {"concurrency_id": "model", "concurrency_limit": 64}
 MAPS = {"concurrency_id": "maps", "concurrency_limit": 64}
 THREADS = 192  # of the server: for those that wait, and still some for what must not wait, as Stop
 
-OUR_FAULT = "Something went wrong on our side. Please try again."
 NO_ROOM = "The server's disk is full; please try again later."
 NO_MEMORY = "The server has too little memory for this now; ask for less, or try again later."
 NOT_UPLOADED = "This is no file that was uploaded here; upload it."
 NO_ROOM_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-MAX_SENTENCE = 600  # characters
 MAX_CHARS = 20_000  # of all texts in a value that a client sends
 MAX_ITEMS = 1000  # of lists and objects in it, one in another counted, too
 MAX_DEPTH = 8  # of lists in lists
@@ -83,22 +79,6 @@ def is_disk_full(error: BaseException) -> bool:
         return True
     said = str(error)  # libraries that write by themselves, safetensors say, have exceptions of their own
     return any(os.strerror(code) in said for code in NO_ROOM_CODES)
-
-
-def shown(sentence: str) -> str:
-    """A sentence as the page may show it: it may quote the visitor, and name files by where the server keeps them.
-    HTML, as Gradio renders messages.
-    """
-    readable = sentence.encode("utf-8", "replace").decode("utf-8")
-    return html.escape(_server_paths().sub(r"\1", readable)[:MAX_SENTENCE], quote=False)
-
-
-def _server_paths() -> re.Pattern:
-    """Paths of files on this server; their last part, what an upload is called, is the group."""
-    roots = {tempfile.gettempdir(), os.environ.get("GRADIO_TEMP_DIR", ""), str(Path.home()), os.getcwd(), sys.prefix}
-    roots |= {str(Path(root).resolve()) for root in roots if root}
-    listed = "|".join(re.escape(root) for root in sorted(roots, key=len, reverse=True) if len(root) > 1)
-    return re.compile(rf"(?:{listed})[/\\](?:[^/\\\s'\"]+[/\\])*([^/\\\s'\"]*)")
 
 
 def handler(function: Callable) -> Callable:
@@ -281,17 +261,6 @@ class Inputs:
         if not isinstance(value, dict):
             raise InputError(NOT_UPLOADED)
         return uploaded(field, value)
-
-    def painted(self, field: gr.ImageEditor) -> tuple[str, list[str]]:
-        """A canvas: the id of the layers that came in pieces, "" for none, and the files of those that are uploads."""
-        value = {} if self._values[field] is None else self._values[field]
-        layers, name = (value.get("layers"), value.get("id")) if isinstance(value, dict) else (0, 0)
-        if not isinstance(layers, list | None) or not isinstance(name, str | None):
-            raise InputError("This is no canvas; paint anew.")
-        layers, name = layers or [], name or ""
-        if not all(isinstance(layer, dict | None) for layer in layers):
-            raise InputError("A layer of the canvas is no picture that can be read; paint anew.")
-        return name, [path for layer in layers if layer and (path := uploaded(field, layer))]
 
 
 def _whole_characters(name: str, text: str) -> str:

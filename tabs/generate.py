@@ -1,26 +1,30 @@
-"""The first tab: an image, made or uploaded, then the heatmap and mask of any word."""
+"""The first tab: a picture, made or uploaded, then the heatmap and mask of any word."""
 
 from __future__ import annotations
 
 import html
-import math
+import json
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from ovam_core import plot
-from ovam_core.checks import MAX_SEED
+from ovam_core.attention.evolution import Evolution
+from ovam_core.checks import MAX_PROMPT, MAX_SEED
+from ovam_core.data.voc import VOC_CLASSES
 from ovam_core.errors import InputError, Stopped
-from ovam_core.methods import METHODS, check_settings, method_named, settings_of_text
+from ovam_core.io.names import slugs
+from ovam_core.methods import METHODS, check_settings, method_named
 from ovam_core.models.load import learned_words, unknown_words
-from ovam_core.models.presets import ModelDefaults
+from ovam_core.models.starting import starts_from_pictures
 from ovam_core.ovam import OVAM
 from ovam_core.picture import Picture, Segmentation
-from ovam_core.query import branch_of, parse_words, token_query
+from ovam_core.query import halves_of, token_query
 from ovam_core.settings import (
     DEFAULT_METHOD,
     MAX_GUIDANCE,
@@ -30,100 +34,35 @@ from ovam_core.settings import (
     GenerateSettings,
     PhotoSettings,
     SegmentSettings,
-    parse_numbers,
 )
 from ovam_core.tokens import SUFFIX, Token, last_part
 
-from .events import CHECKS, MAPS, MODEL, PRIVATE, QUIET, RAW, Inputs, give_back, handler, shown
-from .fields import PhotoFields, check_photo, crf_switch, takes_photographs
+from . import viewer
+from .asked import NO_TOKENS, grid_names, prompt_words, recommended_grid_names, segment_settings
+from .events import CHECKS, MAPS, MODEL, PRIVATE, QUIET, Inputs, handler, shown
+from .examples import EXAMPLES, buttons
+from .fields import MAX_UPLOAD_MB, PhotoFields, check_photo, crf_switch, small_enough, takes_photographs
+from .link import read, written
 from .model import ANSWER, Model
-from .render import SCALE, annotation, gallery_items, image_facts, shrunk
-from .session import NO_IMAGE, Session
+from .render import run_facts
+from .session import FIRST, NO_IMAGE, Session
+from .worker import in_thread
+
+# Of which half of the guided batch words are asked; None as the model has it.
+PROMPTS = "the prompt"
+HALVES_OF = {PROMPTS: None, "the negative prompt": "unconditional"}
 
 # Where the picture comes from, and what the button then says.
-MAKE, UPLOAD = "Generate", "Upload a photograph"
+MAKE, UPLOAD = "From a prompt", "From a photograph"
 DOES = {MAKE: "Generate", UPLOAD: "Find the words"}
 
-EXAMPLES = [
-    ["A photograph of a bird and a boat on the sea", "bird, ship"],
-    ["A photograph of a sheep and a car on grass", "lamb, car"],
-    ["A photograph of a dog and a car on a road", "pet"],
-]
-FIRST_SEED = 3  # at which the examples show their things apart
 WORK = "generate"  # of this tab, by which Stop finds it
-WAIT_FOR_TYPING = 450  # milliseconds after the last letter
-NO_TOKENS = "The tokens are no list of names; choose them from the list."
-
-
-# ------------------------------------------------------------------------------------------ from the page
-
-
-def segment_settings(
-    ovam: OVAM,
-    picture: Picture | None,
-    *,
-    words: str = "",
-    sentence: str = "",
-    tau: Any,
-    alpha: Any,
-    crf: bool = True,
-    steps: str = "",
-    grids: Sequence[Any] = (),
-    tokens: Sequence[Token] = (),
-    method: str = DEFAULT_METHOD,
-) -> SegmentSettings:
-    """What is asked, as settings; grids ("1/8", ...) are turned into the resolutions of this recording.
-
-    Words stay in their box while a method looks for tokens alone. Raises InputError for what cannot be read.
-    """
-    chosen = method_named(method)
-    if chosen.asks == "token":
-        words = sentence = ""
-    # All of them is what a method that weighs every layer asks for.
-    resolutions = None if picture is None or chosen.needs_goca else _resolutions(ovam, picture, grids)
-    settings = settings_of_text(
-        words,
-        sentence,
-        tau=tau,
-        alpha=alpha,
-        crf=crf,
-        step_indices=parse_numbers(steps, "denoising steps"),
-        resolutions=resolutions,
-        tokens=tuple(tokens),
-        method=chosen.name,
-    )
-    return for_tokens(settings, ovam.preset)
-
-
-def _resolutions(ovam: OVAM, picture: Picture, grids: Sequence[Any]) -> tuple[int, ...]:
-    there = grid_names(ovam)
-    if unknown := [grid for grid in grids if grid not in there]:
-        raise InputError(f"There is no attention grid '{str(unknown[0])[:40]}'; choose among {', '.join(there)}.")
-    size, recorded = picture.recording.image_size, picture.recording.resolutions
-    return tuple(one for one in recorded if grid_name(size, one) in grids)
-
-
-def for_tokens(settings: SegmentSettings, preset: ModelDefaults) -> SegmentSettings:
-    """The sliders hold for tokens too once they are moved; until then every token keeps to its file's tau and alpha."""
-    tau = settings.tau if settings.tau != preset.tau else None
-    alpha = settings.alpha if settings.alpha != preset.alpha else None
-    return replace(settings, token_tau=tau, token_alpha=alpha)
-
-
-def grid_name(image_size: tuple[int, int], resolution: int) -> str:
-    """An attention grid as a share of the image's side, "1/8" say: the same word for every image size."""
-    return f"1/{2 ** round(math.log2(max(image_size) / resolution))}"
-
-
-def grid_names(ovam: OVAM) -> list[str]:
-    """The grids on which this model's cross-attention works, finest first, from its own description."""
-    return [f"1/{pixels}" for pixels in ovam.adapter.strides]
-
-
-def recommended_grid_names(ovam: OVAM) -> list[str]:
-    """Those of them that the model's preset names."""
-    wanted = ovam.preset.strides
-    return [f"1/{pixels}" for pixels in ovam.adapter.strides if wanted is None or pixels in wanted]
+SHOW_EVERY = 0.2  # seconds between two looks at a running model
+MAX_BESIDE = 3  # methods beside the chosen one
+MAX_CANDIDATES = 24  # of the prompt's words
+SCRIPT = (Path(__file__).parent / "assets" / "generate.js").read_text(encoding="utf-8")
+FETCH = "() => setTimeout(() => document.querySelector('#archive').click(), 150)"  # once the page has its address
+ALWAYS = ("prompt", "words", "seed")  # in the address, whatever they are
 
 
 # -------------------------------------------------------------------------------------------- to the page
@@ -131,8 +70,12 @@ def recommended_grid_names(ovam: OVAM) -> list[str]:
 
 def zip_name(settings: GenerateSettings | PhotoSettings) -> str:
     """A file name that says what is in it."""
+    return f"{stem(settings)}.zip"
+
+
+def stem(settings: GenerateSettings | PhotoSettings) -> str:
     kind = "photo-noise" if isinstance(settings, PhotoSettings) else "seed"
-    return f"ovam-{kind}-{settings.seed}.zip"
+    return f"ovam-{kind}-{settings.seed}"
 
 
 def unknown_words_hint(ovam: OVAM, *texts: str) -> str:
@@ -150,45 +93,27 @@ def vocabulary(ovam: OVAM) -> str:
     words = learned_words(ovam.pipe)
     if not words:
         return ""
-    buttons = "".join(f'<button type="button">{html.escape(word)}</button>' for word in words)
+    listed = "".join(f'<button type="button">{html.escape(word)}</button>' for word in words)
     return (
         f"<details><summary>{html.escape(ovam.name)} is a tiny demo model that knows {len(words)} words: "
-        f"<u>see them</u></summary><p>{buttons}</p></details>"
+        f"<u>see them</u></summary><p>{listed}</p></details>"
     )
 
 
-def measures(found: Segmentation) -> dict[str, Any]:
-    """The numbers behind the pictures, for the scale under the gallery and for programs that call the API."""
-    return {
-        "top": max(found.peaks),  # unrounded: the scale and the captions round it alike
-        "words": found.labels,
-        "peaks": [round(peak, 4) for peak in found.peaks],
-        "mask_shares": [round(float(mask.mean()), 4) for mask in found.masks],
-    }
+def mail(handed_to: str) -> gr.HTML:
+    """A component that is never seen: what it is given goes to this function of the page's script.
 
-
-# A word that is clicked is looked for too. The list of words is a text box, whose change the page hears of by "input".
-ADD_WORD = """element.addEventListener('click', event => {
-    const word = event.target.closest('button')?.textContent;
-    const box = document.querySelector('#words textarea, #words input');
-    if (!word || !box) return;
-    const words = box.value.split(',').map(one => one.trim()).filter(Boolean);
-    if (words.includes(word)) return;
-    box.value = [...words, word].join(', ');
-    box.dispatchEvent(new Event('input', {bubbles: true}));
-})"""
-
-# On a phone the picture is a screen further down.
-SHOW_PICTURE = """() => {
-    if (innerWidth <= 800) document.querySelector('#image').scrollIntoView({behavior: 'smooth', block: 'nearest'});
-}"""
+    What JavaScript draws in is no component of Gradio's: that would be rendered anew with every value.
+    """
+    script = f"watch('value', () => {{ if (props.value) window.ovamPage?.{handed_to}(props.value); }})"
+    return gr.HTML(None, html_template="", js_on_load=script, visible="hidden")
 
 
 # --------------------------------------------------------------------------------------------------- the tab
 
 
 class GenerateTab:
-    """Its components, what happens on them, and what programs may call. Made inside gr.Blocks.
+    """Its components and what happens on them. Made inside gr.Blocks.
 
     key: the id of its picture; pick: its list of tokens; both of use to other tabs.
     """
@@ -199,12 +124,14 @@ class GenerateTab:
         with gr.Row(elem_classes="columns"):
             with gr.Column(scale=4, min_width=320, elem_classes="give"):
                 self._lay_out_questions()
-                self._lay_out_image_settings()
-            with gr.Column(scale=7, min_width=320, elem_classes="get"):
-                self._lay_out_pictures()
                 self._lay_out_folds()
+            with gr.Column(scale=8, min_width=320, elem_classes="get"):
+                self._lay_out_picture()
+                self._lay_out_how()
                 self._lay_out_end()
+        self._lay_out_wires()
         self.of_prompt = [self.prompt, self.negative, self.seed, self.steps, self.guidance, self.width, self.height]
+        self.of_prompt += [self.begin_with, self.strength, self.both]
         self.asked_by = [
             self.words,
             self.sentence,
@@ -215,13 +142,53 @@ class GenerateTab:
             self.grids,
             self.pick,
             self.method,
+            self.beside,
+            self.half,
         ]
-        self.everything = {self.source, *self.of_prompt, *self.upload.all, *self.asked_by}
-        self.answers = [self.annotated, self.gallery, self.scale, self.map_facts]
+        self.everything = {self.number, self.source, *self.of_prompt, *self.upload.all, *self.asked_by}
+        self.linked = {
+            "prompt": self.prompt,
+            "words": self.words,
+            "seed": self.seed,
+            "negative": self.negative,
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "width": self.width,
+            "height": self.height,
+            "tau": self.tau,
+            "alpha": self.alpha,
+            "crf": self.crf,
+            "method": self.method,
+            "beside": self.beside,
+            "used": self.used,
+            "grids": self.grids,
+            "sentence": self.sentence,
+            "half": self.half,
+        }
+        preset = self.ovam.preset
+        self.usual = {
+            "prompt": "",
+            "words": "",
+            "seed": 0,
+            "negative": "",
+            "steps": preset.steps,
+            "guidance": float(preset.guidance),
+            "width": preset.width,
+            "height": preset.height,
+            "tau": float(preset.tau),
+            "alpha": float(preset.alpha),
+            "crf": bool(crf_switch().get("value", True)),
+            "method": DEFAULT_METHOD,
+            "beside": [],
+            "used": "",
+            "grids": recommended_grid_names(self.ovam),
+            "sentence": "",
+            "half": PROMPTS,
+        }
         self._wire_runs()
         self._wire_maps()
+        self._wire_links()
         self._wire_files()
-        self._wire_programs()
 
     # ---- the left column: what you give
 
@@ -236,42 +203,36 @@ class GenerateTab:
             visible=takes_photographs(self.ovam),
         )
         with gr.Column(elem_classes="part") as self.for_prompt:
-            self.prompt = gr.Textbox(EXAMPLES[0][0], label="Prompt", lines=2, elem_id="prompt")
+            self.prompt = gr.Textbox(
+                EXAMPLES[0].prompt, label="Prompt", lines=1, max_lines=4, max_length=MAX_PROMPT, elem_id="prompt"
+            )
         with gr.Column(visible=False, elem_classes="part") as self.for_photo:
             self.upload = PhotoFields("photo", "the words below", self.sessions.limits.pixels)
         self.words = gr.Textbox(
-            EXAMPLES[0][1],
+            EXAMPLES[0].words,
             label="Words to look for",
             info="Comma separated, phrases allowed. Change them at any time: the picture stays.",
+            lines=1,
+            max_lines=3,
             elem_id="words",
         )
         self.note = gr.HTML("", elem_id="note", elem_classes="note")
-        if known := vocabulary(self.ovam):
-            gr.HTML(known, js_on_load=ADD_WORD, elem_id="vocabulary")
-        with gr.Row(elem_classes="tokens"):
-            self.pick = gr.Dropdown(
-                list(self.sessions.shipped),
-                value=[],
-                multiselect=True,
-                max_choices=MAX_TOKENS,
-                scale=4,
-                min_width=180,
-                label="Tokens",
-                info="Each stands in for a class name, at the threshold of its file until a slider is moved.",
-                elem_id="tokens",
-            )
-            self.bring = gr.UploadButton(
-                "Add a file", file_types=[SUFFIX], scale=1, min_width=96, size="sm", elem_id="bring"
-            )
         with gr.Row(elem_classes="buttons"):
             self.start = gr.Button("Generate", variant="primary", scale=3, min_width=120, elem_id="generate")
             self.halt = gr.Button("Stop", variant="stop", scale=1, min_width=80, interactive=False, elem_id="stop")
+        with gr.Column(elem_classes="part") as self.for_examples:
+            gr.HTML(buttons(self.ovam.name), js_on_load=None, apply_default_css=False, elem_id="examples")
+        if known := vocabulary(self.ovam):
+            gr.HTML(known, js_on_load=None, apply_default_css=False, elem_id="vocabulary")
 
-    def _lay_out_image_settings(self) -> None:
-        with gr.Column(elem_classes="part") as self.more:
+    def _lay_out_folds(self) -> None:
+        with (
+            gr.Column(elem_classes="part") as self.more,
+            gr.Accordion("Seed, steps, size, negative prompt", open=False, elem_id="advanced"),
+        ):
             with gr.Row(elem_classes="seed"):
                 self.seed = gr.Number(
-                    FIRST_SEED,
+                    EXAMPLES[0].seed,
                     label="Seed",
                     precision=0,
                     minimum=0,
@@ -281,90 +242,123 @@ class GenerateTab:
                     elem_id="seed",
                 )
                 self.dice = gr.Button("🎲 Random", scale=1, min_width=110, elem_id="dice")
-            with gr.Accordion("Advanced: negative prompt, steps, guidance, size", open=False, elem_id="advanced"):
-                self.negative = gr.Textbox("", label="Negative prompt", placeholder="what the picture should not show")
-                self.steps = gr.Slider(1, MAX_STEPS, self.ovam.preset.steps, step=1, label="Steps", elem_id="steps")
-                self.guidance = gr.Slider(0, MAX_GUIDANCE, self.ovam.preset.guidance, step=0.1, label="Guidance")
-                with gr.Row():
-                    sides = {
-                        "minimum": MIN_SIDE,
-                        "maximum": self.ovam.preset.max_size,
-                        "step": self.ovam.adapter.side_multiple,
-                    }
-                    self.width = gr.Slider(value=self.ovam.preset.width, label="Width", min_width=130, **sides)
-                    self.height = gr.Slider(value=self.ovam.preset.height, label="Height", min_width=130, **sides)
-            self.examples = gr.Examples(
-                EXAMPLES,
-                [self.prompt, self.words],
-                label="Examples: one click makes the picture",
-                elem_id="examples",
-                api_visibility="private",
-                preload=False,
+            self.negative = gr.Textbox(
+                "", label="Negative prompt", placeholder="what the picture should not show", elem_id="negative"
             )
+            self.both = gr.Checkbox(
+                False,
+                label="Record the negative prompt's half, too",
+                info="so that words can be asked of it; twice the memory",
+                elem_id="both",
+            )
+            self.steps = gr.Slider(1, MAX_STEPS, self.ovam.preset.steps, step=1, label="Steps", elem_id="steps")
+            self.guidance = gr.Slider(0, MAX_GUIDANCE, self.ovam.preset.guidance, step=0.1, label="Guidance")
+            with gr.Row():
+                sides = {
+                    "minimum": MIN_SIDE,
+                    "maximum": self.ovam.preset.max_size,
+                    "step": self.ovam.adapter.side_multiple,
+                }
+                self.width = gr.Slider(value=self.ovam.preset.width, label="Width", min_width=130, **sides)
+                self.height = gr.Slider(value=self.ovam.preset.height, label="Height", min_width=130, **sides)
+        with (
+            gr.Column(elem_classes="part") as self.from_picture,
+            gr.Accordion(
+                "Start from a picture", open=False, elem_id="start-fold", visible=starts_from_pictures(self.ovam.pipe)
+            ),
+        ):
+            self.begin_with = gr.Image(
+                label="Start picture",
+                show_label=False,
+                type="filepath",
+                sources=["upload", "clipboard"],
+                buttons=[],
+                height=180,
+                placeholder=f"Drop a picture here, or click to choose one\nJPEG or PNG, up to {MAX_UPLOAD_MB} MB",
+                elem_id="start-file",
+                elem_classes="upload",
+                alt_text="The picture to start from",
+            )
+            self.strength = gr.Slider(
+                0.05,
+                1,
+                0.6,
+                step=0.05,
+                label="Strength",
+                info="how much of it is drawn anew: the share of the steps that are run",
+                elem_id="strength",
+            )
+        with gr.Accordion("Tokens", open=False, elem_id="token-fold"):
+            self.pick = gr.Dropdown(
+                [*self.sessions.shipped, *self.sessions.published],
+                value=[],
+                multiselect=True,
+                max_choices=MAX_TOKENS,
+                label="Tokens to look for",
+                info="Each stands in for a class name, at the threshold of its file until a slider is moved.",
+                elem_id="tokens",
+            )
+            self.bring = gr.UploadButton("Add a token file", file_types=[SUFFIX], size="sm", elem_id="bring")
 
     # ---- the right column: what you get
 
-    def _lay_out_pictures(self) -> None:
-        with gr.Row(elem_classes="pictures"):
-            self.image = gr.Image(
-                label="Image",
-                type="pil",
-                format="png",
-                interactive=False,
-                buttons=["download", "fullscreen"],
-                min_width=220,
-                elem_id="image",
-                alt_text="The picture",
-            )
-            self.annotated = gr.AnnotatedImage(
-                label="Masks · point at a word", format="png", min_width=220, elem_id="annotated"
-            )
-        # Beneath the masks that they change, so that both are on the screen while a slider is dragged.
+    def _lay_out_picture(self) -> None:
+        gr.HTML('<p id="said" role="status" aria-live="polite"></p>', js_on_load=None)
+        self.view = gr.HTML(
+            viewer.skeleton(),
+            js_on_load=f"{viewer.SCRIPT}\nwindow.ovamView = ovamViewer(element.querySelector('.ovam-viewer'));",
+            apply_default_css=False,
+            elem_id="viewer",
+        )
         with gr.Row(elem_classes="live"):
             self.tau = gr.Slider(
-                0, 1, self.ovam.preset.tau, step=0.01, label="Threshold τ", scale=5, min_width=200, elem_id="tau"
+                0,
+                1,
+                self.ovam.preset.tau,
+                step=0.01,
+                label="Threshold",
+                info="τ: share of a word's own peak that belongs to its mask",
+                scale=5,
+                min_width=200,
+                elem_id="tau",
             )
             self.alpha = gr.Slider(
                 0,
                 1,
                 self.ovam.preset.alpha,
                 step=0.01,
-                label="Self-attention α",
+                label="Self-attention floor",
+                info="α: lower trusts the picture's own grouping more",
                 scale=5,
                 min_width=200,
                 elem_id="alpha",
             )
             self.crf = gr.Checkbox(
-                **{"value": True, **crf_switch()}, label="dCRF", scale=2, min_width=90, elem_id="crf"
+                **{"value": True, "info": "dense CRF, on the server", **crf_switch()},
+                label="Sharpen edges",
+                scale=3,
+                min_width=150,
+                elem_id="crf",
             )
-        self.gallery = gr.Gallery(
-            label="Heatmaps",
-            columns=3,
-            height="auto",
-            object_fit="contain",
-            format="webp",  # a third of PNG's time, which was most of an answer's
-            interactive=False,
-            preview=False,
-            buttons=["download", "fullscreen"],
-            elem_id="gallery",
-            elem_classes="gallery",
-        )
-        self.scale = gr.HTML(None, html_template=f"${{value ? `{SCALE}` : ''}}", elem_id="scale")
         if about := self.ovam.adapter.about:
             gr.HTML(html.escape(about), elem_id="about", elem_classes="facts")
 
-    def _lay_out_folds(self) -> None:
+    def _lay_out_how(self) -> None:
+        names = [
+            (f"{method.name}: {method.about}", method.name)
+            for method in METHODS.values()
+            if self.model.with_goca or not method.needs_goca
+        ]
         with gr.Accordion(f"Method: {DEFAULT_METHOD}", open=False, elem_id="methods") as self.methods:
             self.method = gr.Radio(
-                [
-                    (f"{method.name}: {method.about}", method.name)
-                    for method in METHODS.values()
-                    if self.model.with_goca or not method.needs_goca
-                ],
-                value=DEFAULT_METHOD,
-                show_label=False,
-                container=False,
-                elem_id="method",
+                names, value=DEFAULT_METHOD, show_label=False, container=False, elem_id="method", elem_classes="listed"
+            )
+            self.beside = gr.CheckboxGroup(
+                [name for _, name in names],
+                value=[],
+                label="Side by side with",
+                info=f"up to {MAX_BESIDE} more methods, in columns beneath the picture",
+                elem_id="beside",
             )
         with gr.Accordion("Which steps, which resolutions, full attribution sentence", open=False, elem_id="which"):
             with gr.Row():
@@ -375,6 +369,9 @@ class GenerateTab:
                     min_width=150,
                     placeholder="the model's own choice",
                     elem_id="used",
+                )
+                self.half = gr.Radio(
+                    list(HALVES_OF), value=PROMPTS, label="Maps of", info="the half of the guided batch", elem_id="half"
                 )
                 self.grids = gr.CheckboxGroup(
                     grid_names(self.ovam),
@@ -392,19 +389,35 @@ class GenerateTab:
                 placeholder="a photograph of a cat and a car",
                 elem_id="sentence",
             )
+        self.how_note = gr.HTML("", elem_id="how-note", elem_classes="note")
 
     def _lay_out_end(self) -> None:
         with gr.Row(elem_classes="end"):
-            with gr.Column(scale=4, min_width=200, elem_classes="facts"):
-                self.facts = gr.HTML("", elem_id="facts")
-                self.map_facts = gr.HTML("", elem_id="map-facts")
+            self.facts = gr.HTML("", elem_id="map-facts", elem_classes="facts")
             self.pack = gr.Button("Download all", scale=1, min_width=140, interactive=False, elem_id="pack")
         self.archive = gr.DownloadButton("zip", visible="hidden", elem_id="archive")
+        gr.HTML('<section id="history" aria-label="Pictures of this session"></section>', js_on_load=None)
+
+    def _lay_out_wires(self) -> None:
+        """What only the page's script touches."""
+        hidden = {"visible": "hidden"}
+        self.number = gr.Textbox("", elem_id="run-number", **hidden)
+        self.link = gr.Textbox("", label="The address", elem_id="link-in", max_length=8000, **hidden)
+        self.follow = gr.Button("Follow", elem_id="link-go", **hidden)
+        self.recall = gr.Button("Recall", elem_id="recall-go", **hidden)
+        self.open = gr.Button("Open", elem_id="open-go", **hidden)
+        self.typed = gr.Button("Redraw", elem_id="typed", **hidden)
+        self.evolve = gr.Button("When it appeared", elem_id="strip-go", **hidden)
+        self.film = gr.Button("Save the animation", elem_id="film-go", **hidden)
+        self.strip_of = gr.Textbox("", label="When it appeared", elem_id="strip-of", max_length=2000, **hidden)
+        self.answers, self.candidates, self.strip = mail("answer"), mail("candidates"), mail("strip")
+        gr.HTML("", js_on_load=SCRIPT, visible="hidden", elem_id="page-script")
 
     # ---- what is asked, and its answer
 
     def image_settings(self, given: Inputs) -> GenerateSettings:
         """The left column as settings, not validated yet."""
+        start = small_enough(given.file(self.begin_with), self.sessions.limits.pixels)
         return GenerateSettings(
             prompt=given.text(self.prompt),
             negative_prompt=given.text(self.negative),
@@ -413,13 +426,18 @@ class GenerateTab:
             guidance=given.number(self.guidance),
             width=given.whole(self.width),
             height=given.whole(self.height),
+            start=start,
+            strength=given.number(self.strength) if start else 0.6,
         )
 
-    def asked_for(self, session: Session, picture: Picture | None, given: Inputs) -> SegmentSettings:
+    def asked_for(
+        self, session: Session, picture: Picture | None, given: Inputs, method: str | None = None
+    ) -> SegmentSettings:
+        """method: in place of the chosen one."""
         names = given.names(self.pick, NO_TOKENS)
         if len(names) > MAX_TOKENS:  # before any is read
             raise InputError(f"{len(names):,} tokens are too many; give at most {MAX_TOKENS}.")
-        return segment_settings(
+        asked = segment_settings(
             self.ovam,
             picture,
             words=given.text(self.words),
@@ -430,8 +448,16 @@ class GenerateTab:
             steps=given.text(self.used),
             grids=given.several(self.grids),
             tokens=[session.token(name) for name in names],
-            method=given.text(self.method),
+            method=method or given.text(self.method),
         )
+        return replace(asked, branch=HALVES_OF[given.choice(self.half)])
+
+    def beside_it(self, given: Inputs) -> list[str]:
+        """The methods that are ticked beside the chosen one."""
+        names = [name for name in given.several(self.beside) if name != given.text(self.method)]
+        if len(names) > MAX_BESIDE:
+            raise InputError(f"{len(names)} methods side by side are too many; tick at most {MAX_BESIDE}.")
+        return names
 
     def wanted(
         self, session: Session, given: Inputs
@@ -443,49 +469,136 @@ class GenerateTab:
         file, settings = self.upload.read(self.ovam, given, asked)
         return settings, file, asked
 
-    def answers_to(self, session: Session, picture: Picture, asked: SegmentSettings) -> tuple:
+    def answer_of(self, session: Session, key: str, picture: Picture, given: Inputs) -> tuple[dict[str, Any], str]:
+        """The payload of the viewer, and a line of facts. Raises InputError for what cannot be answered."""
+        asked, whole = self.asked_for(session, picture, given), session.picture(key)
+        others, failed = [], []
         with self.model.words_of(session) as before_word:
             begun = time.perf_counter()
             found = self.model.answer(picture, asked, before_word)
-            masks, overlays = annotation(found), gallery_items(found, before_word)
-        count = f"{len(found.labels)} map{'s' if len(found.labels) > 1 else ''}"
+            for method in self.beside_it(given):
+                try:
+                    other = self.asked_for(session, picture, given, method)
+                    others.append(self.model.answer(picture, other, before_word))
+                except InputError as error:
+                    failed.append(viewer.failed_column(method, str(error)))
         seconds = time.perf_counter() - begun
-        facts = f"{count} by {asked.method} from the recording in {seconds:.2f} s, the picture untouched"
-        return masks, overlays, measures(found), facts
+        many = f"{len(found.labels)} map{'s' if len(found.labels) > 1 else ''} by {asked.method}"
+        facts = f"{many} from the recording in {seconds:.2f} s, the picture untouched"
+        every = [found, *others]
+        payload = viewer.answer(
+            every,
+            [self.ovam.received_attention(one) for one in every],
+            self.ovam.preset,
+            key=key,
+            facts=run_facts(whole),
+            stem=stem(picture.settings),
+            token_names=given.names(self.pick, NO_TOKENS),
+        )
+        payload["columns"] += failed
+        payload["picture"]["full"] = list(whole.image.size)
+        return payload | {"link": self.link_of(picture, given)}, facts
 
-    # ---- the page: what is wrong is said before anything is queued, and beside the words while they are typed
+    def unanswered(self, key: str, picture: Picture, given: Inputs, sentence: str) -> dict[str, Any]:
+        """The payload of a picture whose words cannot be answered."""
+        facts, name = run_facts(picture), stem(picture.settings)
+        payload = viewer.unanswered(picture, self.ovam.preset, key=key, facts=facts, stem=name)
+        return payload | {"refused": sentence, "link": self.link_of(picture, given)}
+
+    def link_of(self, picture: Picture, given: Inputs) -> dict[str, str]:
+        """What brings the same page back; nothing, where that takes a visitor's own picture."""
+        made = picture.settings
+        if not isinstance(made, GenerateSettings) or made.start is not None:
+            return {}
+        values = {
+            "prompt": made.prompt,
+            "seed": made.seed,
+            "negative": made.negative_prompt,
+            "steps": made.steps,
+            "guidance": float(made.guidance),
+            "width": made.width,
+            "height": made.height,
+            "words": given.text(self.words),
+            "tau": float(given.number(self.tau)),
+            "alpha": float(given.number(self.alpha)),
+            "crf": given.ticked(self.crf),
+            "method": given.text(self.method),
+            "beside": given.several(self.beside),
+            "used": given.text(self.used),
+            "grids": given.several(self.grids),
+            "sentence": given.text(self.sentence),
+            "half": given.choice(self.half),
+        }
+        return written(values, self.usual, ALWAYS)
+
+    def candidates_of(self, session: Session, key: str, picture: Picture, given: Inputs) -> dict[str, Any]:
+        """Maps of words that were not asked for, to point at: the prompt's own, and the classes of the model.
+
+        By the method that takes any word, on the steps and grids that are chosen.
+        """
+        asked = self.asked_for(session, picture, given)
+        plain = replace(asked, sentence="", tokens=(), crf=False, method=DEFAULT_METHOD)
+        own = prompt_words(picture.caption)[:MAX_CANDIDATES]
+        groups = {"prompt": own, "classes": [name for name in VOC_CLASSES if name not in own]}
+        found = {}
+        with self.model.words_of(session) as before_word:
+            for name, words in groups.items():
+                if words:
+                    found[name] = self.model.answer(picture, replace(plain, words=tuple(words)), before_word)
+        return viewer.candidates(key, **found)
+
+    # ---- the page: what is wrong is said before anything is queued, and beside what it is about
 
     def _wire_runs(self) -> None:
-        for trigger in (
-            self.start.click,
-            self.prompt.submit,
-            self.upload.caption.submit,
-            self.examples.load_input_event.then,
-        ):
+        followed = self.follow.click(
+            self.followed,
+            self.link,
+            [self.source, self.begin_with, *self.linked.values(), self.note],
+            **CHECKS,
+            **QUIET,
+        )
+        for trigger in (self.start.click, self.prompt.submit, self.upload.caption.submit, followed.success):
             self._wire_run(trigger)
+        self.upload.photo.upload(None, js="() => window.ovamPage.uploaded()", **PRIVATE)
         self.halt.click(self.stop_work, None, None, queue=False, **QUIET)
         self.source.change(
-            self.choose, self.source, [self.for_prompt, self.for_photo, self.more, self.start], queue=False, **QUIET
+            self.choose,
+            self.source,
+            [self.for_prompt, self.for_photo, self.more, self.from_picture, self.for_examples, self.start],
+            queue=False,
+            **QUIET,
         )
 
     def _wire_run(self, trigger: Callable) -> None:
-        begun = trigger(self.begin, self.everything, [self.start, self.halt, self.note], **CHECKS, **QUIET)
+        several = {"trigger_mode": "multiple"}  # the second takes the place of the first
+        begun = trigger(
+            self.begin, self.everything, [self.number, self.halt, self.note, self.answers], **CHECKS, **QUIET, **several
+        )
         ran = begun.success(
             self.run,
             self.everything,
-            [self.key, self.image, self.facts, self.pack],
-            show_progress_on=self.image,
+            [self.key, self.answers, self.candidates, self.note, self.facts, self.pack],
             **MODEL,
-            **PRIVATE,
+            **QUIET,
+            **several,
         )
-        begun.success(None, js=SHOW_PICTURE, **PRIVATE)
-        give_back(ran, self.start, self.halt)
-        ran.success(self.redraw, {self.key, *self.asked_by}, [*self.answers, self.note], **MAPS, **QUIET)
+        for after in (ran.then, ran.failure):  # Gradio 6 does not come to `then` where a run has failed
+            after(self.settle, None, self.halt, queue=False, **QUIET)
+        ran.failure(None, js="() => window.ovamPage.failed()", **PRIVATE)
 
     @handler
     def begin(self, values: dict, request: gr.Request):
-        session = self.sessions.of(request)
-        settings, file, asked = self.wanted(session, Inputs(values))
+        """Takes the place of what runs; what cannot be made is said, and leaves all else as it is."""
+        session, given = self.sessions.of(request), Inputs(values)
+        try:
+            caption = self._check(session, given)
+        except InputError as error:
+            return "", gr.skip(), shown(str(error)), {"refused": str(error)}
+        return session.replace(WORK), gr.Button(interactive=True), "", {"making": caption, "done": 0, "of": 0}
+
+    def _check(self, session: Session, given: Inputs) -> str:
+        """The caption of the picture to be. Raises InputError for what would fail later."""
+        settings, file, asked = self.wanted(session, given)
         if isinstance(settings, PhotoSettings):
             check_photo(self.ovam, file, settings)
         else:
@@ -494,22 +607,74 @@ class GenerateTab:
         self.ovam.check_answerable(asked, settings)
         self.ovam.queries(asked)
         self.model.check_labels(asked)
-        branch_of(asked.tokens)
-        session.begin(WORK)
-        return gr.Button(interactive=False), gr.Button(interactive=True), ""
+        self.beside_it(given)
+        return settings.caption
 
     @handler
-    def run(self, values: dict, request: gr.Request, progress=gr.Progress()):
-        session = self.sessions.of(request)
-        settings, file, asked = self.wanted(session, Inputs(values))
+    def run(self, values: dict, request: gr.Request):
+        """The picture, the words' answer, then the maps of words that nobody asked for."""
+        session, given = self.sessions.of(request), Inputs(values)
+        number, nothing = given.text(self.number), tuple([gr.skip()] * 6)
+        if not number:  # refused
+            yield nothing
+            return
+        settings, file, asked = self.wanted(session, given)
+        caption, half = settings.caption, "all" if given.ticked(self.both) else halves_of(asked)
         try:
-            if isinstance(settings, PhotoSettings):
-                picture = self.model.look_at(session, file, settings, WORK)
-            else:
-                picture = self.model.draw(session, settings, WORK, progress, branch_of(asked.tokens))
+            for progress, picture in in_thread(
+                lambda report: self._make(session, settings, file, half, number, report), SHOW_EVERY
+            ):
+                if progress and picture is None:
+                    done, of = progress[-1]
+                    yield gr.skip(), {"making": caption, "done": done, "of": of}, *[gr.skip()] * 4
         except Stopped as stopped:
-            return gr.skip(), gr.skip(), html.escape(str(stopped)), gr.skip()
-        return session.keep(picture), shrunk(picture.image), image_facts(picture), gr.Button(interactive=True)
+            said = {"stopped": str(stopped)} if session.is_latest(WORK, number) else gr.skip()
+            yield gr.skip(), said, *[gr.skip()] * 4
+            return
+        if not session.is_latest(WORK, number):
+            yield nothing  # or Gradio sends the last progress once more
+            return
+        yield from self._show(session, session.keep(picture), given)
+
+    def _make(
+        self,
+        session: Session,
+        settings: GenerateSettings | PhotoSettings,
+        file: str | None,
+        half: str,
+        number: str,
+        report: Callable[[tuple[int, int]], None],
+    ) -> Picture:
+        if isinstance(settings, PhotoSettings):
+            assert file is not None  # `begin` has seen to it
+            return self.model.look_at(session, file, settings, WORK, number)
+        return self.model.draw(session, settings, WORK, lambda at, **_: report(at), half, number)
+
+    def _show(self, session: Session, key: str, given: Inputs) -> Iterator[tuple]:
+        """What the page shows of a picture that is new to it: outputs of `run`."""
+        picture, screen = session.picture(key), session.screen(key)
+        assert screen is not None
+        pack = gr.Button(self._pack_label(picture), interactive=True)
+        try:
+            payload, facts = self.answer_of(session, key, screen, given)
+        except InputError as error:
+            yield key, self.unanswered(key, screen, given, str(error)), gr.skip(), shown(str(error)), "", pack
+        else:
+            hint = unknown_words_hint(self.ovam, picture.caption, given.text(self.words))
+            yield key, payload, gr.skip(), hint, html.escape(facts), pack
+        try:
+            yield gr.skip(), gr.skip(), self.candidates_of(session, key, screen, given), *[gr.skip()] * 3
+        except InputError:  # nobody asked for them
+            return
+
+    def _pack_label(self, picture: Picture) -> str:
+        return f"Download all · {picture.image.width} × {picture.image.height} px"
+
+    @handler
+    def settle(self, request: gr.Request):
+        """Nothing to stop, unless another run took the place of the one that ended."""
+        running = self.sessions.of(request).runs(WORK)
+        return gr.Button(interactive=running)
 
     @handler
     def stop_work(self, request: gr.Request):
@@ -522,62 +687,103 @@ class GenerateTab:
             gr.Column(visible=by_prompt),
             gr.Column(visible=not by_prompt),
             gr.Column(visible=by_prompt),
+            gr.Column(visible=by_prompt),
+            gr.Column(visible=by_prompt),
             DOES.get(str(source), DOES[MAKE]),
         )
 
     # ---- maps and masks anew, from the recording: in the browser they wait for no other; the last change wins
 
     def _wire_maps(self) -> None:
-        typed = gr.Button("Redraw", visible="hidden", elem_id="typed")
         boxes = (self.words, self.sentence, self.used)
         for box in boxes:
             # change, not input: that one misses what is pasted or dictated
-            box.change(
-                None,
-                js=f"""() => {{
-                clearTimeout(window.ovamTyping);
-                window.ovamTyping = setTimeout(() => document.querySelector('#typed').click(), {WAIT_FOR_TYPING});
-            }}""",
-                **PRIVATE,
+            box.change(None, js="() => window.ovamPage.typed()", **PRIVATE)
+        by_words = [self.typed.click, *(box.submit for box in boxes), self.crf.change, self.pick.change]
+        by_method = [self.grids.change, self.half.change, self.method.change, self.beside.change]
+        for triggers, redraw in ((by_words, self.redraw), (by_method, self.redraw_how)):
+            gr.on(
+                triggers,
+                redraw,
+                {self.key, *self.asked_by},
+                [self.answers, self.note, self.how_note, self.facts],
+                trigger_mode="always_last",
+                **QUIET,
+                **MAPS,
             )
-        gr.on(
-            [
-                typed.click,
-                *(box.submit for box in boxes),
-                self.tau.change,
-                self.alpha.change,
-                self.crf.change,
-                self.grids.change,
-                self.pick.change,
-                self.method.change,
-            ],
-            self.redraw,
-            {self.key, *self.asked_by},
-            [*self.answers, self.note],
-            trigger_mode="always_last",
-            **QUIET,
-            **MAPS,
-        )
         self.method.change(self.rules, self.method, [self.methods, self.alpha, self.crf], queue=False, **QUIET)
+        of_strip = {self.key, self.strip_of, *self.asked_by}
+        self.evolve.click(self.evolution, of_strip, [self.strip, self.how_note], **QUIET, **MAPS)
+        self.film.click(self.film_of, of_strip, self.archive, **QUIET, **MAPS).success(None, js=FETCH, **PRIVATE)
 
     @handler
     def redraw(self, values: dict, request: gr.Request):
-        """Maps and masks anew. Nothing is said before there is an image: the empty states already do."""
-        session, key = self.sessions.of(request), values[self.key]
-        picture = session.find(key)
+        """Maps and masks anew; what is wrong is said beside the words."""
+        payload, said, hint, facts = self._redrawn(values, request)
+        return payload, said or hint, "", facts
+
+    @handler
+    def redraw_how(self, values: dict, request: gr.Request):
+        """The same; what is wrong is said beside the methods and grids."""
+        payload, said, hint, facts = self._redrawn(values, request)
+        return payload, hint, said, facts
+
+    def _redrawn(self, values: dict, request: gr.Request) -> tuple[Any, str, Any, Any]:
+        """Payload, what is wrong, what the model never learned, a line of facts. Nothing is said before there is a
+        picture: the empty states already do.
+        """
+        session, key, given = self.sessions.of(request), values[self.key], Inputs(values)
+        picture = session.screen(key)
         if picture is None:
-            return *[gr.skip()] * 4, html.escape(NO_IMAGE) if key else ""
+            said = html.escape(NO_IMAGE) if key else ""
+            return ({"refused": NO_IMAGE} if key else gr.skip()), said, gr.skip(), gr.skip()
         try:
-            asked = self.asked_for(session, picture, Inputs(values))
-            masks, *others = self.answers_to(session, picture, asked)
+            payload, facts = self.answer_of(session, key, picture, given)
         except InputError as error:
-            return *[gr.skip()] * 4, shown(str(error))
-        colors = plot.word_colors([label for _, label in masks[1]])
-        return (
-            gr.AnnotatedImage(value=masks, color_map=colors),
-            *others,
-            unknown_words_hint(self.ovam, picture.caption, *asked.words),
-        )
+            return {"refused": str(error)}, shown(str(error)), gr.skip(), gr.skip()
+        hint = unknown_words_hint(self.ovam, picture.caption, given.text(self.words))
+        payload["picture"]["src"] = None  # which the page has
+        return payload, "", hint, html.escape(facts)
+
+    @handler
+    def evolution(self, values: dict, request: gr.Request):
+        """The map of one word by steps, grids, layers or heads."""
+        session, key, given = self.sessions.of(request), values[self.key], Inputs(values)
+        try:
+            picture = session.picture(key)
+            label, over = _strip_of(given.text(self.strip_of))
+            with self.model.words_of(session):
+                found = self._taken_apart(session, picture, given)
+            return viewer.strip(key, label, over, zip(found.labels, found.maps, strict=True)), ""
+        except InputError as error:
+            return {"said": str(error)}, shown(str(error))
+
+    def _taken_apart(self, session: Session, picture: Picture, given: Inputs) -> Evolution:
+        label, over = _strip_of(given.text(self.strip_of))
+        asked = self.asked_for(session, picture, given)
+        words = {word.lower(): word for word in asked.words}
+        token = next((one for one in asked.tokens if label.removesuffix(" (token)") in one.names), None)
+        if label.lower() not in words and token is not None:
+            return self.ovam.evolution(picture, token, over, label=label.removesuffix(" (token)"))
+        if asked.sentence:
+            return self.ovam.evolution(
+                picture, label if asked.words else "", over, label=label, sentence=asked.sentence
+            )
+        return self.ovam.evolution(picture, label, over, branch=asked.branch)
+
+    @handler
+    def film_of(self, values: dict, request: gr.Request):
+        """The same as a file, an animated picture."""
+        session, key, given = self.sessions.of(request), values[self.key], Inputs(values)
+        picture = session.picture(key)
+        label, over = _strip_of(given.text(self.strip_of))
+        with self.model.words_of(session):
+            found = self._taken_apart(session, picture, given)
+        film = plot.animation(plot.frames(picture.image, found.maps, found.labels))
+        assert picture.settings is not None  # the page makes no other pictures
+        file = session.download_folder() / f"{stem(picture.settings)}-{slugs([label])[0]}-{over}.webp"
+        file.write_bytes(film)
+        return str(file)
 
     @handler
     def rules(self, name):
@@ -588,6 +794,79 @@ class GenerateTab:
             gr.Slider(interactive=method.has_alpha),
             gr.Checkbox(**crf_switch(method.crf)),
         )
+
+    # ---- addresses, the first picture, and the pictures before
+
+    def _wire_links(self) -> None:
+        self.recall.click(
+            self.recalled,
+            self.link,
+            [self.key, self.source, self.begin_with, *self.linked.values(), self.answers],
+            **QUIET,
+            **MAPS,
+        ).success(
+            self.shown_again,
+            {self.key, *self.asked_by},
+            [self.key, self.answers, self.candidates, self.note, self.facts, self.pack],
+            **QUIET,
+            **MAPS,
+        )
+        self.open.click(
+            self.opened,
+            {self.key, *self.asked_by},
+            [self.key, self.answers, self.candidates, self.note, self.facts, self.pack],
+            **QUIET,
+            **MAPS,
+        )
+
+    @handler
+    def followed(self, link):
+        """The fields as an address has them."""
+        values = self._of_link(link)
+        return MAKE, None, *values, ""
+
+    def _of_link(self, link: Any) -> list[Any]:
+        if not isinstance(link, str):
+            raise InputError("The address of this page cannot be read; the page starts anew.")
+        values = read(link, self.usual)
+        method_named(values["method"])
+        return list(values.values())
+
+    @handler
+    def opened(self, values: dict, request: gr.Request):
+        """The picture that the page opens with, where there is one."""
+        session, given = self.sessions.of(request), Inputs(values)
+        picture = session.find(FIRST)
+        if picture is None:
+            yield gr.skip(), {"empty": True}, *[gr.skip()] * 4
+            return
+        yield from self._show(session, FIRST, given)
+
+    @handler
+    def recalled(self, link, request: gr.Request):
+        """A picture of before, where its recording is kept still: `{"key": "...", "link": {...}}`."""
+        session = self.sessions.of(request)
+        try:
+            asked = json.loads(link)
+            key, wanted = asked["key"], asked["link"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise InputError("This picture cannot be brought back; make it again.") from None
+        picture = session.find(key if isinstance(key, str) else None)
+        fields: Sequence[Any] = [gr.skip()] * (2 + len(self.linked))
+        if picture is None:
+            return None, *fields, {"gone": wanted}
+        if wanted:
+            fields = [MAKE, None, *self._of_link(json.dumps(wanted))]
+        return key, *fields, gr.skip()
+
+    @handler
+    def shown_again(self, values: dict, request: gr.Request):
+        session, given, key = self.sessions.of(request), Inputs(values), values[self.key]
+        picture = session.find(key)
+        if picture is None:
+            yield tuple([gr.skip()] * 6)
+            return
+        yield from self._show(session, key, given)
 
     # ---- token files in, everything out
 
@@ -602,7 +881,7 @@ class GenerateTab:
             **PRIVATE,
             concurrency_id="zips",
             concurrency_limit=4,
-        ).success(None, js="() => setTimeout(() => document.querySelector('#archive').click(), 150)", **PRIVATE)
+        ).success(None, js=FETCH, **PRIVATE)
 
     @handler
     def brought(self, values: dict, request: gr.Request):
@@ -625,68 +904,20 @@ class GenerateTab:
         session = self.sessions.of(request)
         picture = session.picture(values[self.key])
         with self.model.words_of(session) as before_word:
-            found = self.model.answer(picture, self.asked_for(session, picture, Inputs(values)), before_word)
+            found: Segmentation = self.model.answer(
+                picture, self.asked_for(session, picture, Inputs(values)), before_word
+            )
         assert picture.settings is not None  # the page makes no other pictures
         return str(found.save_zip(session.download_folder() / zip_name(picture.settings)))
 
-    # ---- the API: the same work, where every fault is an error
 
-    def _wire_programs(self) -> None:
-        with gr.Row(visible=False):
-            for_programs = gr.Button("generate"), gr.Button("attribute"), gr.Button("photograph"), gr.Button("stop")
-            self.named = gr.Textbox("", label="Words", info="what an empty caption is made of")
-        shown = [self.key, self.image, self.facts]
-        for_programs[0].click(self.api_generate, self.of_prompt, shown, api_name="generate", **MODEL, **RAW)
-        for_programs[2].click(
-            self.api_photograph, [*self.upload.all, self.named], shown, api_name="photograph", **MODEL, **RAW
-        )
-        for_programs[3].click(self.api_stop, None, None, api_name="stop", queue=False)
-        for_programs[1].click(
-            self.api_attribute, [self.key, *self.asked_by], self.answers, api_name="attribute", **MAPS, **RAW
-        )
-
-    # Parameters are written out: their names are the API's.
-    @handler
-    def api_generate(
-        self, prompt, negative_prompt, seed, steps, guidance, width, height, request: gr.Request, progress=gr.Progress()
-    ):
-        """Makes an image and records it; /attribute then answers about it. Returns the image and a line of facts."""
-        values = (prompt, negative_prompt, seed, steps, guidance, width, height)
-        session = self.sessions.of(request)
-        settings = self.image_settings(Inputs(dict(zip(self.of_prompt, values, strict=True))))
-        session.begin(WORK)
-        picture = self.model.draw(session, settings, WORK, progress)
-        return session.keep(picture), picture.image, image_facts(picture)
-
-    @handler
-    def api_photograph(self, photo, caption, timesteps, seed, words, request: gr.Request):
-        """Records a photograph; /attribute then answers about it. Without a caption, one is made of the words. Returns
-        the image, shrunk where it is large, and a line of facts."""
-        values = (photo, caption, timesteps, seed, words)
-        given = Inputs(dict(zip([*self.upload.all, self.named], values, strict=True)))
-        session, named = self.sessions.of(request), given.text(self.named)
-        asked = SegmentSettings(words=tuple(parse_words(named)) if named else ())
-        if not (given.text(self.upload.caption) or asked.words):
-            raise InputError("There is neither a caption nor a word to make one of; give one of them.")
-        file, settings = self.upload.read(self.ovam, given, asked)
-        checked = check_photo(self.ovam, file, settings)
-        session.begin(WORK)
-        picture = self.model.look_at(session, checked, settings, WORK)
-        return session.keep(picture), shrunk(picture.image), image_facts(picture)
-
-    @handler
-    def api_stop(self, request: gr.Request):
-        """Stops whatever this session has running or waiting: images, optimisations (the best is kept), exports and
-        answers."""
-        self.sessions.of(request).stop()
-
-    @handler
-    def api_attribute(
-        self, made_key, words, sentence, tau, alpha, crf, steps, grids, tokens, method, request: gr.Request
-    ):
-        """Masks, overlays, measures and a line of facts for any words, from this session's last image."""
-        values = (words, sentence, tau, alpha, crf, steps, grids, tokens, method)
-        session = self.sessions.of(request)
-        picture = session.picture(made_key)
-        given = Inputs(dict(zip(self.asked_by, values, strict=True)))
-        return self.answers_to(session, picture, self.asked_for(session, picture, given))
+def _strip_of(text: str) -> tuple[str, str]:
+    """What the page's script asks for, `{"label": "cat", "over": "steps"}`."""
+    try:
+        asked = json.loads(text)
+        label, over = asked["label"], asked["over"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        label = over = None
+    if not isinstance(label, str) or not isinstance(over, str):
+        raise InputError("This word cannot be followed; choose one of the words below the picture.")
+    return label, over

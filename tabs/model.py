@@ -42,9 +42,12 @@ class Model:
         work: str,
         progress: gr.Progress,
         branch: str = "conditional",
+        number: str = "",
     ) -> Picture:
-        """Generates as a part of `work`, whose stop flag ends it. Raises Stopped, InputError."""
-        with session.run(work) as stop:
+        """Generates as a part of `work`, whose stop flag ends it; number: of `Session.replace`. Raises Stopped,
+        InputError.
+        """
+        with session.run(work, number) as stop:
             progress((0, settings.steps), desc="Waiting for the model", unit="steps")
             return self._drive(
                 session,
@@ -59,9 +62,9 @@ class Model:
                 ),
             )
 
-    def look_at(self, session: Session, file: str, settings: PhotoSettings, work: str) -> Picture:
+    def look_at(self, session: Session, file: str, settings: PhotoSettings, work: str, number: str = "") -> Picture:
         """Records a photograph. Raises Stopped, InputError."""
-        with session.run(work) as stop:
+        with session.run(work, number) as stop:
             return self._drive(
                 session,
                 stop,

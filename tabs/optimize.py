@@ -1,8 +1,16 @@
-"""The second tab: the token of a class, learned from one picture and one mask."""
+"""The second tab: the token of a class, learned from one picture and one mask.
+
+The canvas, the curve and all pictures are drawn in the browser (assets/optimize.js). What is shown comes as JSON, in a
+mail: {"kind": ..., ...}; what goes wrong comes the same way, with the place of the page where it is said.
+"""
 
 from __future__ import annotations
 
+import functools
 import html
+import inspect
+import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -14,93 +22,64 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ovam_core import plot
-from ovam_core.attention.heatmap import heatmaps
+from ovam_core.attention.heatmap import claims, heatmaps
 from ovam_core.checks import MAX_PROMPT, MAX_SEED, check_whole
 from ovam_core.data.metrics import confusion, iou
-from ovam_core.errors import InputError, out_of_memory_as
-from ovam_core.io.masks import IGNORE, read_mask
+from ovam_core.errors import InputError, Stopped, out_of_memory_as
+from ovam_core.io.masks import IGNORE
+from ovam_core.io.names import slugs
 from ovam_core.models.presets import recommended_part
 from ovam_core.optimization import RECIPES, Epoch, Optimized, OptimizeSettings, initial_embedding
 from ovam_core.ovam import OVAM
 from ovam_core.picture import Picture, Segmentation
-from ovam_core.query import branch_of
+from ovam_core.query import MAX_WORDS, branch_of, parse_words
 from ovam_core.settings import GenerateSettings, PhotoSettings, SegmentSettings
 from ovam_core.tokens import Token
 
-from .canvas import MAX_LAYERS, Layer, flattened
-from .events import CHECKS, MODEL, PRIVATE, QUIET, RAW, Inputs, give_back, handler
+from .asked import prompt_words
+from .canvas import (
+    LIVE,
+    PAINT,
+    RESULT,
+    SCRIPT,
+    STROKES,
+    TRIED,
+    UPLOAD,
+    connected,
+    handed_over,
+    painted_mask,
+    read_any,
+    skeleton,
+    spot_of,
+    sure_parts,
+)
+from .events import CHECKS, MAPS, MODEL, QUIET, Inputs, handler, said
 from .fields import PhotoFields, check_photo, small_enough, takes_photographs
 from .model import NO_MEMORY, SHORT, Model
-from .render import (
-    BACKGROUND,
-    OBJECT,
-    canvas_value,
-    given_mask,
-    image_facts,
-    loss_curve,
-    on_screen,
-    word_and_token,
-)
-from .session import Session
+from .render import image_facts, on_screen
+from .session import FIRST, Session
+from .verdict import verdict
+from .viewer import grid, mask_url, picture_url
 from .worker import in_thread
 
-WORK, PICTURE = "optimize", "optimize: picture"  # of this tab, by which Stop finds them
-MAKE, PHOTO = "Generate", "Upload a photograph"
-PAINT, STROKES, UPLOAD = "Paint the object", "A few strokes", "Upload a mask"
+WORK, PICTURE, TRY = "optimize", "optimize: picture", "optimize: try"  # of this tab, by which Stop finds them
+MAKE, PHOTO = "From a prompt", "From a photograph"
 MAX_EPOCHS = 500
-SHOW_EVERY = 0.4  # seconds between two looks at a running search
+SHOW_EVERY = 0.03  # seconds between two looks at a running search
+MAPS_IN_A_RUN = 40  # heatmaps that are drawn of it at most; the fast recipe's takes as long as an epoch
+GRID = 64  # pixels of a picture's side on which words are compared at a pixel
+REACH = 0.85  # of the value at a pixel: what belongs to its region where no mask holds it
 FIRST_PROMPT = "A photograph of a cat"
-NO_CURVE = "<h3>Loss</h3><p>The loss of every epoch will be drawn here.</p>"
-# A class that the prompt names, "a photograph of a potted plant", and nothing beside it.
-NAMED = r"""(text, name) => {
-    const more = '(?!.*\\b(?:and|at|by|in|near|next|of|on|under|with)\\b)';
-    const found = new RegExp('^a photograph of an? ' + more + '([\\w -]+)$', 'i').exec(text.trim());
-    return found ? found[1] : name;
-}"""
-HINTS = {
-    PAINT: "Paint over the whole object; what stays bare is background.",
-    STROKES: "Orange strokes on the object, blue ones on the background; what stays bare counts for nothing.",
-    UPLOAD: "Black is background, white is the object; any size of the same shape. 255 beside 0 and 1 is left out.",
-}
+# Words that say how things stand to one another: what comes before the first of them is what the picture is of.
+PLACES = re.compile(r"\b(?:above|at|behind|below|beside|by|in|inside|near|next|on|over|under|with|within)\b")
+OF = re.compile(r"^.*?\b(?:photograph|photo|picture|image|painting|drawing)s? of\b")
+ARTICLE = re.compile(r"^(?:an?|the|one|some|two|three|several|many)\s+")
+ONE_AT_A_TIME = {"trigger_mode": "multiple"}  # the last one wins: it stops the others
+
+Mail = dict[str, Any]
 
 
 # -------------------------------------------------------------------------------------------- from the page
-
-
-def painted_mask(layers: Sequence[Layer], way: str, size: tuple[int, int]) -> np.ndarray:
-    """What was painted over the picture, as labels uint8 [H, W] at its true `size` (H, W): 0, 1, and with strokes 255
-    where nothing was painted.
-
-    layers: any scale of the same shape. Raises InputError where nothing, or everything, is painted, and as `flattened`.
-    """
-    drawn = flattened(layers)
-    if way == PAINT:
-        return read_mask(drawn, size)
-    pixels = np.asarray(drawn).astype(int)
-    near = [np.abs(pixels[..., :3] - np.array(_rgb(color))).sum(axis=-1) for color in (OBJECT, BACKGROUND)]
-    labels = np.where(pixels[..., 3] <= 127, IGNORE, (near[0] < near[1]).astype(int)).astype(np.uint8)
-    # Palette mode says that these numbers are labels: 255 is nobody's brightness.
-    marks = Image.fromarray(labels).convert("P")
-    marks.putdata(labels.reshape(-1).tolist())
-    marks.putpalette([value for color in ("#000000", OBJECT) for value in _rgb(color)])
-    if not (labels == 1).any() or not (labels == 0).any():
-        missing = "object (orange)" if not (labels == 1).any() else "background (blue)"
-        raise InputError(f"No stroke marks the {missing}; draw at least one of each colour.")
-    return read_mask(marks, size)
-
-
-def _rgb(color: str) -> tuple[int, ...]:
-    return tuple(bytes.fromhex(color[1:]))
-
-
-def read_any(way: str, layers: Sequence[Layer], file: str | None, size: tuple[int, int]) -> np.ndarray:
-    """The mask by whichever way it was given: layers painted on the canvas, or a file."""
-    if way != UPLOAD:
-        return painted_mask(layers, way, size)
-    if not file:
-        raise InputError("There is no mask file yet; upload one, or paint the object instead.")
-    return read_mask(file, size)
 
 
 def class_name(text: str) -> str:
@@ -131,23 +110,78 @@ def search_settings(recipe: Any, epochs: Any, rate: Any) -> OptimizeSettings:
     return settings
 
 
+# ----------------------------------------------------------------------------------- what a picture is of
+
+
+def things_named(caption: str) -> list[str]:
+    """What a caption says that the picture shows, each once: "A photo of a cat and a red car on grass" to ["cat", "red
+    car"]. Longer phrases are left out.
+    """
+    text = PLACES.split(OF.sub("", " ".join(caption.lower().split())))[0]
+    parts = [ARTICLE.sub("", part.strip(" .!?")) for part in re.split(r",|;|\band\b", text)]
+    return list(dict.fromkeys(part for part in parts if part and len(part.split()) <= 3 and len(part) <= 30))
+
+
+def class_for(things: Sequence[str], asked: Sequence[str], current: str) -> str:
+    """The class to begin with at a picture of these things: the one there is if the picture shows it, else the one
+    thing, or the one word that was asked of it; "" where it is anybody's guess.
+    """
+    kept = " ".join(current.split())
+    if kept.lower() in {*things, *(word.lower() for word in asked)}:
+        return kept
+    return next((words[0] for words in (things, asked) if len(words) == 1), "")
+
+
 # ---------------------------------------------------------------------------------------------- to the page
 
 
-def agreement(found: Segmentation, labels: np.ndarray) -> tuple[float, float]:
-    """IoU of the word's and of the token's mask with the mask given, where it is labelled."""
-    before, after = (float(iou(confusion(mask, labels == 1, labels == IGNORE))) for mask in found.masks)
-    return before, after
+def note(place: str, sentence: str) -> Mail:
+    """A message at a place of the page."""
+    return {"kind": "note", "place": place, "said": sentence}
 
 
-def verdict(name: str, before: float, after: float, search: Optimized) -> str:
-    """How much better the token's mask fits the given one than the word's, and how the search went; HTML."""
-    how = search.reason or f"{search.epochs} epochs"
-    return (
-        f'<p class="verdict"><b>{before:.2f}</b> the word <i>{html.escape(name)}</i> → <b>{after:.2f}</b> its token '
-        f"<span>IoU with your mask</span></p>"
-        f"<p>loss {search.losses[0]:.4f} → {search.loss:.4f} · {html.escape(how)} · {search.seconds:.1f} s</p>"
-    )
+def picture_mail(key: str, picture: Picture, things: Sequence[str]) -> Mail:
+    """The picture for the canvas."""
+    image = on_screen(picture.image)
+    photo = isinstance(picture.settings, PhotoSettings)  # whose facts begin with the caption
+    caption = "" if photo else f"“{html.escape(picture.caption)}” · "
+    return {
+        "kind": "picture",
+        "key": key,
+        "src": picture_url(image),
+        "width": image.width,
+        "height": image.height,
+        "alt": picture.caption or "a photograph without a caption",
+        "facts": f"{caption}{image_facts(picture)}",
+        "things": list(things),
+        "stem": stem(picture),
+    }
+
+
+def stem(picture: Picture) -> str:
+    """How the names of a picture's files begin."""
+    kind = "photo-noise" if isinstance(picture.settings, PhotoSettings) else "seed"
+    return f"ovam-{kind}-{0 if picture.settings is None else picture.settings.seed}"
+
+
+def paint_mail(said: str, marked: np.ndarray, not_it: np.ndarray | None = None, **more: Any) -> Mail:
+    """Masks for the canvas: bool [H, W] of the object, and of what is not it. more: `add`, whether what is painted
+    stays; `way`, how it is to be understood.
+    """
+    background = None if not_it is None else mask_url(not_it)
+    return {"kind": "paint", "object": mask_url(marked), "background": background, "said": said, **more}
+
+
+def pair_mail(found: Segmentation) -> Mail:
+    """Maps and masks of a word (first) and its token (second)."""
+    maps = found.heatmaps if found.grid_maps is None else found.grid_maps
+    return {
+        "maps": [grid(values) for values in maps],
+        "top": max(found.peaks),
+        "peaks": [round(peak, 3) for peak in found.peaks],
+        "masks": [mask_url(mask) for mask in found.masks],
+        "shares": [round(float(mask.mean()), 4) for mask in found.masks],
+    }
 
 
 # ------------------------------------------------------------------------------------------------- the work
@@ -193,10 +227,73 @@ def search(
 
 
 @torch.no_grad()
-def preview(ovam: OVAM, picture: Picture, embedding: Tensor) -> Image.Image:
-    """The heatmap of the class as it is now."""
-    heatmap = heatmaps(recommended_part(ovam.pipe, picture.recording), embedding)[1]
-    return plot.overlay(on_screen(picture.image), heatmap.cpu().numpy(), 1.0)
+def preview(ovam: OVAM, picture: Picture, embedding: Tensor) -> np.ndarray:
+    """The heatmap of the class as it is now, float32 `[h, w]` on the recording's grid."""
+    return heatmaps(recommended_part(ovam.pipe, picture.recording), embedding)[1].float().cpu().numpy()
+
+
+def frames(
+    ovam: OVAM, picture: Picture, run: Iterator[tuple[Tensor, list[float], Learned | None]], epochs: int
+) -> Iterator[tuple[Mail, Learned | None]]:
+    """What the page draws of a `search`: all losses so far, with the heatmap about MAPS_IN_A_RUN times."""
+    drawn = 0
+    for embedding, losses, learned in run:
+        frame: Mail = {"kind": "frame", "losses": [float(f"{loss:.5g}") for loss in losses], "of": epochs, "map": None}
+        if learned or not drawn or len(losses) - drawn >= epochs / MAPS_IN_A_RUN:
+            frame["map"], drawn = grid(preview(ovam, picture, embedding)), len(losses)
+        yield frame, learned
+
+
+def by_one_rule(ovam: OVAM, name: str, token: Token) -> SegmentSettings:
+    """A word and its token, both cut at the model's tau and alpha for words."""
+    tau, alpha = ovam.preset.tau, ovam.preset.alpha
+    return SegmentSettings(words=(name,), tokens=(token,), tau=tau, alpha=alpha, token_tau=tau, token_alpha=alpha)
+
+
+def told(place: str, *instead: Any) -> Callable[[Callable], Callable]:
+    """Wraps a handler whose first output is a mail: what goes wrong is said at `place`. instead: its other outputs."""
+
+    def wrap(function: Callable) -> Callable:
+        if inspect.isgeneratorfunction(function):
+
+            @functools.wraps(function)
+            def generate(*values: Any, **more: Any) -> Iterator[Any]:
+                try:
+                    with said():
+                        yield from function(*values, **more)
+                except gr.Error as error:
+                    yield _outputs(note(place, error.message), instead)
+
+            return generate
+
+        @functools.wraps(function)
+        def call(*values: Any, **more: Any) -> Any:
+            try:
+                with said():
+                    return function(*values, **more)
+            except gr.Error as error:
+                return _outputs(note(place, error.message), instead)
+
+        return call
+
+    return wrap
+
+
+def _outputs(mail: Mail, others: Sequence[Any]) -> Any:
+    return (mail, *others) if others else mail
+
+
+def post(name: str) -> gr.HTML:
+    """A component that is never seen: what it is given goes to this function of the page's script, now or once that is
+    there.
+    """
+    script = f"""const give = () => {{
+  if (!props.value) return;
+  if (window.ovamLearn) window.ovamLearn.{name}(props.value); else setTimeout(give, 50);
+}};
+watch('value', give);
+give();"""
+    return gr.HTML(None, html_template="", js_on_load=script, visible="hidden")
 
 
 # -------------------------------------------------------------------------------------------------- the tab
@@ -205,30 +302,39 @@ def preview(ovam: OVAM, picture: Picture, embedding: Tensor) -> Image.Image:
 class OptimizeTab:
     """Its components and what happens on them. Made inside gr.Tab.
 
-    from_generate: the id of the first tab's picture. pick: its list of tokens.
+    from_generate: the id of the first tab's picture. pick: its list of tokens. asked: the words that are asked there.
+    paint: what an event brings of the canvas, up to MAX_PAINT characters.
     """
 
-    def __init__(self, model: Model, tab: gr.Tab, from_generate: gr.State, pick: gr.Dropdown):
+    def __init__(
+        self,
+        model: Model,
+        tab: gr.Tab,
+        from_generate: gr.State,
+        pick: gr.Dropdown,
+        asked: gr.Textbox | None = None,
+    ):
         self.model, self.sessions, self.ovam = model, model.sessions, model.ovam
         self.tab, self.from_generate, self.pick = tab, from_generate, pick
-        self.key, self.token_name = gr.State(None), gr.State(None)
-        with gr.Row(elem_classes="columns"):
-            with gr.Column(scale=5, min_width=320, elem_classes="give"):
+        self.key, self.token_name, self.number = gr.State(None), gr.State(None), gr.State("")
+        with gr.Row(elem_classes="learn"):
+            with gr.Column(min_width=280, elem_classes="learn-picture"):
                 self._lay_out_picture()
+            with gr.Column(min_width=280, elem_classes="learn-mask"):
                 self._lay_out_mask()
+            with gr.Column(min_width=280, elem_classes="learn-class"):
                 self._lay_out_class()
-            with gr.Column(scale=7, min_width=320, elem_classes="get"):
-                self._lay_out_search()
-                self._lay_out_elsewhere()
-        self.shown = [self.key, self.canvas, self.facts, self.start, self.note]
-        self.search_by = [self.file, self.name, self.recipe, self.epochs, self.rate]
+        gr.HTML(RESULT, elem_id="learn-results", js_on_load=None)
+        self.download = gr.DownloadButton("Download token", interactive=False, min_width=150, elem_id="learn-download")
+        self._lay_out_elsewhere()
+        self._lay_out_wires()
+        self.asked = asked or self.no_words
+        self.shown = [self.to_canvas, self.key, self.name, self.prompt, self.seed]
+        self.search_by = [self.name, self.recipe, self.epochs, self.rate]
         self._wire_picture()
         self._wire_mask()
         self._wire_search()
         self._wire_elsewhere()
-        self._wire_programs()
-
-    # ---- the left column: what you give
 
     def _lay_out_picture(self) -> None:
         gr.HTML("<h2>1 · Picture</h2>", elem_classes="step")
@@ -242,12 +348,20 @@ class OptimizeTab:
             visible=takes_photographs(self.ovam),
         )
         with gr.Column(elem_classes="part") as self.for_prompt:
-            with gr.Group():
-                self.prompt = gr.Textbox(FIRST_PROMPT, label="Prompt", max_length=MAX_PROMPT, elem_id="learn-prompt")
-                with gr.Row(elem_classes="seed"):
-                    self.seed = gr.Number(
-                        1, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=90, elem_id="learn-seed"
-                    )
+            with gr.Row(elem_classes="learn-prompt"):
+                self.prompt = gr.Textbox(
+                    FIRST_PROMPT,
+                    label="Prompt",
+                    lines=1,
+                    max_lines=3,
+                    max_length=MAX_PROMPT,
+                    scale=5,
+                    min_width=180,
+                    elem_id="learn-prompt",
+                )
+                self.seed = gr.Number(
+                    1, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=80, elem_id="learn-seed"
+                )
             with gr.Row(elem_classes="buttons"):
                 self.draw = gr.Button("New picture", min_width=130, elem_id="learn-draw")
                 self.take = gr.Button("Use the one from Generate", min_width=130, elem_id="learn-take")
@@ -255,41 +369,60 @@ class OptimizeTab:
             self.upload = PhotoFields("learn-photo", "the class", self.sessions.limits.pixels)
             with gr.Row(elem_classes="buttons"):
                 self.use = gr.Button("Use this photograph", elem_id="learn-use")
+        gr.HTML(
+            '<p class="p-note" data-note="picture" role="alert"></p>', elem_id="learn-picture-note", js_on_load=None
+        )
 
     def _lay_out_mask(self) -> None:
         gr.HTML("<h2>2 · Mask</h2>", elem_classes="step")
-        self.way = gr.Radio(
-            [PAINT, STROKES, UPLOAD], value=PAINT, show_label=False, container=False, elem_id="way", elem_classes="ways"
-        )
-        self.hint = gr.HTML(HINTS[PAINT], elem_id="hint")
-        self.canvas = gr.ImageEditor(
-            type="pil",
-            image_mode="RGBA",
-            format="png",
-            sources=(),
-            transforms=(),
-            layers=False,
-            brush=gr.Brush(default_size=28, colors=[OBJECT, BACKGROUND], default_color=OBJECT, color_mode="fixed"),
-            eraser=gr.Eraser(default_size=28),
-            canvas_size=(512, 512),
-            show_label=False,
-            buttons=[],
+        with gr.Row(elem_classes="learn-ways"):
+            self.way = gr.Radio(
+                [PAINT, STROKES],
+                value=PAINT,
+                show_label=False,
+                container=False,
+                scale=4,
+                min_width=200,
+                elem_id="way",
+                elem_classes="ways",
+            )
+            with gr.Column(scale=1, min_width=130, elem_id="mask-file"):
+                self.file = gr.UploadButton(UPLOAD, file_types=["image"], elem_id="mask-upload")
+        gr.HTML(
+            skeleton(),
+            js_on_load=f"{SCRIPT}\nwindow.ovamLearn = ovamLearn(element, {{paint: '{PAINT}', strokes: '{STROKES}'}});",
             elem_id="canvas",
         )
-        self.file = gr.File(label="Mask picture", file_types=["image"], visible=False, height=120, elem_id="mask-file")
+        with gr.Row(elem_classes="learn-fill"):
+            self.word = gr.Textbox(
+                "",
+                show_label=False,
+                container=False,
+                placeholder="the class, or any other word",
+                max_lines=1,
+                scale=3,
+                min_width=140,
+                elem_id="fill-word",
+            )
+            self.fill = gr.Button("Start from this word's mask", scale=2, min_width=180, elem_id="fill")
 
     def _lay_out_class(self) -> None:
         own = RECIPES["fast"]
         gr.HTML("<h2>3 · Class</h2>", elem_classes="step")
-        self.name = gr.Textbox("cat", label="Name of the class", max_lines=1, elem_id="class-name")
-        self.note = gr.HTML("", elem_id="learn-note", elem_classes="note")
+        self.name = gr.Textbox(
+            "",
+            label="Name of the class",
+            placeholder="what you have painted, for example: cat",
+            max_lines=1,
+            elem_id="class-name",
+        )
+        gr.HTML('<div id="learn-things"></div>', elem_id="learn-names", js_on_load=None)
         with gr.Row(elem_classes="buttons"):
-            self.start = gr.Button(
-                "Optimize token", variant="primary", scale=3, min_width=120, interactive=False, elem_id="learn"
-            )
+            self.start = gr.Button("Optimize token", variant="primary", scale=3, min_width=120, elem_id="learn")
             self.halt = gr.Button(
                 "Stop: keep the best", variant="stop", scale=2, min_width=120, interactive=False, elem_id="learn-stop"
             )
+        gr.HTML(LIVE, elem_id="live", js_on_load=None)
         with gr.Accordion("Recipe, epochs, rate", open=False, elem_id="learn-more"):
             self.recipe = gr.Radio(
                 list(RECIPES),
@@ -303,100 +436,38 @@ class OptimizeTab:
                 )
                 self.rate = gr.Number(own.rate, label="Learning rate", minimum=0, min_width=100)
 
-    # ---- the right column: what you get
-
-    def _lay_out_search(self) -> None:
-        with gr.Row(elem_classes="pictures"):
-            self.now = gr.Image(
-                label="Heatmap of the class, as it is learned",
-                type="pil",
-                format="png",
-                interactive=False,
-                min_width=220,
-                buttons=["download", "fullscreen"],
-                elem_id="now",
-                elem_classes="shown",
-                alt_text="Heatmap of the class so far",
-            )
-            self.curve = gr.HTML(NO_CURVE, elem_id="curve", container=True, min_width=220)
-        self.result = gr.HTML("", elem_id="verdict")
-        with gr.Row(elem_classes="pictures"):
-            self.heat = gr.ImageSlider(
-                label="Heatmap: word | token",
-                type="pil",
-                format="png",
-                interactive=False,
-                elem_id="heat-slider",
-                elem_classes="shown",
-                min_width=220,
-                buttons=["download", "fullscreen"],
-            )
-            self.masks = gr.ImageSlider(
-                label="Mask: word | token",
-                type="pil",
-                format="png",
-                interactive=False,
-                elem_id="mask-slider",
-                elem_classes="shown",
-                min_width=220,
-                buttons=["download", "fullscreen"],
-            )
-        with gr.Row(elem_classes="end"):
-            self.facts = gr.HTML("", elem_id="learn-facts", elem_classes="facts")
-            self.download = gr.DownloadButton(
-                "Download token", interactive=False, scale=1, min_width=150, elem_id="learn-download"
-            )
-
     def _lay_out_elsewhere(self) -> None:
         gr.HTML("<h2>Try it on another prompt</h2>", elem_classes="step")
         with gr.Row(elem_classes="try"):
             self.other = gr.Textbox(
-                "A photograph of a cat on grass",
-                show_label=False,
-                container=False,
+                "",
+                label="Prompt",
+                placeholder="A photograph of a cat on grass",
                 max_length=MAX_PROMPT,
+                lines=1,
+                max_lines=3,
                 scale=6,
                 min_width=200,
                 elem_id="try-prompt",
             )
             self.other_seed = gr.Number(
-                7,
-                label="Seed",
-                show_label=False,
-                container=False,
-                precision=0,
-                minimum=0,
-                maximum=MAX_SEED,
-                scale=1,
-                min_width=70,
-                elem_id="try-seed",
+                2, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=90, elem_id="try-seed"
             )
-            self.go = gr.Button("Go", scale=1, min_width=70, interactive=False, elem_id="try")
-        self.tried = gr.Gallery(
-            label="The token elsewhere",
-            columns=3,
-            height="auto",
-            object_fit="contain",
-            format="png",
-            interactive=False,
-            preview=False,
-            buttons=["download", "fullscreen"],
-            elem_id="tried",
-            elem_classes="gallery",
-        )
+            self.go = gr.Button("Go", interactive=False, min_width=80, elem_id="try")
+        gr.HTML(TRIED, elem_id="tried-box", js_on_load=None)
+
+    def _lay_out_wires(self) -> None:
+        """What hands values to the page's script, and what it hands back or presses."""
+        self.to_canvas, self.to_live, self.to_tried = post("canvas"), post("live"), post("tried")
+        self.paint = gr.Textbox("", label="What is painted", visible="hidden")
+        self.spot = gr.Textbox("", label="The place clicked", visible="hidden")
+        self.no_words = gr.Textbox("", label="Words", visible="hidden")
+        self.clicked = gr.Button("A click in the picture", visible="hidden", elem_id="learn-clicked")
+        self.halt_picture = gr.Button("Stop the picture", visible="hidden", elem_id="learn-halt-picture")
 
     # ---- the picture
 
     def _wire_picture(self) -> None:
-        from_photo = {*self.upload.all, self.name}
-        gr.on(
-            [self.upload.photo.upload, self.use.click, self.upload.caption.submit],
-            self.check_photograph,
-            from_photo,
-            None,
-            **CHECKS,
-            **QUIET,
-        ).success(self.take_photograph, from_photo, self.shown, show_progress_on=self.canvas, **MODEL, **PRIVATE)
         self.source.change(
             lambda chosen: (gr.Column(visible=chosen != PHOTO), gr.Column(visible=chosen == PHOTO)),
             self.source,
@@ -404,67 +475,136 @@ class OptimizeTab:
             queue=False,
             **QUIET,
         )
-        self.take.click(self.take_picture, self.from_generate, self.shown, **QUIET)
-        self.tab.select(self.take_if_none, [self.key, self.from_generate], self.shown, **QUIET)
-        gr.on(
-            [self.draw.click, self.prompt.submit],
-            self.draw_picture,
-            {self.prompt, self.seed},
-            self.shown,
-            show_progress_on=self.canvas,
-            **MODEL,
-            **PRIVATE,
-        )
-        # "A photograph of a potted plant" names the class as well; any other prompt leaves it as it is.
-        self.prompt.change(None, [self.prompt, self.name], self.name, js=NAMED, **PRIVATE)
+        around = {self.from_generate, self.asked, self.name, self.key}
+        self.take.click(self.take_picture, around, self.shown, **QUIET)
+        self.tab.select(self.take_if_none, around, self.shown, **QUIET)
+        for event in (self.draw.click, self.prompt.submit):
+            event(None, js="() => window.ovamLearn?.busy('Waiting for the model')", **QUIET, **ONE_AT_A_TIME)
+            event(self.draw_picture, {self.prompt, self.seed, self.name}, self.shown, **MODEL, **QUIET, **ONE_AT_A_TIME)
+        photo = {*self.upload.all, self.name}
+        for event in (self.use.click, self.upload.photo.upload):
+            event(None, js="() => window.ovamLearn?.busy('Looking at the photograph')", **QUIET, **ONE_AT_A_TIME)
+            checked = event(
+                self.check_photograph, photo, [self.to_canvas, self.number], **CHECKS, **QUIET, **ONE_AT_A_TIME
+            )
+            checked.success(self.take_photograph, {*photo, self.number}, self.shown, **MODEL, **QUIET, **ONE_AT_A_TIME)
+        self.halt_picture.click(self.stop_picture, None, None, queue=False, **QUIET)
 
-    def show(self, key: str, picture: Picture) -> tuple:
-        return key, canvas_value(picture.image), image_facts(picture), gr.Button(interactive=True), ""
+    def show(self, key: str, picture: Picture, current: str, asked: Sequence[str] = ()) -> tuple:
+        """A picture for the canvas, its id, the class to begin with, and the prompt and seed that it was made with."""
+        things = things_named(picture.caption)
+        mail = picture_mail(key, picture, things)
+        if not isinstance(picture.settings, GenerateSettings):
+            return mail, key, current, gr.skip(), gr.skip()  # a photograph's caption was made of the class
+        return mail, key, class_for(things, asked, current), picture.caption, picture.settings.seed
 
-    @handler
-    def take_picture(self, first_key, request: gr.Request):
-        return self.show(first_key, self.sessions.of(request).picture(first_key))
+    def asked_words(self, given: Inputs) -> list[str]:
+        try:
+            return parse_words(given.text(self.asked))
+        except InputError:
+            return []
 
-    @handler
-    def take_if_none(self, own_key, first_key, request: gr.Request):
-        picture = None if own_key else self.sessions.of(request).find(first_key)
-        return (gr.skip(),) * len(self.shown) if picture is None else self.show(first_key, picture)
+    @told("picture", *[gr.skip()] * 4)
+    def take_picture(self, values: dict, request: gr.Request):
+        session, given = self.sessions.of(request), Inputs(values)
+        key = values[self.from_generate]
+        session.picture(key)
+        return self.show(key, self.seen(session, key), given.text(self.name), self.asked_words(given))
+
+    @told("picture", *[gr.skip()] * 4)
+    def take_if_none(self, values: dict, request: gr.Request):
+        """The first look at this tab shows a picture: the first tab's, or the one that the page opens with."""
+        session, given = self.sessions.of(request), Inputs(values)
+        if session.find(values[self.key]) is not None:
+            return (gr.skip(),) * len(self.shown)
+        key = next((key for key in (values[self.from_generate], FIRST) if session.find(key) is not None), None)
+        if key is None:
+            return (gr.skip(),) * len(self.shown)
+        return self.show(key, self.seen(session, key), given.text(self.name), self.asked_words(given))
+
+    def seen(self, session: Session, key: str | None) -> Picture:
+        """The visitor's picture, no larger than a page shows. Raises InputError where there is none."""
+        return session.screen(key) or session.picture(key)
 
     def image_settings(self, text: str, seed: Any) -> GenerateSettings:
-        return GenerateSettings.for_model(self.ovam.pipe, text, seed=seed)
+        settings = GenerateSettings.for_model(self.ovam.pipe, text, seed=seed)
+        settings.validate(self.ovam.pipe)
+        return settings
 
-    @handler
-    def draw_picture(self, values: dict, request: gr.Request, progress=gr.Progress()):
+    def drawing(
+        self, session: Session, settings: GenerateSettings, work: str, number: str, branch: str = "conditional"
+    ) -> Iterator[tuple[Mail, Picture | None]]:
+        """Draws, and says meanwhile how far it is; the picture comes last, with an empty mail."""
+
+        def make(report: Callable[[Mail], None]) -> Picture:
+            def progress(where: tuple[int, int], desc: str = "", **_: str) -> None:
+                done, of = where
+                so_far = f", step {done} of {of}" if done else ""
+                report({"kind": "working", "said": f"{desc}{so_far}", "share": done / of})
+
+            return self.model.draw(session, settings, work, progress, branch, number)
+
+        for reports, picture in in_thread(make, SHOW_EVERY):
+            if picture is not None:
+                yield {}, picture
+            elif reports:
+                yield reports[-1], None
+
+    @told("canvas", *[gr.skip()] * 4)
+    def draw_picture(self, values: dict, request: gr.Request):
         session, given = self.sessions.of(request), Inputs(values)
         settings = self.image_settings(given.text(self.prompt), given.whole(self.seed))
-        session.begin(PICTURE)
-        picture = self.model.draw(session, settings, PICTURE, progress)
-        return self.show(session.keep(picture), picture)
+        number = session.replace(PICTURE)
+        try:
+            for mail, picture in self.drawing(session, settings, PICTURE, number):
+                if picture is None:
+                    yield mail, *[gr.skip()] * 4
+        except (InputError, Stopped):
+            if session.is_latest(PICTURE, number):  # else another picture is under way, and this one is forgotten
+                raise
+            return
+        key = session.keep(picture)
+        yield self.show(key, self.seen(session, key), given.text(self.name))
 
     def read_photograph(self, given: Inputs) -> tuple[str | None, PhotoSettings]:
-        return self.upload.read(self.ovam, given, SegmentSettings(words=(class_name(given.text(self.name)),)))
+        """Raises InputError where nothing says what it shows."""
+        name, caption = given.text(self.name).strip(), given.text(self.upload.caption).strip()
+        if not (name or caption) and given.file(self.upload.photo):
+            raise InputError("Say what the photograph shows: name the class below, or write a caption; then use it.")
+        asked = SegmentSettings(words=(class_name(name),) if name else ())
+        return self.upload.read(self.ovam, given, asked)
 
-    @handler
+    @told("canvas", "")
     def check_photograph(self, values: dict, request: gr.Request):
         check_photo(self.ovam, *self.read_photograph(Inputs(values)))
-        self.sessions.of(request).begin(PICTURE)
+        return note("canvas", ""), self.sessions.of(request).replace(PICTURE)
 
-    @handler
+    @told("canvas", *[gr.skip()] * 4)
     def take_photograph(self, values: dict, request: gr.Request):
-        session = self.sessions.of(request)
-        file, settings = self.read_photograph(Inputs(values))
-        picture = self.model.look_at(session, file or "", settings, PICTURE)
-        return self.show(session.keep(picture), picture)
+        if not values[self.number]:
+            return (gr.skip(),) * len(self.shown)
+        session, given = self.sessions.of(request), Inputs(values)
+        file, settings = self.read_photograph(given)
+        picture = self.model.look_at(session, file or "", settings, PICTURE, str(values[self.number]))
+        key = session.keep(picture)
+        return self.show(key, self.seen(session, key), given.text(self.name))
 
-    # ---- the mask and the search
+    # ---- the mask
 
     def _wire_mask(self) -> None:
-        self.way.change(self.choose, self.way, [self.hint, self.canvas, self.file], queue=False, **QUIET)
+        self.way.change(None, self.way, js="way => window.ovamLearn?.way(way)", **QUIET)
         self.recipe.change(self.usual, self.recipe, [self.epochs, self.rate], queue=False, **QUIET)
-
-    @handler
-    def choose(self, way):
-        return HINTS.get(str(way), ""), gr.ImageEditor(visible=way != UPLOAD), gr.File(visible=way == UPLOAD)
+        self.file.upload(self.take_mask, {self.key, self.file}, [self.to_canvas, self.way], **CHECKS, **QUIET)
+        for event in (self.fill.click, self.word.submit):
+            event(None, js="() => window.ovamLearn?.busy('Looking for the word', true)", **QUIET)
+            event(self.take_word, {self.key, self.way, self.word, self.name}, self.to_canvas, **MAPS, **QUIET)
+        self.clicked.click(None, None, self.spot, js="() => window.ovamLearn?.spot() ?? ''", **QUIET).then(
+            self.take_spot,
+            {self.key, self.way, self.spot, self.word, self.name},
+            [self.to_canvas, self.name],
+            **MAPS,
+            **QUIET,
+        )
 
     @handler
     def usual(self, recipe):
@@ -472,149 +612,206 @@ class OptimizeTab:
         settings = recipe_named(recipe)
         return settings.epochs, settings.rate
 
+    @told("canvas", gr.skip())
+    def take_mask(self, values: dict, request: gr.Request):
+        """A mask file, painted on the canvas."""
+        given, picture = Inputs(values), self.seen(self.sessions.of(request), values[self.key])
+        file = small_enough(given.file(self.file), self.sessions.limits.pixels)
+        labels = read_any(UPLOAD, [], file, (picture.image.height, picture.image.width))
+        not_it = labels == 0 if (labels == IGNORE).any() else None
+        way = PAINT if not_it is None else STROKES
+        mail = paint_mail(f"Your mask: the object covers {(labels == 1).mean():.0%}.", labels == 1, not_it, way=way)
+        return mail, way
+
+    @told("canvas")
+    def take_word(self, values: dict, request: gr.Request):
+        """The mask of a word, painted on the canvas."""
+        session, given = self.sessions.of(request), Inputs(values)
+        picture = self.seen(session, values[self.key])
+        word = class_name(given.text(self.word).strip() or given.text(self.name))
+        found = self.segmented(session, picture, word)
+        mask, peak = found.masks[0], found.peaks[0]
+        if not mask.any():
+            raise InputError(f"The mask of '{word}' is empty here; try another word, or paint the object.")
+        line = f"The mask of “{word}” (peak {peak:.2f}) covers {mask.mean():.0%} of the picture; paint on from here."
+        if given.choice(self.way) == STROKES:
+            return paint_mail(f"{line} What is near its edge stays bare.", *sure_parts(mask))
+        return paint_mail(line, mask)
+
+    def segmented(self, session: Session, picture: Picture, word: str) -> Segmentation:
+        with self.model.words_of(session) as before_word:
+            return self.model.answer(picture, SegmentSettings(words=(word,)), before_word)
+
+    @told("canvas", gr.skip())
+    def take_spot(self, values: dict, request: gr.Request):
+        """The region of the word that is strongest at a pixel, painted in addition."""
+        session, given = self.sessions.of(request), Inputs(values)
+        picture = self.seen(session, values[self.key])
+        x, y = spot_of(given.text(self.spot), (picture.image.height, picture.image.width))
+        own = [name for field in (self.name, self.word) if (name := " ".join(given.text(field).split()))]
+        word, value = self.strongest(session, picture, x, y, own)
+        found = self.segmented(session, picture, word)
+        seed = np.zeros_like(found.masks[0])
+        seed[y, x] = True
+        in_mask, heat = bool(found.masks[0, y, x]), found.heatmaps[0]
+        region = connected(found.masks[0] if in_mask else heat >= REACH * heat[y, x], seed)
+        what = (
+            "its mask's part under the click" if in_mask else "no mask holds this pixel, so what is as strong around it"
+        )
+        line = f"“{word}” is strongest here ({value:.2f}): {what} is painted, {region.mean():.0%} of the picture."
+        name = given.text(self.name).strip() or word
+        return paint_mail(line, region, add=True), name
+
+    def strongest(self, session: Session, picture: Picture, x: int, y: int, own: Sequence[str]) -> tuple[str, float]:
+        """The word whose map is largest at a pixel, and how large: of `own`, the picture's and the shipped classes."""
+        shipped = [name for token in self.sessions.shipped.values() for name in token.names]
+        named = [*own, *things_named(picture.caption), *prompt_words(picture.caption), *shipped]
+        words = tuple(parse_words("\n".join(name.replace(",", " ") for name in dict.fromkeys(named[:MAX_WORDS]))))
+        small = replace(picture, image=_small(picture.image), last_maps=None)
+        with self.model.words_of(session) as before_word:
+            found = self.model.answer(small, SegmentSettings(words=words, crf=False), before_word)
+        at = (x * small.image.width // picture.image.width, y * small.image.height // picture.image.height)
+        row, value = claims(found.heatmaps, *at)[0]
+        return found.labels[row], value
+
+    # ---- the search
+
     def _wire_search(self) -> None:
-        given = {self.key, self.way, *self.search_by}
-        # The browser sends the layers in pieces, and this event once all are there.
-        painted = self.start.click(self.take_canvas, {self.canvas, self.key}, None, **CHECKS, **QUIET)
-        begun = painted.success(self.begin, given, [self.start, self.halt, self.note, self.now], **CHECKS, **QUIET)
+        # The browser hands over what is painted when it is asked to.
+        given = {self.key, self.way, self.paint, *self.search_by}
+        painted = self.start.click(
+            None, None, self.paint, js="() => window.ovamLearn?.handOver() ?? ''", **QUIET, **ONE_AT_A_TIME
+        )
+        begun = painted.then(
+            self.begin, given, [self.to_live, self.number, self.halt], **CHECKS, **QUIET, **ONE_AT_A_TIME
+        )
         ran = begun.success(
             self.run,
-            given,
-            [
-                self.now,
-                self.curve,
-                self.result,
-                self.heat,
-                self.masks,
-                self.facts,
-                self.download,
-                self.token_name,
-                self.pick,
-                self.go,
-            ],
+            {self.number, *given},
+            [self.to_live, self.download, self.token_name, self.pick, self.go],
             **MODEL,
             **QUIET,
+            **ONE_AT_A_TIME,
         )
-        give_back(ran, self.start, self.halt)
+        for after in (ran.then, ran.failure):
+            after(self.rest, None, self.halt, queue=False, **QUIET, **ONE_AT_A_TIME)
         self.halt.click(self.stop_work, None, None, queue=False, **QUIET)
 
-    @handler
-    def take_canvas(self, values: dict, request: gr.Request):
-        session = self.sessions.of(request)
-        session.picture(values[self.key])  # without one, there is nothing to paint on
-        canvas, files = Inputs(values).painted(self.canvas)
-        layers = [*self.sessions.pieces.take(request.session_hash or "", canvas), *files]
-        session.paint(values[self.key], layers[: MAX_LAYERS + 1])
-
-    def understood(
-        self, session: Session, key: str | None, way: str, given: Inputs
-    ) -> tuple[Picture, np.ndarray, str, OptimizeSettings]:
+    def understood(self, session: Session, values: dict) -> tuple[Picture, np.ndarray, str, OptimizeSettings]:
         """Everything that can be wrong, before anything is queued."""
-        picture = session.picture(key)
-        size = (picture.image.height, picture.image.width)
-        file = small_enough(given.file(self.file), self.sessions.limits.pixels)
-        labels = read_any(way, session.painted(key), file, size)
+        given, picture = Inputs(values), self.seen(session, values[self.key])
+        name = class_name(given.text(self.name))
         settings = search_settings(given.text(self.recipe), given.whole(self.epochs), given.number(self.rate))
-        return picture, labels, class_name(given.text(self.name)), settings
+        layers = handed_over(given.text(self.paint))
+        labels = painted_mask(layers, given.choice(self.way), (picture.image.height, picture.image.width))
+        return picture, labels, name, settings
 
-    @handler
+    @told("learn", "", gr.skip())
     def begin(self, values: dict, request: gr.Request):
-        session, given = self.sessions.of(request), Inputs(values)
-        picture, labels, name, _ = self.understood(session, values[self.key], given.choice(self.way), given)
+        session = self.sessions.of(request)
+        _, _, name, settings = self.understood(session, values)
         initial_embedding(self.ovam.pipe, [name])
-        session.begin(WORK)
-        return gr.Button(interactive=False), gr.Button(interactive=True), "", given_mask(picture.image, labels)
+        mail = {"kind": "begun", "key": values[self.key], "name": name, "of": settings.epochs}
+        return mail, session.replace(WORK), gr.Button(interactive=True)
 
-    @handler
+    @told("learn", *[gr.skip()] * 4)
     def run(self, values: dict, request: gr.Request):
-        session, given = self.sessions.of(request), Inputs(values)
-        picture, labels, name, settings = self.understood(session, values[self.key], given.choice(self.way), given)
+        session, number, learned = self.sessions.of(request), str(values[self.number] or ""), None
+        if not number:
+            return
+        picture, labels, name, settings = self.understood(session, values)
         work = self.model.turns.work(session)
-        with session.run(WORK) as stop:  # which a visitor who left sets too
-            run = search(
-                self.ovam, picture, labels, name, settings, lambda: not work.next_unit(stop.is_set, SHORT), work
-            )
-            for embedding, losses, result in run:
-                yield preview(self.ovam, picture, embedding), loss_curve(losses, settings.epochs), *[gr.skip()] * 8
-                learned = result
+        begun = time.monotonic()
+        try:
+            with session.run(WORK, number) as stop:  # which a visitor who left sets too
+                run = search(
+                    self.ovam, picture, labels, name, settings, lambda: not work.next_unit(stop.is_set, SHORT), work
+                )
+                for frame, found in frames(self.ovam, picture, run, settings.epochs):
+                    learned = found
+                    yield frame, *[gr.skip()] * 4
+        except InputError:
+            if session.is_latest(WORK, number):
+                raise
+        if learned is None or not session.is_latest(WORK, number):  # another took its place
+            return
         token, how = learned
         label = session.add_token(token)
         with self.model.words_of(session) as before_word:
-            found = self.model.answer(picture, SegmentSettings(words=(name,), tokens=(token,)), before_word)
-        yield (
-            gr.skip(),
-            gr.skip(),
-            verdict(name, *agreement(found, labels), how),
-            *word_and_token(found),
-            image_facts(picture),
-            gr.DownloadButton(value=str(session.token_file(label)), interactive=True),
-            label,
-            gr.Dropdown(choices=session.token_names()),
-            gr.Button(interactive=True),
-        )
+            found = self.model.answer(picture, by_one_rule(self.ovam, name, token), before_word)
+        mail = {
+            "kind": "result",
+            "key": values[self.key],
+            "name": name,
+            "verdict": verdict(name, found, labels, how),
+            "seconds": round(time.monotonic() - begun, 2),
+            "stem": f"{stem(picture)}-{slugs([name])[0]}",
+        } | pair_mail(found)
+        file = gr.DownloadButton(value=str(session.token_file(label)), interactive=True)
+        yield mail, file, label, gr.Dropdown(choices=session.token_names()), gr.Button(interactive=True)
+
+    @handler
+    def rest(self, request: gr.Request):
+        """After a run: there is something to stop only where another has begun."""
+        return gr.Button(interactive=self.sessions.of(request).runs(WORK))
 
     @handler
     def stop_work(self, request: gr.Request):
         self.sessions.of(request).stop(WORK)
 
+    @handler
+    def stop_picture(self, request: gr.Request):
+        self.sessions.of(request).stop(PICTURE, TRY)
+
     # ---- elsewhere
 
     def _wire_elsewhere(self) -> None:
-        gr.on(
-            [self.go.click, self.other.submit],
-            self.elsewhere,
-            {self.token_name, self.other, self.other_seed, self.name},
-            self.tried,
-            show_progress_on=self.tried,
-            **MODEL,
-            **PRIVATE,
-        )
-
-    @handler
-    def elsewhere(self, values: dict, request: gr.Request, progress=gr.Progress()):
-        session, given = self.sessions.of(request), Inputs(values)
-        token = session.token(values[self.token_name])
-        asked = SegmentSettings(words=(class_name(given.text(self.name)),), tokens=(token,))
-        settings = self.image_settings(given.text(self.other), given.whole(self.other_seed))
-        session.begin(PICTURE)
-        # Looked at once, so not kept.
-        picture = self.model.draw(session, settings, PICTURE, progress, branch_of([token]))
-        with self.model.words_of(session) as before_word:
-            found = self.model.answer(picture, asked, before_word)
-        heat, masks = word_and_token(found)
-        return [
-            (plot.enlarge(picture.image), "the picture"),
-            (heat[0], f"{found.labels[0]}: heatmap of the word"),
-            (heat[1], "heatmap of the token"),
-            (masks[0], "mask of the word"),
-            (masks[1], "mask of the token"),
-        ]
-
-    # ---- the API: the whole way in one call, on the picture of /generate
-
-    def _wire_programs(self) -> None:
-        with gr.Row(visible=False):
-            for_programs, token_file, line = gr.Button("optimize"), gr.File(), gr.Textbox()
-        for_programs.click(
-            self.api_optimize,
-            [self.from_generate, *self.search_by],
-            [token_file, line],
-            api_name="optimize",
-            **MODEL,
-            **RAW,
-        )
-
-    @handler
-    def api_optimize(self, made_key, mask, name, recipe, epochs, rate, request: gr.Request):
-        """Learns a token from this session's last picture and a mask file. Returns the token's file and a line of
-        facts."""
-        session = self.sessions.of(request)
-        given = Inputs(dict(zip(self.search_by, (mask, name, recipe, epochs, rate), strict=True)))
-        picture, labels, called, settings = self.understood(session, made_key, UPLOAD, given)
-        session.begin(WORK)
-        with session.run(WORK) as stop, self.model.turns.work(session) as work, out_of_memory_as(NO_MEMORY):
-            token, how = learn(
-                self.ovam, picture, labels, called, settings, lambda: not work.next_unit(stop.is_set, SHORT)
+        for event in (self.go.click, self.other.submit):
+            event(None, js="() => window.ovamLearn?.trying()", **QUIET, **ONE_AT_A_TIME)
+            event(
+                self.elsewhere,
+                {self.token_name, self.other, self.other_seed},
+                self.to_tried,
+                **MODEL,
+                **QUIET,
+                **ONE_AT_A_TIME,
             )
-        line = f"loss {how.losses[0]:.4f} to {how.loss:.4f} in {how.epochs} epochs, {how.seconds:.1f} s"
-        return str(session.token_file(session.add_token(token))), line
+
+    @told("try")
+    def elsewhere(self, values: dict, request: gr.Request):
+        session, given = self.sessions.of(request), Inputs(values)
+        if values[self.token_name] is None:
+            raise InputError("There is no token yet; learn one first.")
+        token = session.token(values[self.token_name])
+        name = token.names[0]
+        text = given.text(self.other)
+        settings = self.image_settings(text, given.whole(self.other_seed))
+        number = session.replace(TRY)
+        try:
+            # Looked at once, so not kept.
+            for mail, picture in self.drawing(session, settings, TRY, number, branch_of([token])):
+                if picture is None:
+                    yield mail
+        except (InputError, Stopped):
+            if session.is_latest(TRY, number):
+                raise
+            return
+        with self.model.words_of(session) as before_word:
+            found = self.model.answer(picture, by_one_rule(self.ovam, name, token), before_word)
+        both = float(iou(confusion(*found.masks)))
+        yield {
+            "kind": "tried",
+            "name": name,
+            "prompt": text,
+            "seed": settings.seed,
+            "src": picture_url(on_screen(picture.image)),
+            "facts": image_facts(picture),
+            "agree": None if np.isnan(both) else round(both, 3),
+            "stem": f"{stem(picture)}-{slugs([name])[0]}",
+        } | pair_mail(found)
+
+
+def _small(image: Image.Image) -> Image.Image:
+    """The picture on GRID pixels a side, of its shape."""
+    scale = GRID / max(image.size)
+    return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
 
 from ovam_core import plot
-from ovam_core.data.formats import read_labels
-from ovam_core.io.masks import IGNORE
 from ovam_core.picture import Picture, Segmentation
 from ovam_core.settings import PhotoSettings
 
 MAX_SHOWN = 1024  # pixels of a side on the page; a photograph may have many more
-MAX_CANVAS = 512  # pixels of a side: what the canvas is laid out for
-OBJECT, BACKGROUND = "#e69f00", "#0072b2"
 
 # Filled in by gr.HTML's template, from `measures` of the first tab.
 SCALE = f"""<div class="scale" role="img" aria-label="Colour scale of all heatmaps, from 0 to ${{value.top}}">
@@ -41,7 +35,15 @@ def on_screen(image: Image.Image) -> Image.Image:
 
 
 def image_facts(picture: Picture) -> str:
-    """The line of facts under a picture; HTML."""
+    """The line of facts under a picture, a photograph's caption before them; HTML."""
+    if not isinstance(picture.settings, PhotoSettings):
+        return run_facts(picture)
+    caption = picture.settings.caption
+    return f"{f'“{html.escape(caption)}”' if caption else 'no caption'} · {run_facts(picture)}"
+
+
+def run_facts(picture: Picture) -> str:
+    """How a picture was made, as plain text."""
     return f"{_how(picture)} · {picture.seconds:.1f} s on {picture.device}"
 
 
@@ -49,9 +51,8 @@ def _how(picture: Picture) -> str:
     settings = picture.settings
     if isinstance(settings, PhotoSettings):
         (height, width), steps = picture.recording.image_size, ", ".join(map(str, settings.timesteps))
-        caption = f"“{html.escape(settings.caption)}”" if settings.caption else "no caption"
         return (
-            f"{caption} · timestep{'s' * (len(settings.timesteps) > 1)} {steps} · noise seed {settings.seed} · "
+            f"timestep{'s' * (len(settings.timesteps) > 1)} {steps} · noise seed {settings.seed} · "
             f"{picture.image.width} × {picture.image.height} px, seen as {width} × {height}"
         )
     assert settings is not None  # the page makes no other pictures
@@ -83,53 +84,3 @@ def annotation(found: Segmentation) -> tuple[Image.Image, list[tuple[np.ndarray,
     image = on_screen(found.picture.image)
     masks = [plot.resize_mask(mask, image.size).astype(np.float32) for mask in found.masks]
     return image, list(zip(masks, found.labels, strict=True))
-
-
-# ------------------------------------------------------------------------------------------ a word's token
-
-
-def canvas_value(image: Image.Image) -> dict[str, Any]:
-    """A fresh canvas with the picture on it, at a size to paint on; read_mask brings the paint back to its size."""
-    return {"background": plot.enlarge(shrunk(image, MAX_CANVAS)), "layers": [], "composite": None}
-
-
-def given_mask(image: Image.Image, labels: np.ndarray) -> Image.Image:
-    """The picture with the mask as it was understood: object and background in the two colours, the rest as it is.
-
-    labels: uint8 [H, W] at the picture's size.
-    """
-    image = on_screen(image)
-    labels = np.asarray(Image.fromarray(labels).resize(image.size, Image.Resampling.NEAREST))
-    shown = plot.mask_overlay(image, labels == 1, OBJECT)
-    return plot.mask_overlay(shown, labels == 0, BACKGROUND) if (labels == IGNORE).any() else shown
-
-
-Pair = tuple[Image.Image, Image.Image]
-
-
-def word_and_token(found: Segmentation) -> tuple[Pair, Pair]:
-    """Heatmaps and masks of a word (first) and its token (second), as two pairs for gr.ImageSlider."""
-    image, top = on_screen(found.picture.image), max(found.peaks)
-    word, token = (plot.overlay(image, heatmap, top) for heatmap in found.heatmaps)
-    word_mask, token_mask = (
-        plot.mask_overlay(image, plot.resize_mask(mask, image.size), OBJECT) for mask in found.masks
-    )
-    return (word, token), (word_mask, token_mask)
-
-
-def loss_curve(losses: Sequence[float], epochs: int) -> str:
-    """The losses so far on an axis of all epochs, as HTML."""
-    return f"<h3>Loss</h3>{plot.loss_curve(losses, epochs)}"
-
-
-# ---------------------------------------------------------------------------------------------- a data set
-
-
-def side_by_side(folder: Path, row: dict[str, Any]) -> tuple[Image.Image, str]:
-    """An image of a data set beside its label map in VOC's colours, and a caption."""
-    image = Image.open(folder / row["file_name"]).convert("RGB")
-    labels = plot.label_image(read_labels(folder / row["mask_file_name"])).convert("RGB")
-    both = Image.new("RGB", (2 * image.width, image.height))
-    both.paste(image)
-    both.paste(labels, (image.width, 0))
-    return plot.enlarge(both, 384), f"{', '.join(row['classes'])} · covers {row['coverage']:.0%}"

@@ -6,6 +6,7 @@ random id of each, which is also what lets nobody else ask for it.
 
 from __future__ import annotations
 
+import hmac
 import os
 import secrets
 import shutil
@@ -15,31 +16,34 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import gradio as gr
 from gradio.context import LocalContext
 
 from ovam_core import tokens
-from ovam_core.data.formats import zip_folder
 from ovam_core.errors import InputError
 from ovam_core.io.names import slugs
 from ovam_core.io.pictures import MAX_PIXELS
 from ovam_core.picture import Picture
+from ovam_core.published import published_names, published_token
 from ovam_core.tokens import Token
 
-from .canvas import Layer, Pieces
+from .exports import NEVER, Export, Exports
+from .render import shrunk
 from .scratch import trim_memory
 
 NO_IMAGE = "There is no recorded image in this session (any more); generate one first."
+NO_SUCH_PICTURE = "There is no picture '{}' here (any more); make one, and give the id that came with it."
 OVER = "This session is over; reload the page."
 FULL = "Too many visitors are here just now; please come back in a few minutes."
 MAX_OWN_TOKENS = 40
+FIRST = "first"  # the id of the picture that the page opens with
 MAX_ANNOUNCED = 4  # runs of one name that were announced and have not begun
 
 GIB = 1 << 30
-NEVER = float("inf")
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,15 @@ class Limits:
     megabytes: int
     seconds: float
     keep: float = 3600.0  # seconds that a data set waits for its visitor
+    exports: int = 1000  # that are kept of one visitor
+    disk: float = NEVER  # megabytes of the exports of all visitors together
     text: int = 20_000_000
     pixels: int = MAX_PIXELS
 
 
-HOSTED = Limits(prompts=200, images=200, megabytes=500, seconds=600, text=500_000, pixels=25_000_000)
+HOSTED = Limits(
+    prompts=200, images=200, megabytes=500, seconds=600, exports=3, disk=20_000, text=500_000, pixels=25_000_000
+)
 LOCAL = Limits(prompts=20_000, images=20_000, megabytes=20_000, seconds=24 * 3600.0, keep=24 * 3600.0)
 
 
@@ -80,90 +88,12 @@ class Bounds:
     """
 
     sessions: int = 1000
-    pictures: int = 2
+    pictures: int = 12
     nbytes: int = 4 * GIB
     seconds: float = 1800.0
     grace: float = 300.0
     idle: float = 24 * 3600.0
     unconnected: float = 1800.0
-
-
-# ------------------------------------------------------------------------------------------------- exports
-
-
-@dataclass
-class _Export:
-    folder: Path
-    used: float
-    running: bool = False
-
-
-class Exports:
-    """Folders of exports, each known by what it is an export of: the same goes on in the same folder.
-
-    keep: seconds that a folder waits. several: whether one export leaves the others where they are. Thread safe.
-    """
-
-    def __init__(self, keep: float, several: bool, clock: Callable[[], float] = time.monotonic):
-        self.keep, self.several, self.clock = keep, several, clock
-        self._exports: dict[str, _Export] = {}
-        self._lock = threading.Lock()
-
-    @contextmanager
-    def folder(self, about: str) -> Iterator[Path]:
-        """The folder of the export described by `about`: the one there is, to go on, or a new, empty one. Its time to
-        wait begins when the block ends. Raises InputError where that export is being made, or its folder would take
-        the place of one that is.
-        """
-        self.sweep()
-        with self._lock:
-            if any(export.running and (key == about or not self.several) for key, export in self._exports.items()):
-                raise InputError("An export of yours is being made already; wait for its end, or stop it.")
-            others = [] if self.several else [self._exports.pop(key) for key in list(self._exports) if key != about]
-            export = self._exports.get(about)
-            if export is None:
-                folder = Path(tempfile.mkdtemp(prefix="ovam-export-"))
-                export = self._exports[about] = _Export(folder, self.clock())
-            export.running = True
-        _remove(others)
-        try:
-            yield export.folder / "dataset"
-        finally:
-            export.used, export.running = self.clock(), False
-
-    def sweep(self) -> None:
-        """Frees the disk of exports that nobody came back to."""
-        with self._lock:
-            old = [about for about, export in self._exports.items() if self._due(export) <= self.clock()]
-            gone = [self._exports.pop(about) for about in old]
-        _remove(gone)
-
-    def close(self) -> None:
-        """Frees the disk of all."""
-        with self._lock:
-            gone = list(self._exports.values())
-            self._exports.clear()
-        _remove(gone)
-
-    def next_due(self) -> float:
-        """When the next sweep has something to do, by the clock; infinity for never."""
-        with self._lock:
-            return min(map(self._due, self._exports.values()), default=NEVER)
-
-    def _due(self, export: _Export) -> float:
-        return NEVER if export.running else export.used + self.keep
-
-
-def pack(folder: Path) -> Path:
-    """All of the data set of an export's folder in one zip beside it."""
-    target = folder.parent / "dataset.zip"
-    zip_folder(folder, target)
-    return target
-
-
-def _remove(exports: list[_Export]) -> None:
-    for export in exports:
-        shutil.rmtree(export.folder, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -174,13 +104,17 @@ class _Kept:
     owner: Session
     picture: Picture
     used: float
-    painted: list[Layer]  # on it, at the last press of the button, as they came
+    screen: Picture | None = None  # the same at a size for the page, once it was asked for
+
+
+def on_screen(picture: Picture) -> Picture:
+    """The picture with its image no larger than a page shows, where masks are made; its recording is the same."""
+    image = shrunk(picture.image)
+    return picture if image is picture.image else replace(picture, image=image)
 
 
 class Pictures:
-    """The pictures of all visitors with their recordings and what is painted on them, least recently used out first;
-    its callers hold the lock.
-    """
+    """The pictures of all visitors with their recordings, least recently used out first; its callers hold the lock."""
 
     def __init__(self, bounds: Bounds, clock: Callable[[], float]):
         self.bounds, self.clock = bounds, clock
@@ -189,7 +123,7 @@ class Pictures:
     def put(self, owner: Session, picture: Picture) -> str:
         """Keeps a picture for a visitor and returns its id, a long random string; their oldest one may have to go."""
         key = secrets.token_urlsafe(18)
-        self._kept[key] = _Kept(owner, picture, self.clock(), [])
+        self._kept[key] = _Kept(owner, picture, self.clock())
         own = [key for key, kept in self._kept.items() if kept.owner is owner]
         for old in own[: -self.bounds.pictures]:
             del self._kept[old]
@@ -203,6 +137,17 @@ class Pictures:
         kept.used = self.clock()
         self._kept.move_to_end(key or "")
         return kept
+
+    def known(self, key: str) -> _Kept | None:
+        """The picture of this id, whoever's it is, its time to live and its owner's begun anew; None if there is none.
+
+        Whoever knows an id was told it.
+        """
+        owner = self._kept[key].owner if key in self._kept else None
+        if owner is None:
+            return None
+        owner.seen = max(owner.seen, self.clock())
+        return self.get(owner, key)
 
     def of(self, owner: Session) -> list[Picture]:
         """All that the visitor has."""
@@ -223,9 +168,7 @@ class Pictures:
 
     @property
     def nbytes(self) -> int:
-        layers = (layer for kept in self._kept.values() for layer in kept.painted)
-        painted = sum(len(layer) for layer in layers if isinstance(layer, bytes))
-        return painted + sum(kept.picture.nbytes for kept in self._kept.values())
+        return sum(kept.picture.nbytes for kept in self._kept.values())
 
     def next_due(self) -> float:
         """When the next one has outlived its time, by the clock; infinity for never."""
@@ -241,11 +184,12 @@ class Pictures:
 class StopFlag:
     """Whether a run is to end: somebody said so, or nobody waits for it any more.
 
-    work: its name. taken: whether the run has begun. gone: says whether its client has hung up.
+    work: its name. number: by which a run finds the flag that was announced for it. taken: whether the run has begun.
+    gone: says whether its client has hung up.
     """
 
     def __init__(self, work: str):
-        self.work, self.taken = work, False
+        self.work, self.number, self.taken = work, secrets.token_hex(8), False
         self.gone: Callable[[], bool] = _never
         self._stopped = threading.Event()
 
@@ -273,16 +217,18 @@ def hung_up() -> Callable[[], bool]:
 class Session:
     """One visitor: a session of the page, or of an API client. Made by `Sessions`, whose lock it shares; thread safe.
 
-    exports: the visitor's own, or on one's own machine those of all.
+    exports: those of all. visitor: whose of them this session may see; other than the session it outlives a reload.
     """
 
     def __init__(self, everyone: Sessions, owner: str):
         self._everyone, self._lock, self.owner = everyone, everyone.lock, owner
         self.seen, self.left = everyone.clock(), False  # when it last did something, and whether that was to leave
         self.closed = False
-        self.exports = everyone.exports or Exports(everyone.limits.keep, several=False, clock=everyone.clock)
+        self.exports, self.visitor = everyone.exports, everyone.new_visitor()
+        self.last_picture = ""  # the id of the last picture that was kept
         self._tokens: dict[str, Path] = {}
         self._flags: list[StopFlag] = []  # of works that run, wait, or were announced
+        self._newest: dict[str, str] = {}  # number of the run of each work that replaced the others
         self._files: Path | None = None
 
     # ---- pictures with their recordings
@@ -290,7 +236,7 @@ class Session:
     def keep(self, picture: Picture) -> str:
         """Keeps a picture and returns its id, a long random string; the oldest one may have to go."""
         with self._lock:
-            key = "" if self.closed else self._everyone.pictures.put(self, picture)
+            key = self.last_picture = "" if self.closed else self._everyone.pictures.put(self, picture)
         self._everyone.sweep()
         return key
 
@@ -298,8 +244,20 @@ class Session:
         """The picture of this id, its time to live begun anew; None if there is none (any more)."""
         self._everyone.sweep()
         with self._lock:
+            if key == FIRST:
+                return self._everyone.first
             kept = self._everyone.pictures.get(self, key)
             return kept and kept.picture
+
+    def screen(self, key: str | None) -> Picture | None:
+        """The same as `find`, with no side of its image longer than a page can show."""
+        picture = self.find(key)
+        with self._lock:
+            kept = self._everyone.pictures.get(self, key)
+            if kept is None or picture is None:
+                return picture
+            kept.screen = kept.screen or on_screen(kept.picture)
+            return kept.screen
 
     def picture(self, key: str | None) -> Picture:
         """The same. Raises InputError if there is none (any more)."""
@@ -307,21 +265,6 @@ class Session:
         if picture is None:
             raise InputError(NO_IMAGE)
         return picture
-
-    def paint(self, key: str | None, layers: list[Layer]) -> None:
-        """Keeps what is painted on a picture, for as long as that is kept. Raises InputError where it is not."""
-        with self._lock:
-            kept = self._everyone.pictures.get(self, key)
-            if kept is None:
-                raise InputError(NO_IMAGE)
-            kept.painted = layers
-        self._everyone.sweep()
-
-    def painted(self, key: str | None) -> list[Layer]:
-        """What is painted on the picture of this id."""
-        with self._lock:
-            kept = self._everyone.pictures.get(self, key)
-            return kept.painted if kept else []
 
     @property
     def working(self) -> bool:
@@ -332,15 +275,14 @@ class Session:
     def empty(self) -> bool:
         """Whether there is nothing that the visitor would miss; the caller holds the lock."""
         owned = self._tokens or self.working or self._files
-        exported = self.exports is not self._everyone.exports and self.exports.next_due() < NEVER
-        return not owned and not exported and not self._everyone.pictures.of(self)
+        return not owned and not self._everyone.pictures.of(self)
 
     # ---- tokens: the model's, and those that the visitor made or brought
 
     def token_names(self) -> list[str]:
         """What the visitor may pick, their own first."""
         with self._lock:
-            return [*reversed(self._tokens), *self._everyone.shipped]
+            return [*reversed(self._tokens), *self._everyone.shipped, *self._everyone.published]
 
     def add_token(self, token: Token) -> str:
         """Keeps a token; returns its name. One of the same class takes the place of the earlier one.
@@ -359,9 +301,14 @@ class Session:
         return name
 
     def token(self, name: str) -> Token:
-        """Raises InputError for a name that is none of this visitor's: a client can send any."""
+        """One of those, the paper's fetched. Raises InputError for a name that is none of this visitor's: a client can
+        send any; and where the paper's cannot be fetched.
+        """
         with self._lock:
             path, shipped = self._tokens.get(str(name)), self._everyone.shipped.get(str(name))
+        paper = self._everyone.published.get(str(name))
+        if path is None and paper is not None:
+            return published_token(self._everyone.model, paper)
         if path is None and shipped is None:
             raise InputError(f"There is no token '{str(name)[:60]}' here (any more); choose one of the list.")
         return shipped if path is None else Token.load(path)
@@ -397,17 +344,44 @@ class Session:
                 self._flags.remove(old)  # whose run never came
             self._flags.append(StopFlag(work))
 
+    def replace(self, work: str) -> str:
+        """A stop flag for a run that takes the place of all others of its name, which stop; returns its number."""
+        with self._lock:
+            for flag in [flag for flag in self._flags if flag.work == work]:
+                flag.set()
+                if not flag.taken:
+                    self._flags.remove(flag)
+            flag = StopFlag(work)
+            self._flags.append(flag)
+            self._newest[work] = flag.number
+            return flag.number
+
+    def runs(self, work: str) -> bool:
+        """Whether a run of this name is under way or announced, and was not stopped."""
+        with self._lock:
+            return any(flag.work == work and not flag.is_set() for flag in self._flags)
+
+    def is_latest(self, work: str, number: str) -> bool:
+        """Whether no other run has taken the place of this one."""
+        with self._lock:
+            return self._newest.get(work, number) == number
+
     @contextmanager
-    def run(self, work: str) -> Iterator[StopFlag]:
-        """The stop flag of a run, the one announced last, for as long as it lasts; set at its end, for what may work on
-        in another thread. Each run has a flag of its own. It counts as set once the client of the event under way in
-        this thread has hung up, too.
+    def run(self, work: str, number: str = "") -> Iterator[StopFlag]:
+        """The stop flag of a run for as long as it lasts: of its number, from `replace`, or the one announced last. It
+        is set at its end, for what may work on in another thread; at once, for a run that was replaced before it began.
+        Each run has a flag of its own. It counts as set once the client of the event under way in this thread has hung
+        up, too.
         """
         with self._lock:
             announced = [flag for flag in self._flags if flag.work == work and not flag.taken]
+            if number:
+                announced = [flag for flag in announced if flag.number == number]
             if not announced:
                 announced = [StopFlag(work)]
                 self._flags += announced
+                if number:
+                    announced[0].set()
             flag = announced[-1]
             flag.taken, flag.gone = True, hung_up()
             if self.closed:
@@ -431,13 +405,20 @@ class Session:
     # ---- files
 
     @contextmanager
-    def export_folder(self, about: str) -> Iterator[Path]:
-        """The folder of an export described by `about`, as `Exports.folder` gives it."""
+    def making(self, export: Export, flag: StopFlag) -> Iterator[Path | None]:
+        """The folder to make an export in, as `Exports.making` gives it."""
         try:
-            with self.exports.folder(about) as folder:
+            with self.exports.making(export, flag) as folder:
                 yield folder
         finally:
             self._everyone.sweep()  # which sees to it that the folder goes in time
+
+    def recognize(self, visitor: str) -> str:
+        """Who the browser says this is, where this server once told it so; returns who it is now."""
+        with self._lock:
+            if self._everyone.knows(visitor):
+                self.visitor = visitor
+            return self.visitor
 
     def download_folder(self) -> Path:
         """Where a download is packed: one at a time, the next in place of the last."""
@@ -457,21 +438,18 @@ class Session:
         return folder
 
     def close(self) -> None:
-        """Frees all that the visitor has: pictures and what they paint, tokens, exports of their own, downloads, stop
-        flags.
+        """Frees all that the visitor has: pictures, tokens, downloads, stop flags. Exports wait for
+        their own time, as whoever reloads the page comes back for them.
         """
         self.stop()
         with self._lock:
             self.closed = True
             files, self._files = self._files, None
             self._everyone.pictures.drop(self)
-            self._everyone.pieces.drop(self.owner)
             self._tokens.clear()
             self._flags.clear()
         if files is not None:
             shutil.rmtree(files, ignore_errors=True)
-        if self.exports is not self._everyone.exports:
-            self.exports.close()
 
 
 # ------------------------------------------------------------------------------------------- all visitors
@@ -481,9 +459,9 @@ class Sessions:
     """The sessions of all visitors, within bounds; thread safe.
 
     model: whose shipped tokens are on offer. limits: what an export may cost; by default those of a shared Space, or of
-    one's own machine. There visitors are one person, who finds a half-made export again after a reload of the page, and
-    whose exports do not go with a page that is closed. connected: whether a visitor has a connection open whose end
-    calls `leave`.
+    one's own machine. There visitors are one person, to whom all exports belong; on a Space each browser has a name of
+    its own, by which its exports are found again after a reload of the page. connected: whether a visitor has a
+    connection open whose end calls `leave`.
     """
 
     def __init__(
@@ -494,10 +472,15 @@ class Sessions:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.bounds, self.limits, self.clock = bounds or Bounds(), limits_of_exports or limits(), clock
+        self.model = SimpleNamespace(name=model)
+        self.published = {f"{name} · the paper's": name for name in published_names(self.model)}
         self.shipped = {f"{name} · {model}": token for name, token in tokens.library(model).items()}
-        self.exports = Exports(self.limits.keep, several=True, clock=clock) if self.limits is LOCAL else None
+        own, disk = self.limits is LOCAL, self.limits.disk * 1e6
+        self.exports = Exports(self.limits.keep, self.limits.exports, disk, several=own, clock=clock)
+        self._secret = None if own else secrets.token_bytes(32)
         self.lock = threading.RLock()
-        self.pictures, self.pieces = Pictures(self.bounds, clock), Pieces()
+        self.pictures = Pictures(self.bounds, clock)
+        self.first: Picture | None = None  # that the page opens with, for everybody
         self.connected: Callable[[str], bool] = lambda _: False
         self._sessions: dict[str, Session] = {}
         self._timer: threading.Timer | None = None
@@ -513,6 +496,37 @@ class Sessions:
                 session = self._sessions[owner] = Session(self, owner)
             session.seen, session.left = self.clock(), False
             return session
+
+    def new_visitor(self) -> str:
+        """A name for a visitor, which their browser keeps and nobody can guess or make: it is signed. On one's own
+        machine, where all are one person, "".
+        """
+        return "" if self._secret is None else self._signed(secrets.token_urlsafe(18))
+
+    def knows(self, visitor: str) -> bool:
+        """Whether this server gave this name to somebody."""
+        signed = self._signed(visitor.partition(".")[0])
+        return self._secret is not None and hmac.compare_digest(signed.encode(), visitor.encode())
+
+    def _signed(self, name: str) -> str:
+        return f"{name}.{hmac.new(self._secret or b'', name.encode(), 'sha256').hexdigest()}"
+
+    def picture_of(self, key: str) -> Picture:
+        """The picture of this id, whoever made it. Raises InputError if there is none (any more)."""
+        self.sweep()
+        with self.lock:
+            kept = self.pictures.known(key)
+            picture = self.first if key == FIRST else kept and kept.picture
+        if picture is None:
+            raise InputError(NO_SUCH_PICTURE.format(key[:40]))
+        return picture
+
+    def hang_up(self, owner: str) -> None:
+        """The connection of a visitor of one call has ended: what they have running stops, what they made stays."""
+        with self.lock:
+            session = self._sessions.get(owner)
+        if session is not None:
+            session.stop()
 
     def _make_room(self) -> None:
         """For one more session: those that have nothing, or are over, go, the longest unseen first. Raises InputError
@@ -552,8 +566,7 @@ class Sessions:
             dropped = held - len(self.pictures)
         for session in closing:
             session.close()
-        for exports in self._all_exports():
-            exports.sweep()
+        self.exports.sweep()
         if closing or dropped:
             trim_memory()
         self._wake_later()
@@ -565,17 +578,11 @@ class Sessions:
         seen = self.clock() if session.working else session.seen
         return seen + (self.bounds.idle if self.connected(session.owner) else self.bounds.unconnected)
 
-    def _all_exports(self) -> list[Exports]:
-        with self.lock:
-            own = [session.exports for session in self._sessions.values()]
-        return own if self.exports is None else [self.exports]
-
     def _wake_later(self) -> None:
         """Memory and disk are given back on time even if nobody ever comes again."""
         with self.lock:
             dues = [self._end(session) for session in self._sessions.values()]
-            dues += [exports.next_due() for exports in self._all_exports()]
-            due = min([self.pictures.next_due(), *dues])
+            due = min([self.pictures.next_due(), self.exports.next_due(), *dues])
             if due >= self._wake_at:
                 return
             if self._timer is not None:
@@ -599,5 +606,4 @@ class Sessions:
                 self._timer.cancel()
         for session in closing:
             session.close()
-        if self.exports is not None:
-            self.exports.close()
+        self.exports.close()

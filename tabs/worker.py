@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -21,7 +22,8 @@ def in_thread(work: Callable[[Callable[[Any], None]], Any], every: float) -> Ite
         except Exception as error:  # carried over to the caller's thread
             outcome["error"] = error
 
-    worker = threading.Thread(target=run, daemon=True)
+    # In the caller's context: Gradio keeps there which event is under way.
+    worker = threading.Thread(target=contextvars.copy_context().run, args=(run,), daemon=True)
     worker.start()
     while worker.is_alive():
         worker.join(every)

@@ -114,6 +114,44 @@ def set_steps(page, steps: int) -> None:
     page.click("#advanced > button")
 
 
+def set_words(page, words: str) -> None:
+    page.fill("#words textarea", words)
+
+
+def generate_now(page) -> None:
+    """Presses the button and waits for the picture with its words."""
+    before = shown(page)
+    page.click("#generate")
+    until(page, lambda: (now := shown(page)) and (now != before or not before))
+    page.wait_for_selector("#stop[disabled]")
+    page.wait_for_timeout(300)
+
+
+def wait_for_picture(page, prompt: str) -> None:
+    """Waits for the picture of a prompt, with nothing said to be out of date."""
+    page.wait_for_function(
+        """prompt => {
+            const text = name => document.querySelector(`#viewer [data-part=${name}]`)?.textContent ?? '';
+            return text('caption').includes(prompt) && !text('stale').trim();
+        }""",
+        arg=prompt,
+    )
+
+
+def chips(page) -> list[str]:
+    """The words below the picture."""
+    return page.eval_on_selector_all("#viewer .v-word", "all => all.map(one => one.firstChild.textContent.trim())")
+
+
+def wait_for_chips(page, words: list[str]) -> None:
+    until(page, lambda: chips(page) == words and not page.inner_text("#viewer [data-part=stale]").strip())
+
+
+def shown(page) -> str:
+    """What tells the picture on the page from others; "" before there is one."""
+    return page.evaluate("window.ovamPage?.picture() ?? ''")
+
+
 def until(page, holds) -> None:
     """Waits for what the server did, which the page may show too briefly to be seen."""
     for _ in range(600):
@@ -143,17 +181,8 @@ def upload(page, selector: str, file: str, shown: str) -> None:
 
 
 def upload_mask(page, file: str) -> None:
-    """On the second tab; the way is chosen anew until its field is there."""
-    from playwright.sync_api import TimeoutError
-
-    for patience in (15_000, 30_000, 60_000):
-        page.click("#way label:has-text('Upload')")
-        try:
-            page.wait_for_selector("#mask-file", timeout=patience)
-            break
-        except TimeoutError:
-            page.click("#way label >> nth=0")
-    upload(page, "#mask-file", file, f"#mask-file .filename[aria-label='{Path(file).name}']")
+    """On the second tab, where it is shown on the canvas."""
+    upload(page, "#mask-file", file, "#canvas .p-said:has-text('Your mask')")
 
 
 def sources(page, selector: str) -> list[str]:

@@ -34,7 +34,7 @@ from ovam_core.tokens import BACKGROUND, Token
 from tabs.export import Stopwatch
 from tabs.model import MAX_LABELS, Model
 from tabs.optimize import search
-from tabs.session import MAX_ANNOUNCED, Exports, Sessions
+from tabs.session import MAX_ANNOUNCED, Sessions
 from tabs.turns import MAX_WAITING, Turns
 
 PATIENCE = 20  # seconds after which a test that waits has failed
@@ -344,23 +344,6 @@ def test_a_connection_that_broke_stops_the_run_it_belongs_to(own):
     finally:
         LocalContext.blocks.reset(marks[0])
         LocalContext.event_id.reset(marks[1])
-
-
-def test_one_export_at_a_time_has_a_folder():
-    for several in (False, True):
-        exports = Exports(keep=100.0, several=several)
-        with exports.folder("one"):
-            with pytest.raises(InputError, match="being made already"), exports.folder("one"):
-                pass
-            if several:
-                with exports.folder("two"):
-                    pass
-            else:
-                with pytest.raises(InputError, match="being made already"), exports.folder("two"):
-                    pass
-        with exports.folder("one"):
-            pass
-        exports.close()
 
 
 # -------------------------------------------------------------------------------------------------- the model

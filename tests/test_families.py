@@ -452,7 +452,7 @@ def test_a_folder_is_loaded_and_known_by_its_family(name, tmp_path, monkeypatch)
     torch.testing.assert_close(encode_padded(pipe, PROMPT), encode_padded(pipe_of(name), PROMPT))
 
 
-@pytest.mark.parametrize("kind", ["DiTPipeline", "StableDiffusion3Img2ImgPipeline", "LuminaPipeline"])
+@pytest.mark.parametrize("kind", ["DiTPipeline", "StableDiffusion3InpaintPipeline", "LuminaPipeline"])
 def test_other_pipelines_are_refused_with_the_families_that_there_are(kind):
     with pytest.raises(InputError) as caught:
         record(object.__new__(getattr(diffusers, kind)))

@@ -25,7 +25,7 @@ LAYERS = (
     ("errors", "checks", "io", "plot", "attention"),
     ("models",),
     ("hooks",),
-    ("settings", "query", "tokens", "optimization"),
+    ("settings", "query", "tokens", "published", "optimization"),
     ("picture",),
     ("methods",),
     ("ovam",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import errno
 import io
 import json
@@ -25,13 +26,14 @@ from starlette._utils import get_route_path
 import app
 from ovam_core.data.prompts import Prompt
 from ovam_core.errors import InputError
-from tabs.canvas import MAX_LAYER_BYTES, MAX_LAYER_PIXELS, MAX_LAYERS, Pieces, flattened
+from tabs.canvas import MAX_LAYER_BYTES, MAX_LAYER_PIXELS, MAX_LAYERS, MAX_PAINT, URL, flattened
 from tabs.doors import Beats, Doors, _path, watch
-from tabs.events import NO_MEMORY, NO_ROOM, OUR_FAULT, shown
+from tabs.events import NO_MEMORY, NO_ROOM
 from tabs.export import OWN, prompts_of
 from tabs.fields import small_enough
 from tabs.optimize import OptimizeTab
 from tabs.scratch import ended_by_signals, sweep
+from tabs.sentences import OUR_FAULT, shown
 from tabs.session import FULL, HOSTED, LOCAL, Bounds, Sessions
 
 ROOT = Path(app.__file__).parent
@@ -101,63 +103,60 @@ def test_layers_that_are_broken_or_differ():
         flattened([png(4, 4), png(4, 5)])
 
 
-def test_pieces_are_bounded():
-    pieces = Pieces(nbytes=10)
-    pieces.put("ann", "1", 0, b"12345")
-    pieces.put("ann", "1", 1, b"678")
-    for index, layer in ((MAX_LAYERS, b""), (-1, b""), (10**9, b""), (0, b"x" * (MAX_LAYER_BYTES + 1))):
-        with pytest.raises(InputError):
-            pieces.put("ann", "1", index, layer)
-    assert pieces.take("bob", "1") == []
-    pieces.put("bob", "2", 0, b"9012345")  # the oldest has to go
-    assert pieces.take("ann", "1") == []
-    assert pieces.take("bob", "2") == [b"9012345"]
-    assert pieces.kept == 0
-
-
-def test_pieces_without_bytes_are_bounded_too():
-    pieces = Pieces(canvases=3)
-    for number in range(10):
-        pieces.put("ann", str(number), 0, b"")
-    pieces.put("bob", "b", 0, b"123")
-    pieces.put("bob", "b", 0, b"4")  # in place of the last
-    assert [canvas for _, canvas in pieces._kept] == ["8", "9", "b"]
-    assert pieces.kept == 1
-    pieces.drop("bob")
-    assert [canvas for _, canvas in pieces._kept] == ["8", "9"]
-    assert pieces.kept == 0
-
-
 def tab_of(blocks, kind: str):
     return next(
         event.fn.__self__
         for event in blocks.fns.values()
-        if getattr(event.fn, "__qualname__", "").startswith(f"{kind}.")
+        if getattr(event.fn, "__qualname__", "").startswith(f"{kind}.") and hasattr(event.fn, "__self__")
     )
 
 
-def test_without_a_picture_nothing_is_decoded(blocks, sessions, nothing_decoded):
+def begun(tab, request, **changed):
+    """What the page is told where a search is asked for."""
+    values = {field: field.value for field in (tab.way, *tab.search_by)} | {
+        tab.key: None,
+        tab.paint: "",
+        tab.name: "cat",
+    }
+    mail, number, _ = tab.begin(values | {getattr(tab, name): value for name, value in changed.items()}, request)
+    assert number == ""
+    return mail
+
+
+def test_without_a_picture_nothing_is_decoded(blocks, nothing_decoded):
     tab = tab_of(blocks, "OptimizeTab")
     assert isinstance(tab, OptimizeTab)
-    request = SimpleNamespace(session_hash="nobody")
-    for number in range(MAX_LAYERS):
-        sessions.pieces.put("nobody", "canvas", number, LAYER)
-    with pytest.raises(gr.Error, match="generate one first"):
-        tab.take_canvas({tab.key: None, tab.canvas: {"layers": [], "id": "canvas"}}, request)
-    assert sessions.of(request).painted(None) == []
+    paint = URL + base64.b64encode(LAYER).decode()
+    mail = begun(tab, SimpleNamespace(session_hash="nobody"), paint=paint)
+    assert (mail["kind"], mail["place"]) == ("note", "learn")
+    assert "generate one first" in mail["said"]
 
 
-def test_the_canvas_keeps_what_came_and_decodes_it_later(blocks, sessions, nothing_decoded):
+def test_what_is_no_canvas_is_not_decoded(blocks, sessions, nothing_decoded):
     tab, request = tab_of(blocks, "OptimizeTab"), SimpleNamespace(session_hash="painter")
-    key = sessions.of(request).keep(SimpleNamespace(nbytes=1))
-    sessions.pieces.put("painter", "c", 0, LAYER)
-    tab.take_canvas({tab.key: key, tab.canvas: {"layers": [None], "id": "c"}}, request)
-    assert sessions.of(request).painted(key) == [LAYER]
-    for wrong in (5, "x", [1], {"layers": 5}, {"layers": [5]}, {"id": {}}, {"layers": ["x"]}):
-        with pytest.raises(gr.Error, match="paint anew"):
-            tab.take_canvas({tab.key: key, tab.canvas: wrong}, request)
-    with pytest.raises(gr.Error, match="uploaded"):
-        tab.take_canvas({tab.key: key, tab.canvas: {"layers": [{"path": "/etc/passwd"}]}}, request)
+    picture = SimpleNamespace(nbytes=1, image=Image.new("RGB", (8, 8)))
+    key = sessions.of(request).keep(picture)
+    for wrong in ("x", "/etc/passwd", "data:image/svg+xml;base64,PHN2Zz4=", f"{URL}?", 5):
+        assert "paint anew" in begun(tab, request, key=key, paint=wrong)["said"]
+    for wrong in ([1], {"layers": 5}, True):
+        assert "write text" in begun(tab, request, key=key, paint=wrong)["said"]
+    large = URL + base64.b64encode(huge(30_000, 30_000)).decode()
+    assert "too large" in begun(tab, request, key=key, paint=large)["said"]
+
+
+def test_what_is_painted_may_be_longer_than_other_texts(blocks):
+    tab = tab_of(blocks, "OptimizeTab")
+    event = next(event for event in blocks.fns.values() if getattr(event.fn, "__qualname__", "") == "OptimizeTab.begin")
+    place = event.inputs.index(tab.paint)
+    for length, said in ((MAX_PAINT, None), (MAX_PAINT + 1, "at most 2,000,000 can be sent")):
+        values = [getattr(field, "value", None) for field in event.inputs]
+        values[place] = "x" * length
+        ask = blocks.preprocess_data(event, values, None)
+        if said:
+            with pytest.raises(gr.Error, match=said):
+                asyncio.run(ask)
+        else:
+            assert asyncio.run(ask)[place] == values[place]
 
 
 CHILD = """
@@ -260,22 +259,6 @@ def test_works_that_were_only_announced_keep_nobody_out():
     made.close()
 
 
-def test_what_is_painted_goes_with_its_picture_and_counts():
-    made = Sessions("emoji-voc", Bounds(pictures=1, nbytes=10))
-    ann = made.of(SimpleNamespace(session_hash="ann"))
-    bob = made.of(SimpleNamespace(session_hash="bob"))
-    first, key = ann.keep(SimpleNamespace(nbytes=1)), bob.keep(SimpleNamespace(nbytes=1))
-    bob.paint(key, [b"1234", "a file"])
-    assert (bob.painted(key), ann.painted(key), made.pictures.nbytes) == ([b"1234", "a file"], [], 6)
-    ann.paint(first, [b"x" * 5])
-    assert (bob.painted(key), made.pictures.nbytes) == ([], 6)  # the least recently used went
-    ann.keep(SimpleNamespace(nbytes=1))
-    assert (ann.painted(first), made.pictures.nbytes) == ([], 1)
-    with pytest.raises(InputError, match="generate one first"):
-        ann.paint(first, [b""])
-    made.close()
-
-
 def test_only_ones_own_connection_ends_a_session():
     now = [0.0]
     beats = Beats(lambda: now[0])
@@ -311,7 +294,7 @@ def asked(inner, method="POST", path="/gradio_api/queue/join", tmp_path=None, **
     """A request through the doors to an app that stands in for Gradio's."""
     function = SimpleNamespace(api_name="generate", fn=print)
     page = SimpleNamespace(fns={0: function, 1: SimpleNamespace(api_name="js", fn=None)}, GRADIO_CACHE=str(tmp_path))
-    doors = Doors(inner, page, SimpleNamespace(pieces=Pieces(), leave=print), 1000)
+    doors = Doors(inner, page, SimpleNamespace(leave=print), 1000)
 
     async def ask():
         transport = httpx.ASGITransport(app=doors)
@@ -404,23 +387,8 @@ def test_what_does_not_pass(more, status, said, tmp_path):
     assert said in answer.json()["error"] == answer.json()["detail"]
 
 
-def test_layers_of_the_canvas_pass_by_gradio():
-    pieces, sent = Pieces(), {"session_hash": "ann", "component_id": "1", "fn_name": "accept_blobs", "id": "c"}
-    page = SimpleNamespace(fns={}, GRADIO_CACHE="/nowhere")
-    doors = Doors(echo, page, SimpleNamespace(pieces=pieces), 0)
-
-    async def send(**fields):
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=doors), base_url="http://here") as client:
-            files = {"file": ("blob", b"layer", "image/png")}
-            return await client.post("/gradio_api/component_server", data={**sent, **fields}, files=files)
-
-    def status(**fields):
-        return asyncio.run(send(**fields)).status_code
-
-    assert status(type="layer", index="0") == status(type="background", index="null") == 200
-    assert status(type="layer", index="1000000000") == status(type="layer", index="x") == 400
-    assert status(type="layer", index="0", id="x" * 99) == 400
-    assert pieces.take("ann", "c") == [b"layer"]
+def test_gradio_keeps_no_layers_of_a_canvas():
+    assert asked(echo, path="/gradio_api/component_server", data={"type": "layer"}).status_code == 404
 
 
 def test_gradios_faults_are_sentences(tmp_path):
@@ -580,8 +548,7 @@ def test_others_links_are_left_alone(tmp_path):
 
 @pytest.fixture
 def no_model(monkeypatch):
-    monkeypatch.setattr(app, "open_model", lambda: pytest.fail("opened a model"))
-    monkeypatch.delenv("OVAM_NO_PORT", raising=False)
+    monkeypatch.setattr(app, "open_model", lambda _: pytest.fail("opened a model"))
 
 
 def test_a_taken_port_is_said(no_model, monkeypatch, capsys):
@@ -607,7 +574,8 @@ def test_a_page_that_cannot_start_says_so(ovam, monkeypatch, capsys, error):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(app, "open_model", lambda: (ovam, ""))
+    monkeypatch.setattr(app, "open_model", lambda _: (ovam, ""))
+    monkeypatch.setattr(app, "opens_with_picture", lambda _: False)
     monkeypatch.setattr(app, "build", lambda *_: SimpleNamespace(is_running=False, close=lambda verbose: None))
     monkeypatch.setattr(app, "launch", fail)
     assert app.main() == 2
@@ -622,6 +590,7 @@ def test_a_bug_at_the_start_keeps_its_traceback(monkeypatch):
 
     monkeypatch.setattr(app, "build", lambda *_: SimpleNamespace(is_running=False, close=lambda verbose: None))
     monkeypatch.setattr(app, "launch", fail)
+    monkeypatch.setattr(app, "opens_with_picture", lambda _: False)
     with pytest.raises(ValueError, match="of ours"):
         app.serve(SimpleNamespace(name="emoji-voc"), "", None)
 

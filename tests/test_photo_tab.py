@@ -12,17 +12,29 @@ import numpy as np
 import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
-from page import shoot, sources, upload, upload_mask
+from page import (
+    set_words,
+    shoot,
+    shown,
+    until,
+    upload,
+    upload_mask,
+    wait_for_chips,
+    wait_for_picture,
+)
 from PIL import Image, ImageDraw
 
 from ovam_core import OVAM, InputError, Token
+from ovam_core.attention.heatmap import heatmaps
 from ovam_core.io.masks import read_mask
 from ovam_core.optimization import OptimizeSettings, initial_embedding, optimize
 from ovam_core.settings import PhotoSettings, SegmentSettings
+from tabs.canvas import UPLOAD, read_any
 from tabs.fields import photo_settings, takes_photographs
 from tabs.generate import zip_name
-from tabs.optimize import UPLOAD, agreement, preview, read_any, search
-from tabs.render import MAX_SHOWN, canvas_value, given_mask, image_facts, on_screen, shrunk
+from tabs.optimize import picture_mail, preview, search
+from tabs.render import MAX_SHOWN, image_facts, on_screen, shrunk
+from tabs.verdict import agreement
 
 CAT = SegmentSettings(words=("cat", "red car"))
 
@@ -124,7 +136,7 @@ def test_a_token_is_searched_at_the_size_that_the_model_sees(random_ovam, mask):
     assert losses == found.losses == expected.losses
     assert np.array_equal(embedding, expected.embedding)
     assert np.array_equal(token.embedding, expected.embedding)
-    assert preview(random_ovam, picture, embedding).size == on_screen(picture.image).size == (600, 400)
+    assert np.array_equal(preview(random_ovam, picture, embedding), heatmaps(picture.recording, embedding)[1])
 
 
 def test_the_masks_agreement_is_taken_at_full_size(random_ovam, mask):
@@ -136,15 +148,12 @@ def test_the_masks_agreement_is_taken_at_full_size(random_ovam, mask):
         assert abs(ours - expected) < 1e-6
 
 
-def test_large_photographs_on_the_canvas():
-    photo, labels = Image.new("RGB", (3000, 1500), "#808080"), np.zeros((1500, 3000), np.uint8)
-    assert canvas_value(photo)["background"].size == (512, 256)
-    labels[:750] = 1
-    shown = np.asarray(given_mask(photo, labels))
-    painted = (shown == shown[0, 0]).all(-1)
-    assert shown.shape == (512, 1024, 3)
-    assert painted[:256].all()
-    assert not painted[256:].any()
+def test_large_photographs_on_the_canvas(random_ovam):
+    mail = picture_mail("key", random_ovam.photograph(Image.new("RGB", (3000, 1500), "#808080"), "a <cat>"), [])
+    assert (mail["width"], mail["height"]) == (1024, 512)
+    assert mail["src"].startswith("data:image/webp;base64,")
+    assert mail["stem"] == "ovam-photo-noise-0"
+    assert "“a &lt;cat&gt;”" in mail["facts"]
 
 
 # ------------------------------------------------------------------------------------------------- the API
@@ -169,15 +178,15 @@ def look(client, photo: str | None, **settings):
 
 def test_a_photograph_by_the_api(client, ovam, tmp_path):
     path = turned(tmp_path / "large.png", 1500, 1000)
-    image, facts = look(client, path, words="cat, car")
+    _, image, facts = look(client, path, words="cat, car")
     shown = np.asarray(Image.open(image), dtype=int)
     assert shown.shape[:2] == (round(MAX_SHOWN / 1.5), MAX_SHOWN)
     assert np.abs(shown - np.asarray(shrunk(scene(1500, 1000)))).max() == 0  # upright
     assert "A photograph of a cat and a car" in facts
     assert "1500 × 1000 px, seen as 156 × 104" in facts
 
-    _, gallery, numbers, _ = client.predict("cat, car", crf=False, api_name="/attribute")
-    assert [Image.open(one["image"]).size for one in gallery] == [(MAX_SHOWN, round(MAX_SHOWN / 1.5))] * 2
+    heatmaps, _, numbers, _ = client.predict("cat, car", crf=False, api_name="/attribute")
+    assert [Image.open(one).size for one in heatmaps] == [(MAX_SHOWN, round(MAX_SHOWN / 1.5))] * 2
     picture = ovam.photograph(path, "A photograph of a cat and a car")
     expected = ovam.segment(picture, ["cat", "car"], crf=False)
     assert np.allclose(numbers["peaks"], expected.peaks, atol=1e-3)
@@ -250,7 +259,7 @@ def test_settings_that_are_refused(client, photo, wrong, part):
 
 def test_a_token_from_a_photograph_by_the_api(client, photo, mask):
     look(client, photo)
-    file, facts = client.predict(handle_file(mask), "cat", "fast", 4, 0.1, api_name="/optimize")
+    file, _, _, facts = client.predict(handle_file(mask), "cat", epochs=4, rate=0.1, api_name="/optimize")
     token = Token.load(file)
     assert token.names == ("cat",)
     assert token.prompt == "A photograph of a cat"
@@ -262,15 +271,19 @@ def test_a_token_from_a_photograph_by_the_api(client, photo, mask):
     square = Image.new("L", (200, 200))
     square.save(mask)
     with pytest.raises(AppError, match="shapes differ"):
-        client.predict(handle_file(mask), "cat", "fast", 4, 0.1, api_name="/optimize")
+        client.predict(handle_file(mask), "cat", epochs=4, rate=0.1, api_name="/optimize")
 
 
 # ---------------------------------------------------------------------------------------------- the browser
 
 
 def upload_photo(page, photo: str) -> None:
-    page.click("#source label:has-text('Upload')")
+    page.click("#source label:has-text('photograph')")
     upload(page, "#photo-file", photo, "#photo-file img")
+
+
+def caption(page) -> str:
+    return page.inner_text("#viewer [data-part=caption]")
 
 
 def test_a_visit_with_a_photograph(visit, tmp_path):
@@ -279,23 +292,24 @@ def test_a_visit_with_a_photograph(visit, tmp_path):
     assert not page.is_visible("#prompt")
     assert not page.is_visible("#examples")
     assert page.inner_text("#generate") == "Find the words"
-    page.fill("#words textarea, #words input", "cat, car")
+    set_words(page, "cat, car")
     page.click("#generate")
-    page.wait_for_selector("#gallery img")
-    page.wait_for_selector("#generate:not([disabled])")
+    wait_for_picture(page, "A photograph of a cat and a car")
     assert page.inner_text("#generate") == "Find the words"
-    assert "“A photograph of a cat and a car”" in page.inner_text("#facts")
-    box = page.locator("#image img").bounding_box()
+    assert "1500 × 1000 px" in caption(page)
+    box = page.locator("#viewer canvas[data-part=canvas]").bounding_box()
     assert abs(box["width"] / box["height"] - 1.5) < 0.02
-    picture, maps = sources(page, "#image"), sources(page, "#gallery")
+    mask = page.evaluate("(() => { const m = window.ovamView.mask('cat'); return [m.width, m.height]; })()")
+    assert mask == [MAX_SHOWN, round(MAX_SHOWN / 1.5)]  # on the screen no larger than that
+    picture = shown(page)
 
-    page.fill("#words textarea, #words input", "grass")
-    page.wait_for_function("document.querySelectorAll('#gallery .caption-label').length === 1")
-    assert sources(page, "#image") == picture
-    assert sources(page, "#gallery") != maps
-    assert "“A photograph of a cat and a car”" in page.inner_text("#facts")  # recorded once
+    set_words(page, "grass")
+    wait_for_chips(page, ["grass"])
+    assert shown(page) == picture
+    assert "A photograph of a cat and a car" in caption(page)  # recorded once
     shoot(page, "photo", full=True)
 
+    assert "1500 × 1000 px" in page.inner_text("#pack")
     with page.expect_download() as download:
         page.click("#pack")
     assert download.value.suggested_filename == "ovam-photo-noise-0.zip"
@@ -309,54 +323,54 @@ def test_a_visit_with_a_photograph(visit, tmp_path):
     assert about["format"] == "ovam-photo/1"
     assert about["photo"]["caption"] == "A photograph of a cat and a car"
 
-    page.click("#source label:has-text('Generate')")
+    other = tmp_path / "other.png"
+    scene(200, 300).save(other)
+    page.click("#photo-file [aria-label='Clear'], #photo-file [title='Clear'], #photo-file button[aria-label*='lear']")
+    upload(page, "#photo-file", str(other), "#photo-file img")
+    until(page, lambda: "new photograph" in page.inner_text("#viewer [data-part=stale]"))  # not shown in full beside it
+    page.click("#source label:has-text('prompt')")
     page.wait_for_selector("#prompt")
     assert page.inner_text("#generate") == "Generate"
-    assert sources(page, "#image") == picture
+    assert shown(page) == picture
 
 
-def test_no_photograph_is_said_at_once(visit, tmp_path):
+def test_no_photograph_is_said_beside_the_button(visit, tmp_path):
     page = visit()
-    page.click("#source label:has-text('Upload')")
+    page.click("#source label:has-text('photograph')")
     page.wait_for_selector("#photo-file")
     page.click("#generate")
-    page.wait_for_selector(".toast-body:has-text('upload one')")
+    page.wait_for_selector("#note:has-text('upload one')")
     assert page.is_disabled("#stop")
 
 
 @pytest.mark.parametrize(("name", "width", "height"), [("narrow", 390, 844), ("wide", 1280, 900)])
 def test_it_fits(visit, photo, name, width, height):
     page = visit(width, height)
-    page.click("#source label:has-text('Upload')")
-    page.wait_for_selector("#photo-file")
-    shoot(page, f"photo-{name}-empty", full=True)
     upload_photo(page, photo)
     page.click("#generate")
-    page.wait_for_selector("#gallery img")
+    wait_for_picture(page, "A photograph of a")
     page.wait_for_timeout(500)
     shoot(page, f"photo-{name}", full=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    image, masks = page.locator("#image img").bounding_box(), page.locator("#annotated .base-image").bounding_box()
-    assert abs(image["width"] - masks["width"]) < 2
-    assert abs(image["height"] - masks["height"]) < 2
-    over = page.locator("#annotated .mask").first.bounding_box()
-    assert all(abs(over[side] - masks[side]) < 1.5 for side in ("x", "y", "width", "height"))
+    box = page.locator("#viewer canvas[data-part=canvas]").bounding_box()
+    assert abs(box["width"] / box["height"] - 1.5) < 0.02
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= width
 
 
 def test_a_token_from_a_photograph(visit, photo, mask):
     page = visit()
     page.get_by_role("tab", name="Optimize a token").click()
-    page.click("#learn-source label:has-text('Upload')")
+    page.click("#learn-source label:has-text('photograph')")
     page.wait_for_selector("#learn-photo-file input[type=file]", state="attached")
     page.click("#learn-use")
-    page.wait_for_selector(".toast-body:has-text('upload one')")
-    upload(page, "#learn-photo-file", photo, "#learn:not([disabled])")  # recorded at once
-    assert "“A photograph of a cat”" in page.inner_text("#learn-facts")
-    page.wait_for_timeout(2500)  # the editor lays its canvas out anew
+    page.wait_for_selector("[data-note=canvas]:has-text('upload one')")
+    page.fill("#class-name input, #class-name textarea", "cat")  # what its caption is made of
+    upload(page, "#learn-photo-file", photo, "#learn-facts:has-text('“A photograph of a cat”')")  # recorded at once
     upload_mask(page, mask)
     page.click("#learn")
     page.wait_for_selector("#verdict .verdict")
     page.wait_for_timeout(800)
     shoot(page, "token-photo", full=True)
-    box = page.locator("#now img").bounding_box()
+    box = page.locator("#now").bounding_box()
     assert abs(box["width"] / box["height"] - 1.5) < 0.02

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-import zipfile
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import tabs.optimize
 from ovam_core import OVAM
@@ -16,9 +16,9 @@ from ovam_core.errors import InputError, Stopped
 from ovam_core.optimization import RECIPES
 from ovam_core.settings import GenerateSettings, SegmentSettings
 from ovam_core.tokens import BACKGROUND, Token
-from tabs.generate import for_tokens
+from tabs.asked import for_tokens
 from tabs.model import Model
-from tabs.session import HOSTED, LOCAL, MAX_OWN_TOKENS, Bounds, Exports, Sessions, limits, pack
+from tabs.session import HOSTED, LOCAL, MAX_OWN_TOKENS, Bounds, Sessions, limits
 
 
 @pytest.fixture
@@ -208,7 +208,6 @@ def test_a_client_that_never_says_goodbye_goes_at_last(sessions, now, connected)
     patience = sessions.bounds.idle if connected else sessions.bounds.unconnected
     assert patience == (24 * 3600 if connected else 1800)
     ann, bob = sessions.of(ANN), sessions.of(BOB)
-    sessions.pieces.put("ann", "canvas", 0, b"layer")
     with bob.run("optimize"):
         now[0] = patience - 1
         sessions.sweep()
@@ -217,7 +216,6 @@ def test_a_client_that_never_says_goodbye_goes_at_last(sessions, now, connected)
         sessions.sweep()
         assert not bob.closed  # whose run is under way
     assert ann.closed
-    assert sessions.pieces.kept == 0
     sessions.sweep()
     assert sessions.of(BOB) is bob
     now[0] += sessions.bounds.unconnected
@@ -294,69 +292,6 @@ def test_an_export_is_asked_by_own_tokens_in_place_of_shipped_ones(sessions):
     assert len(copied) == len(shipped) + 1
     assert all((token.embedding == 1).all() for token in copied if token.names == ("cat",))
     assert not folder.exists()
-
-
-# ------------------------------------------------------------------------------------------------- exports
-
-
-def test_exports_go_on_in_the_same_folder_and_free_the_disk(now):
-    exports = Exports(keep=100.0, several=False, clock=lambda: now[0])
-    with exports.folder("one") as first:
-        first.mkdir()
-        (first / "file").write_text("kept")
-    with exports.folder("one") as again:
-        assert again == first
-        assert (first / "file").exists()
-    with exports.folder("two") as second:
-        assert second != first
-        assert not first.parent.exists()
-        now[0] = 1000.0
-        exports.sweep()
-        assert second.parent.exists()  # it is being made
-    now[0] += 99.0
-    exports.sweep()
-    assert second.parent.exists()
-    now[0] += 1.0
-    exports.sweep()
-    assert not second.parent.exists()
-    with exports.folder("two") as third:
-        pass
-    exports.close()
-    assert not third.parent.exists()
-
-
-def test_on_a_space_an_export_is_its_visitors_and_goes_with_them(now):
-    hosted = Sessions("emoji-voc", limits_of_exports=HOSTED, clock=lambda: now[0])
-    hosted.connected = lambda _: True
-    with hosted.of(ANN).export_folder("one") as of_ann, hosted.of(BOB).export_folder("one") as of_bob:
-        assert of_ann != of_bob
-    assert hosted._timer.interval == HOSTED.keep  # even if nobody comes again
-    hosted.of(ANN).close()
-    assert not of_ann.parent.exists()
-    assert of_bob.parent.exists()
-    now[0] = HOSTED.keep
-    hosted.sweep()  # as the timer does
-    assert not of_bob.parent.exists()
-    hosted.close()
-
-
-def test_on_ones_own_machine_an_export_outlives_its_page(now):
-    local = Sessions("emoji-voc", limits_of_exports=LOCAL, clock=lambda: now[0])
-    ann = local.of(ANN)
-    with ann.export_folder("one") as first:
-        first.mkdir()
-        (first / "file").write_text("kept")
-    with ann.export_folder("two") as other:
-        pass
-    ann.close()
-    with local.of(visitor("the page after a reload")).export_folder("one") as again:
-        assert again == first
-        assert (first / "file").exists()
-        assert other.parent.exists()
-        with zipfile.ZipFile(pack(first)) as packed:
-            assert packed.read("file") == b"kept"
-    local.close()
-    assert not first.parent.exists()
 
 
 def test_a_hosted_page_is_bounded_more_tightly(monkeypatch):
@@ -470,3 +405,47 @@ def test_sliders_hold_for_tokens_once_they_are_moved(ovam):
     assert for_tokens(asked, preset) == asked
     moved = for_tokens(SegmentSettings(("cat",), tau=0.7, alpha=preset.alpha), preset)
     assert (moved.token_tau, moved.token_alpha) == (0.7, None)
+
+
+def test_a_run_takes_the_place_of_the_one_before(sessions):
+    ann = sessions.of(ANN)
+    first = ann.replace("generate")
+    with ann.run("generate", first) as running:
+        assert not running.is_set()
+        assert ann.runs("generate")
+        second = ann.replace("generate")
+        assert running.is_set()
+        assert not ann.is_latest("generate", first)
+        assert ann.is_latest("generate", second)
+        with ann.run("generate", second) as taken:
+            assert not taken.is_set()
+        assert ann.is_latest("generate", second)
+    assert not ann.runs("generate")
+
+
+def test_a_run_that_was_replaced_before_it_began_stops_at_once(sessions):
+    ann, bob = sessions.of(ANN), sessions.of(BOB)
+    others = bob.replace("generate")
+    first, second = ann.replace("generate"), ann.replace("generate")
+    with ann.run("generate", second) as running:  # they may come in any order
+        with ann.run("generate", first) as late:
+            assert late.is_set()
+        assert not running.is_set()
+    with bob.run("generate", others) as own, ann.run("export") as other:
+        ann.replace("generate")
+        assert not own.is_set()
+        assert not other.is_set()
+
+
+def test_a_large_photograph_is_shown_smaller(sessions, ovam):
+    ann = sessions.of(ANN)
+    large = ovam.photograph(Image.new("RGB", (3000, 1500), "#5a9a3c"), "a cat")
+    key = ann.keep(large)
+    shown = ann.screen(key)
+    assert ann.find(key) is large
+    assert shown.image.size == (1024, 512)
+    assert shown.recording is large.recording
+    assert ann.screen(key) is shown  # whose last maps are there for the next threshold
+    small = ann.keep(ovam.photograph(Image.new("RGB", (300, 150), "#5a9a3c"), "a cat"))
+    assert ann.screen(small) is ann.find(small)
+    assert ann.screen("unknown") is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 import struct
@@ -369,26 +368,3 @@ def test_export_for_other_scripts(tmp_path):
         tokens.export_npy(two, tmp_path / "x.npy", "cow")
     tokens.export_npy(two, tmp_path / "x.npy", "dog")
     assert np.array_equal(np.load(tmp_path / "x.npy")[0], two.embedding[2].numpy())
-
-
-def test_fetch(tmp_path, monkeypatch):
-    published(tmp_path / "served.npy")
-    url = (tmp_path / "served.npy").as_uri()
-    with pytest.raises(InputError, match="not the file that was published"):
-        tokens.fetch_voc_sd15(tmp_path / "out", url)
-    assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(tokens, "VOC_SD15_SHA256", hashlib.sha256((tmp_path / "served.npy").read_bytes()).hexdigest())
-    files = tokens.fetch_voc_sd15(tmp_path / "out", url)
-    assert len(files) == 20
-    assert (tmp_path / "out" / "potted-plant.safetensors") in files
-    token = Token.load(tmp_path / "out" / "tv.safetensors")
-    assert token.branch == "unconditional"
-    assert token.steps == 30
-    assert token.classes == ("tv",)
-    assert token.model == "stable-diffusion-v1-5/stable-diffusion-v1-5"
-
-
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9/x", "file:///no/such/file", "nonsense"])
-def test_fetch_without_a_network(tmp_path, url):
-    with pytest.raises(InputError, match="is there a network"):
-        tokens.fetch_voc_sd15(tmp_path / "out", url)

@@ -97,6 +97,11 @@ class GocaRecording:
             finest=tuple(replace(x, queries=x.queries.to(device), keys=x.keys.to(device)) for x in self.finest),
         )
 
+    def detached(self) -> GocaRecording:
+        """As `Recording.detached`."""
+        host = self.to("cpu")
+        return replace(host, layers=tuple(replace(x, layer=x.layer.detached()) for x in host.layers))
+
 
 @dataclass(frozen=True)
 class GocaOptions:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,20 @@ def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
 
 
+def claims(maps: Any, x: int, y: int) -> list[tuple[int, float]]:
+    """Who claims a pixel: (row, value) of each map, the largest value first, equals in their order.
+
+    maps: `[L, H, W]`, a tensor or an array, such as heatmaps of one recording; x, y: the pixel, from the upper left.
+    The values themselves rank, not their shares of each map's peak: a word that is nowhere in the picture has a low map
+    with a peak somewhere, all the same. Raises InputError for a point outside.
+    """
+    height, width = maps.shape[-2:]
+    if not (0 <= x < width and 0 <= y < height):
+        raise InputError(f"The point {x}, {y} lies outside of the picture of {width}x{height}.")
+    values = [float(value) for value in maps[:, y, x]]
+    return sorted(enumerate(values), key=lambda one: -one[1])
+
+
 def summed(tensors: Iterable[Tensor]) -> Tensor:
     """The sum of one or more tensors of one shape, in their order."""
     return functools.reduce(torch.add, tensors)
@@ -76,12 +91,12 @@ def _heatmaps(recording: Recording, embeddings: list[Tensor]) -> list[Tensor]:
     for embedding in embeddings:
         check_embedding(embedding, recording.embed_dim)
     sizes = [len(x) for x in embeddings]
-    device = _compute_device(recording, embeddings[0])
+    device = compute_device(recording, embeddings[0])
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in embeddings)
     with torch.set_grad_enabled(wants_grad), torch.autocast(device.type, enabled=False):
         stacked = torch.cat([x.to(device) for x in embeddings])
         grids: dict[tuple[int, int], Tensor] = {}
-        for layer, keys in zip(recording.layers, _keys(recording, stacked, sizes), strict=True):
+        for layer, keys in zip(recording.layers, keys_of(recording, stacked, sizes), strict=True):
             maps = rearrange(_layer_sums(layer, keys, sizes), "l (h w) -> l h w", h=layer.height)
             grid = layer.height, layer.width
             grids[grid] = grids[grid] + maps if grid in grids else maps
@@ -138,7 +153,8 @@ def tried_keys(keys: nn.Module | None, width: int, dtype: torch.dtype | None) ->
     return call_frozen(without_hooks(keys), probe(1, width), dtype=dtype)
 
 
-def _compute_device(recording: Recording, embedding: Tensor) -> torch.device:
+def compute_device(recording: Recording, embedding: Tensor) -> torch.device:
+    """Where the maps of an embedding are made."""
     stored = recording.layers[0].queries.device
     return embedding.device if stored.type == "cpu" else stored
 
@@ -151,8 +167,11 @@ def layer_keys(layer: LayerQueries, embedding: Tensor) -> Tensor:
     return _scaled(keys, layer, embedding)
 
 
-def _keys(recording: Recording, embedding: Tensor, sizes: list[int]) -> Iterator[Tensor]:
-    """The same for every layer; `[T, heads, L, d]` where the words are carried along a text stream."""
+def keys_of(recording: Recording, embedding: Tensor, sizes: list[int]) -> Iterator[Tensor]:
+    """The same for every layer; `[T, heads, L, d]` where the words are carried along a text stream.
+
+    embedding: prompts of `sizes` rows one after the other.
+    """
     if recording.stream is None:
         return (layer_keys(layer, embedding) for layer in recording.layers)
     names = [layer.name for layer in recording.layers]
@@ -230,6 +249,14 @@ class _ProbabilitySums(torch.autograd.Function):
             of_steps = _of_steps(total, at)
             of_steps += (slopes @ block).sum_to_size(of_steps.shape)
         return total, None, None, None
+
+
+def probabilities(layer: LayerQueries, keys: Tensor, sizes: list[int]) -> Iterator[tuple[slice, slice, Tensor]]:
+    """A layer's attention maps (Eq. 3), a block at a time: pixels, rows of the layer's steps, and of these the
+    probabilities float32 `[t, heads, sum(sizes), pixels]`. keys: of `keys_of`, each prompt with a softmax of its own.
+    """
+    for pixels, at, block in _blocks(layer.queries, keys):
+        yield pixels, at, _softmax_each(_products(_of_steps(keys, at), block), sizes)
 
 
 def _of_steps(keys: Tensor, at: slice) -> Tensor:

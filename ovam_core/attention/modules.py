@@ -114,6 +114,43 @@ def without_hooks(module: nn.Module) -> nn.Module:
     return twin
 
 
+class Unbound(nn.Module):
+    """Stands for a module of the model in a recording that is detached from it.
+
+    lora: what the LoRA layers within that module were set to in the run, by their names there.
+    """
+
+    def __init__(self, lora: Mapping[str, dict[str, Any]]):
+        super().__init__()
+        self.lora = dict(lora)
+
+    def forward(self, *_inputs: Any) -> Tensor:
+        raise InputError("This recording is detached from its model: bind it to the model first, with `OVAM.bind`.")
+
+
+def unbound(module: nn.Module) -> Unbound:
+    """What stands for a module of the model where that is not at hand."""
+    if isinstance(module, Unbound):
+        return module
+    settings = lora_settings(module)
+    return Unbound({name: settings[x] for name, x in module.named_modules() if x in settings})
+
+
+def as_recorded(module: nn.Module, stand_in: nn.Module) -> nn.Module:
+    """The module of a model, set as the one that `stand_in` stands for. Raises InputError where it lacks its LoRA."""
+    wanted = stand_in.lora if isinstance(stand_in, Unbound) else {}
+    there = {name: x for name, x in module.named_modules() if isinstance(vars(x).get("scaling"), dict)}
+    if not wanted.keys() <= there.keys() or not all(_has_adapters(there[name], x) for name, x in wanted.items()):
+        raise InputError("The recording was made with a LoRA that is not loaded here: load it as it was in the run.")
+    return as_set(module, {there[name]: settings for name, settings in wanted.items()})
+
+
+def _has_adapters(layer: Any, settings: dict[str, Any]) -> bool:
+    """Whether what was in use in a LoRA layer is there, and how much of it was."""
+    there, wanted = vars(layer)["scaling"].keys(), settings["scaling"].keys()
+    return wanted <= there and not (there - wanted) & {*[settings.get("_active_adapter", [])][0]}
+
+
 def probe(*shape: int, seed: int = 0) -> Tensor:
     """Numbers to try a module with, the same ones each time: float32 of this shape."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

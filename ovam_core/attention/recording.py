@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
+from ovam_core.attention.modules import unbound
 from ovam_core.attention.reading import Reading
 from ovam_core.attention.rows import common, rows_of
 from ovam_core.attention.text_stream import TextStream
@@ -51,6 +52,11 @@ class LayerQueries:
     def at(self, kept: tuple[int, ...], steps: tuple[int, ...]) -> LayerQueries:
         """The layer, whose rows are of `steps`, with those of the kept ones."""
         return replace(self, queries=rows_of(self.queries, steps, kept), steps=kept)
+
+    def detached(self) -> LayerQueries:
+        """As `Recording.detached`."""
+        keys = None if self.keys is None else unbound(self.keys)
+        return replace(self, queries=self.queries.cpu(), keys=keys, made=None if self.made is None else self.made.cpu())
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,6 +189,18 @@ class Recording:
             layers=tuple(replace(x, queries=x.queries.to(device)) for x in self.layers),
             column_sums=tuple(replace(x, sums=x.sums.to(device)) for x in self.column_sums),
             stream=None if self.stream is None else self.stream.each(lambda x: x.to(device)),
+        )
+
+    def detached(self) -> Recording:
+        """The same in host memory and with none of the model's modules: tensors, and the names of layers.
+
+        It can be written to a file or sent to another process, and be asked once it is bound to the model's own layers
+        again (`OVAM.bind`).
+        """
+        return replace(
+            self.to("cpu"),
+            layers=tuple(x.detached() for x in self.layers),
+            stream=None if self.stream is None else self.stream.detached(),
         )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ovam_core.attention.heads import Attention, Turn, by_head, rotated
-from ovam_core.attention.modules import LoraSettings, as_set, call_frozen, probe, without_hooks
+from ovam_core.attention.modules import LoraSettings, as_set, call_frozen, probe, unbound, without_hooks
 from ovam_core.attention.rows import Rows, common, rows_of
 
 
@@ -93,6 +93,15 @@ class StreamBlock:
         keys, values = (None if x is None else change(x) for x in (self.image_keys, self.image_values))
         return replace(self, image_keys=keys, image_values=values)
 
+    def detached(self) -> StreamBlock:
+        """As `Recording.detached`."""
+        return replace(
+            self.each(Tensor.cpu),
+            to_keys=unbound(self.to_keys),
+            carry=None if self.carry is None else unbound(self.carry),
+            made=None if self.made is None else tuple(x.cpu() for x in self.made),
+        )
+
     def at(self, steps: tuple[int, ...]) -> StreamBlock:
         """The same with some of its steps."""
         return replace(self.each(lambda x: rows_of(x, self.steps, steps)), steps=steps)
@@ -152,6 +161,11 @@ class TextStream:
     def each(self, change: Callable[[Tensor], Tensor]) -> TextStream:
         """The same with `change` applied to every tensor; all of them have the steps first."""
         return replace(self, blocks=tuple(x.each(change) for x in self.blocks), modulation=change(self.modulation))
+
+    def detached(self) -> TextStream:
+        """As `Recording.detached`; what turns the text goes, too."""
+        blocks = tuple(x.detached() for x in self.blocks)
+        return replace(self, embed=unbound(self.embed), blocks=blocks, modulation=self.modulation.cpu(), rotary=None)
 
     def at(self, steps: Collection[int]) -> TextStream:
         """The same with some of its steps, as far as any of them comes."""

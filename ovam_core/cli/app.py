@@ -14,7 +14,7 @@ import typer
 from typer.main import get_command
 
 from ovam_core import __version__
-from ovam_core.cli import evaluate, export, generate, optimize, photo, tokens
+from ovam_core.cli import evaluate, export, generate, optimize, photo, recorded, tokens
 from ovam_core.cli.arguments import RENAMED, expand, split
 from ovam_core.cli.options import add
 from ovam_core.errors import InputError, out_of_memory_as
@@ -37,6 +37,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 for name, module in (
     ("generate", generate),
     ("photo", photo),
+    ("segment", recorded),
     ("optimize", optimize),
     ("export", export),
     ("evaluate", evaluate),

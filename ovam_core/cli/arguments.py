@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from ovam_core.settings import LIBRARY
+from ovam_core.settings import EVOLUTIONS, LIBRARY
 
 # What an option that is given without a value stands for.
-WITHOUT_VALUE = {"--tokens": LIBRARY}
+WITHOUT_VALUE = {"--tokens": LIBRARY, "--evolution": EVOLUTIONS[0]}
 
 # Old names of options, by command: understood until version 3, with a note.
 RENAMED = {

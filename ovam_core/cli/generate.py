@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import typer
 
 from ovam_core.cli.options import (
+    MASKS,
     PICTURE,
     SamplingOptions,
     SizeOptions,
@@ -14,16 +15,17 @@ from ovam_core.cli.options import (
     argument,
     given,
     open_model,
+    option,
     setting,
 )
 from ovam_core.cli.progress import counter
-from ovam_core.cli.segment import SegmentOptions, answer, check_asked, read_asked
+from ovam_core.cli.segment import RecordingOptions, SegmentOptions, answer, check_asked, read_asked
 from ovam_core.errors import InputError
-from ovam_core.settings import GenerateSettings
+from ovam_core.settings import HALVES, GenerateSettings
 
 
 @dataclass(kw_only=True)
-class Options(SegmentOptions, StepOptions, SizeOptions, SamplingOptions):
+class Options(SegmentOptions, RecordingOptions, StepOptions, SizeOptions, SamplingOptions):
     """An image, then the heatmap and mask of any word.
 
     Makes an image and writes it with a heatmap, an overlay and a mask for each word.
@@ -31,13 +33,23 @@ class Options(SegmentOptions, StepOptions, SizeOptions, SamplingOptions):
 
     prompt: str | None = argument("what the picture shows", required=False)
     seed: int | None = setting(GenerateSettings, "seed", said="0", panel=PICTURE)
+    start: str | None = option("a picture to begin from in place of noise", panel=PICTURE, metavar="FILE")
+    strength: float | None = setting(GenerateSettings, "strength", panel=PICTURE)
+    branch: str | None = option(
+        "half of the guided batch that words are asked of; the unconditional one is the negative prompt's",
+        said="conditional",
+        choices=HALVES,
+        panel=MASKS,
+    )
 
 
 def run(options: Options) -> None:
     """Reads everything, refuses what is wrong, and only then spends time on an image."""
+    from ovam_core.io.pictures import read_photo
     from ovam_core.methods import method_named
-    from ovam_core.query import branch_of
+    from ovam_core.query import halves_of
 
+    start = None if options.start is None else read_photo(options.start)
     about_image = (
         given(
             prompt=options.prompt,
@@ -45,24 +57,31 @@ def run(options: Options) -> None:
             seed=options.seed,
             steps=options.steps,
             guidance=options.guidance,
+            start=start,
+            strength=options.strength,
         )
         | options.width_and_height()
     )
-    about_maps = options.about_maps()
+    about_maps = options.about_maps() | given(branch=options.branch)
     if options.use_steps is not None:
         about_maps["step_indices"] = options.step_indices()
     if options.settings is None and options.prompt is None:
         raise InputError("The prompt is missing; describe the picture in a few words.")
     before, asked, model, device = read_asked(options, about_maps, GenerateSettings)
+    if options.strength is not None and start is None and (before is None or before.start is None):
+        raise InputError("--strength is given and no picture to start from; give --start, or leave it out.")
     ovam = open_model(model, device)
     wanted = GenerateSettings.for_model(ovam.pipe, **about_image) if before is None else replace(before, **about_image)
     asked = check_asked(ovam, wanted, asked, options)
+    options.check_recording()
     with counter("step") as on_step:
         picture = ovam.draw(
             wanted,
             on_step=on_step,
-            branch=branch_of(asked.tokens),
-            with_goca=method_named(asked.method).needs_goca,
+            branch=halves_of(asked),
+            with_goca=ovam.serves_goca if options.recording else method_named(asked.method).needs_goca,
         )
+    options.keep(picture)
     answer(ovam, picture, asked, options.out)
-    typer.echo(f"seed {wanted.seed}, {wanted.steps} steps, {picture.seconds:.1f} s on {picture.device}: {options.out}")
+    steps = ovam.steps_run(wanted)
+    typer.echo(f"seed {wanted.seed}, {steps} steps, {picture.seconds:.1f} s on {picture.device}: {options.out}")

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 import typer
 
 from ovam_core.cli.options import PHOTO, NoiseOptions, argument, given, open_model, option, setting
-from ovam_core.cli.segment import SegmentOptions, answer, check_asked, read_asked
+from ovam_core.cli.segment import RecordingOptions, SegmentOptions, answer, check_asked, read_asked
 from ovam_core.settings import PhotoSettings
 
 
 @dataclass(kw_only=True)
-class Options(SegmentOptions, NoiseOptions):
+class Options(SegmentOptions, RecordingOptions, NoiseOptions):
     """The heatmap and mask of any word in a photograph.
 
     Noises a photograph, looks at it in one forward pass, and writes it with a heatmap, an overlay and a mask for each
@@ -36,7 +36,10 @@ def run(options: Options) -> None:
     wanted = replace(PhotoSettings(caption=default_caption(asked)) if before is None else before, **about_photo)
     ovam = open_model(model, device)
     asked = check_asked(ovam, wanted, asked, options)
-    picture = ovam.look_at(photo, wanted, with_goca=method_named(asked.method).needs_goca)
+    options.check_recording()
+    with_goca = ovam.serves_goca if options.recording else method_named(asked.method).needs_goca
+    picture = ovam.look_at(photo, wanted, with_goca=with_goca)
+    options.keep(picture)
     answer(ovam, picture, asked, options.out)
     height, width = picture.recording.image_size
     seen = f"'{wanted.caption}', seen as {width}x{height}"

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ovam_core.cli.options import CutOptions, GridOptions, MethodOptions, ModelOptions, given, named, option, setting
-from ovam_core.settings import GenerateSettings, PhotoSettings, SegmentSettings
+from ovam_core.cli.options import (
+    MASKS,
+    CutOptions,
+    GridOptions,
+    MethodOptions,
+    ModelOptions,
+    given,
+    named,
+    one_of,
+    option,
+    setting,
+)
+from ovam_core.settings import EVOLUTIONS, GenerateSettings, PhotoSettings, SegmentSettings
 
 if TYPE_CHECKING:
     from ovam_core.ovam import OVAM
@@ -21,6 +33,13 @@ class SegmentOptions(ModelOptions, GridOptions, CutOptions, MethodOptions):
 
     words: list[str] | None = option("words to look for; quote phrases: 'red bus'", metavar="WORD...")  # noqa: RUF009
     attribution: str | None = setting(SegmentSettings, "sentence", metavar="SENTENCE")
+    evolution: str | None = option(
+        "take each word's heatmap apart, as an animated picture: " + ", ".join(EVOLUTIONS),
+        said="steps, if nothing follows",
+        panel=MASKS,
+        metavar="[OVER]",
+        check=one_of(EVOLUTIONS),
+    )
     token: list[str] | None = option("token files whose classes to look for", metavar="FILE...")  # noqa: RUF009
     out: str = option("folder for the files", required=True, metavar="DIR", check=named)
     settings: str | None = option(
@@ -32,7 +51,7 @@ class SegmentOptions(ModelOptions, GridOptions, CutOptions, MethodOptions):
         from ovam_core.methods import method_named
         from ovam_core.tokens import Token
 
-        found = given(tau=self.tau, alpha=self.alpha, crf=self.crf())
+        found = given(tau=self.tau, alpha=self.alpha, crf=self.crf(), evolution=self.evolution)
         if self.resolutions is not None:  # an empty list is the model's own again, whatever --settings says
             found["resolutions"] = self.grids()
         if self.token is not None:
@@ -40,6 +59,26 @@ class SegmentOptions(ModelOptions, GridOptions, CutOptions, MethodOptions):
         if self.method is not None:
             found["method"] = method_named(self.method).name
         return found
+
+
+@dataclass(kw_only=True)
+class RecordingOptions:
+    """Of the commands that record a picture."""
+
+    recording: str | None = option(
+        "file to keep the picture in with all that was recorded of it, for `segment`", metavar="FILE", check=named
+    )
+
+    def check_recording(self) -> None:
+        """Raises InputError where no such file can be written."""
+        from ovam_core.io.files import check_file_name
+
+        if self.recording is not None:
+            check_file_name(Path(self.recording))
+
+    def keep(self, picture: Picture) -> None:
+        if self.recording is not None:
+            picture.save_recording(self.recording)
 
 
 def read_asked(
@@ -65,7 +104,7 @@ def read_asked(
 
 
 def check_asked(
-    ovam: OVAM, made_with: GenerateSettings | PhotoSettings, asked: SegmentSettings, options: SegmentOptions
+    ovam: OVAM, made_with: GenerateSettings | PhotoSettings | None, asked: SegmentSettings, options: SegmentOptions
 ) -> SegmentSettings:
     """The same with the model's own numbers, once all is known to work: better before the image than after it."""
     from ovam_core.io.files import make_folder
@@ -73,7 +112,8 @@ def check_asked(
     if asked.tokens:  # a number that is given holds for all
         asked = replace(asked, **given(token_tau=options.tau, token_alpha=options.alpha))
     asked = ovam.filled(asked)
-    made_with.validate(ovam.pipe)
+    if made_with is not None:
+        made_with.validate(ovam.pipe)
     ovam.check_answerable(asked, made_with)
     ovam.queries(asked)
     make_folder(options.out)

@@ -105,7 +105,7 @@ def run_import(options: ImportOptions) -> None:
 
 
 def run_fetch(options: FetchOptions) -> None:
-    from ovam_core.tokens import fetch_voc_sd15
+    from ovam_core.published import fetch_voc_sd15
 
     for path in fetch_voc_sd15(options.out):
         typer.echo(path)

@@ -148,13 +148,17 @@ def prepare(folder: Path, settings: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------ the whole
 
 
+def finished(folder: Path, work: Work, filters: Filters) -> list[dict[str, Any]]:
+    """The rows of all images that are done, in the order of their index, `kept` and `reason` included."""
+    return judge([row for item in work.items if (row := read_done(folder, item)) is not None], filters)
+
+
 def assemble(folder: Path, settings: dict[str, Any], work: Work) -> list[dict[str, Any]]:
     """Puts the data set together from all images that are done; returns their rows, `kept` and `reason` included.
 
     The same images give the same bytes, by whatever way they came. Raises OSError.
     """
-    rows = [row for item in work.items if (row := read_done(folder, item)) is not None]
-    rows = judge(rows, Filters(**settings["filters"]))
+    rows = finished(folder, work, Filters(**settings["filters"]))
     kept = [row for row in rows if row["kept"]]
     clear_parts(folder)
 

@@ -37,7 +37,7 @@ from ovam_core.attention.recording import Branch, Recording
 from ovam_core.data import runs
 from ovam_core.data.dataset import Job, assemble, encode, prepare, write_job
 from ovam_core.data.filters import ClipScorer, Reason, reasons
-from ovam_core.data.formats import check_formats
+from ovam_core.data.formats import SHEET_COLUMNS, SHEET_ROWS, SHEET_TILE, check_formats
 from ovam_core.data.layout import EXPORT_FORMAT, SKIPPED
 from ovam_core.data.prompts import Item, Skipped, Work, match_class
 from ovam_core.data.runs import QUEUE, Process, cores, digest, process_pool, repeatable, worker_count
@@ -234,11 +234,14 @@ def duration(seconds: float) -> str:
     )
 
 
-def plan(ovam: OVAM, work: Work, settings: ExportSettings, out: str | Path) -> Plan:
-    """What `export` would do; writes nothing. Raises InputError for whatever `export` would refuse."""
+def plan(ovam: OVAM, work: Work, settings: ExportSettings, out: str | Path | None) -> Plan:
+    """What `export` would do; writes nothing. out: None where no folder is chosen yet. Raises InputError for whatever
+    `export` would refuse.
+    """
     settings.validate(ovam)
     queries = settings.queries(ovam, work)
-    runs.check_folder(Path(out), fingerprint(ovam, work, settings, queries))
+    if out is not None:
+        runs.check_folder(Path(out), fingerprint(ovam, work, settings, queries))
     counts = Counter(name for item in work.items for name in item.classes)
     classes = {name: counts[name] for name in work.classes if counts[name]}
     pixels = settings.width * settings.height
@@ -247,9 +250,11 @@ def plan(ovam: OVAM, work: Work, settings: ExportSettings, out: str | Path) -> P
         per_image += 2 * pixels // 16 * max(len(item.classes) for item in work.items)
     if "parquet" in settings.formats:
         per_image *= 2
-    done = sum(runs.read_done(Path(out), item) is not None for item in work.items)
+    done = 0 if out is None else sum(runs.read_done(Path(out), item) is not None for item in work.items)
     by = {name: queries[name].kind for name in classes}
-    return Plan(len(work.items), done, classes, by, work.skipped, per_image * len(work.items), settings)
+    sheet = min(len(work.items), SHEET_COLUMNS * SHEET_ROWS) * 4 * SHEET_TILE**2
+    largest = per_image * len(work.items) + sheet + 20_000  # lists, card and settings
+    return Plan(len(work.items), done, classes, by, work.skipped, largest, settings)
 
 
 def measure(
@@ -564,19 +569,21 @@ def export_dataset(
     workers: int | None = None,
     clip: ClipScorer | None = None,
     on_image: Callable[[Progress], None] | None = None,
+    on_batch: Callable[[Sequence[Item]], None] | None = None,
     on_note: Callable[[str], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     turn: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Summary:
     """Makes the images of a work list that are not there yet, then the data set of all of them.
 
-    process: this process's share, for several that export into one folder. workers: processes for dense CRF and files;
-    0 does it in this one, None chooses. clip: a scorer that is loaded already, for `settings.clip`. on_image: called in
-    this thread for every image written. on_note: sentences for people. should_stop: asked at every denoising step; when
-    it says True, the images under way are dropped and the data set of those that are done is put together. turn:
-    entered for each batch, between which the model is free for others; it may raise Stopped. Raises InputError, one
-    sentence, for settings that cannot be, a folder of another export, a full disk, a worker that died, a model that
-    does not fit in memory. The same call goes on where it was.
+    process: this process's share, for several that export into one folder. workers: processes for dense CRF and
+    files; 0 does it in this one, None chooses. clip: a scorer that is loaded already, for `settings.clip`.
+    on_image: called in this thread for every image written; on_batch: before each batch is made. on_note: sentences
+    for people. should_stop: asked at every denoising step; when it says True, the images under way are dropped and
+    the data set of those that are done is put together. turn: entered for each batch, between which the model is
+    free for others; it may raise Stopped. Raises InputError, one sentence, for settings that cannot be, a folder of
+    another export, a full disk, a worker that died, a model that does not fit in memory. The same call goes on
+    where it was.
     """
     process = process or Process()
     folder, timings = Path(out), Timings()
@@ -592,7 +599,7 @@ def export_dataset(
         if first:
             prepare(folder, about)
         process.wait()
-        run = _Run(ovam, work, settings, folder, queries, clip, timings, on_image, on_note, should_stop, turn)
+        run = _Run(ovam, work, settings, folder, queries, clip, timings, on_image, on_batch, on_note, should_stop, turn)
         stopped = run.make(process, worker_count(process.ranks) if workers is None else workers)
         rows = None
         if not stopped or process.ranks == 1:
@@ -627,6 +634,7 @@ class _Run:
     clip: ClipScorer | None
     timings: Timings
     on_image: Callable[[Progress], None] | None
+    on_batch: Callable[[Sequence[Item]], None] | None
     on_note: Callable[[str], None] | None
     should_stop: Callable[[], bool] | None
     turn: Callable[[], AbstractContextManager[None]]
@@ -664,6 +672,8 @@ class _Run:
             for batch in share:
                 if self.should_stop is not None and self.should_stop():
                     raise Stopped(0, self.settings.steps)
+                if self.on_batch is not None:
+                    self.on_batch(batch)
                 for jobs in self._parts(batch):
                     # A batch is made whole again if one of its images is missing: alone it could differ in rounding.
                     for job in (job for job in jobs if job.item.index not in there):

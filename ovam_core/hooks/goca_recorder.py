@@ -189,11 +189,13 @@ class GocaRecorder(Hooked[GocaRecording]):
             return self._number == self._step
         if self._branch == "all":
             return self._number == 0
+        timestep = float(torch.as_tensor(call.timestep).flatten()[0])
         if self._wanted is None:  # the run's own schedule is known from its first call on
             scheduler = self._pipe.scheduler
             goal = NOISE * scheduler.config.num_train_timesteps
-            self._wanted = min(scheduler.timesteps.tolist(), key=lambda t: abs(t - goal))
-        return float(torch.as_tensor(call.timestep).flatten()[0]) == self._wanted
+            coming = [t for t in scheduler.timesteps.tolist() if t <= timestep]  # from a picture, a run begins late
+            self._wanted = min(coming, key=lambda t: abs(t - goal))
+        return timestep == self._wanted
 
     @torch.no_grad()
     def _finish(self) -> list[GocaRecording]:

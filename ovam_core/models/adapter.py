@@ -76,7 +76,8 @@ class Adapter(ABC):
 
     name: as messages call it. pipelines: diffusers' classes that draw from a text alone. about: what a word's map is,
     where it is not the cross-attention to the word in place of the prompt. steps, guidance: usual settings of models
-    that are not known by name (presets.py). pack: latents that `packed` makes one of.
+    that are not known by name (presets.py). pack: latents that `packed` makes one of. starts: diffusers' class that
+    starts from a picture, by that of `pipelines` which has the same modules (starting.py).
     """
 
     name: ClassVar[str]
@@ -85,6 +86,7 @@ class Adapter(ABC):
     steps: ClassVar[int]
     guidance: ClassVar[float]
     pack: ClassVar[int] = 1
+    starts: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, pipe: Pipeline):
         """pipe: one that `fits`."""
@@ -325,6 +327,16 @@ class Adapter(ABC):
         captions: B texts; an empty one gets what the unconditional half of a guided batch gets where no negative
         prompt is given. size: (height, width) of the image in pixels. Tensors are on the pipeline's device.
         """
+
+    # A run.
+
+    def guides(self, guidance: float) -> bool:
+        """Whether a run of this guidance scale has an unconditional half."""
+        return guidance > 1 and getattr(self.denoiser.config, "time_cond_proj_dim", None) is None
+
+    def steps_run(self, steps: int, strength: float) -> int:
+        """How many of the steps diffusers runs of them from a picture, as its `get_timesteps` counts."""
+        return min(int(steps * strength), steps)
 
     # The pipeline's arguments, where they go by different names.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ class Flux(JointTransformerAdapter):
     name = "Flux"
     steps, guidance = 28, 3.5
     pipelines = ("FluxPipeline",)
+    starts: ClassVar[Mapping[str, str]] = {"FluxPipeline": "FluxImg2ImgPipeline"}
     pixels = 16
     pack = 4
 
@@ -114,6 +115,9 @@ class Flux(JointTransformerAdapter):
         """The patches' places by which they are turned, `[n, 3]`; texts: `[B, L, E]`."""
         return self.pipe._prepare_latent_image_ids(len(texts), height, width, texts.device, texts.dtype)
 
+    def guides(self, _guidance: float) -> bool:
+        return False
+
     def arguments(self, negative_prompt: str | list[str], after_step: Callable[[int], None]) -> dict[str, Any]:
         """Raises InputError for a negative prompt, which the model would not see."""
         prompts = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
@@ -135,6 +139,7 @@ class Flux2(Flux):
     name = "Flux 2"
     steps, guidance = 28, 4.0
     pipelines = ("Flux2Pipeline",)
+    starts: ClassVar[Mapping[str, str]] = {}  # a picture there is one to look at, not one to begin from
 
     @property
     def _modulation(self) -> nn.Module:

@@ -84,6 +84,9 @@ class JointTransformerAdapter(FlowTransformerAdapter):
     def moment(self, timestep: int, latents: Tensor) -> Tensor:
         return super().moment(timestep, latents).float()  # as flow-matching schedulers count
 
+    def steps_run(self, steps: int, strength: float) -> int:
+        return steps - int(max(steps - min(steps * strength, steps), 0))
+
     def _encode_t5(self, tokenizer: Tokenizer, encoder: TextEncoder, ids: tuple[int, ...]) -> Tensor:
         """T5's last hidden state of the tokens `[L, E]`, which here see the padding behind them as in generation."""
         padding = (tokenizer.pad_token_id,) * (default_of(self.pipe, "max_sequence_length") - len(ids))

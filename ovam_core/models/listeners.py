@@ -196,6 +196,8 @@ class PassListener(Listener):
     def __init__(self, pipe: Pipeline):
         super().__init__(pipe)
         self._pass = ""
+        # Diffusers' pipelines that start from a picture do not say which pass it is: the prompt's is a step's first.
+        self._unsaid, self._first = "Img2Img" in type(pipe).__name__, True
         self._hear(pipe.transformer, "cache_context", self._on_pass)
 
     @property
@@ -205,8 +207,13 @@ class PassListener(Listener):
     def _on_pass(self, _method: Callable, arguments: dict[str, Any]) -> None:
         self._pass = arguments["name"]
 
+    def _on_step(self, method: Callable, arguments: dict[str, Any]) -> None:
+        self._first = True
+        super()._on_step(method, arguments)
+
     def counts(self, _arguments: dict[str, Any]) -> bool:
-        return self._pass != "uncond"
+        first, self._first = self._first, False
+        return self._pass != "uncond" and (first or not self._unsaid)
 
 
 class _MethodHook:

@@ -41,10 +41,9 @@ def load_pipeline(model: str | None = None, device: str | None = None, dtype: to
     text-to-image pipeline of a family in `registry`, and a device that is not there.
     """
     device = _device(device)
-    on_cuda = torch.device(device).type == "cuda"
-    model = model or os.environ.get("OVAM_MODEL") or (DEFAULT_HUB_MODEL if on_cuda else EMBEDDED)
+    model = model or usual_model(device)
     if dtype is None:
-        dtype = defaults_for(model).dtype if on_cuda else torch.float32
+        dtype = defaults_for(model).dtype if torch.device(device).type == "cuda" else torch.float32
     folder = _folder(model)
     if folder is not None:
         _check_saved(folder, model)
@@ -56,6 +55,15 @@ def load_pipeline(model: str | None = None, device: str | None = None, dtype: to
     pipe.ovam_name = EMBEDDED if is_embedded else model
     pipe.ovam_words = _words_of(folder)
     return pipe
+
+
+def usual_model(device: str | None = None) -> str:
+    """The model where none is named: OVAM_MODEL, else Stable Diffusion 1.5 with CUDA and the embedded one without.
+
+    Raises InputError for a device that is not there.
+    """
+    on_cuda = torch.device(_device(device)).type == "cuda"
+    return os.environ.get("OVAM_MODEL") or (DEFAULT_HUB_MODEL if on_cuda else EMBEDDED)
 
 
 def unknown_words(pipe: Pipeline, *texts: str) -> list[str]:

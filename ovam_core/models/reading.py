@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -73,6 +74,15 @@ def read_ids(tokenizer: Tokenizer, text: str, **options: Any) -> Any:
 
 _readers: WeakKeyDictionary[Tokenizer, tuple[int, Tokenizer]] = WeakKeyDictionary()  # to its length and its copy
 _reading = threading.Lock()
+
+
+def _unlock() -> None:
+    global _reading
+    _reading = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # else a process forked while a thread was reading would wait for that for ever
+    os.register_at_fork(after_in_child=_unlock)
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,10 @@ class StableDiffusionXL(StableDiffusion):
 
     name = "Stable Diffusion XL"
     pipelines = ("StableDiffusionXLPipeline", "StableDiffusionXLPAGPipeline")
+    starts: ClassVar[Mapping[str, str]] = {
+        "StableDiffusionXLPipeline": "StableDiffusionXLImg2ImgPipeline",
+        "StableDiffusionXLPAGPipeline": "StableDiffusionXLPAGImg2ImgPipeline",
+    }
     steps, guidance = 30, 5.0
 
     @classmethod

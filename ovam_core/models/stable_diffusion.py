@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -29,6 +29,10 @@ class StableDiffusion(Adapter):
         "LatentConsistencyModelPipeline",
         "AltDiffusionPipeline",
     )
+    starts: ClassVar[Mapping[str, str]] = {
+        "StableDiffusionPipeline": "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionPAGPipeline": "StableDiffusionPAGImg2ImgPipeline",
+    }
     steps, guidance = 30, 7.5
 
     @classmethod

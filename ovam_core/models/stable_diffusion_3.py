@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,7 @@ class StableDiffusion3(JointTransformerAdapter):
     name = "Stable Diffusion 3"
     steps, guidance = 28, 7.0
     pipelines = ("StableDiffusion3Pipeline",)
+    starts: ClassVar[Mapping[str, str]] = {"StableDiffusion3Pipeline": "StableDiffusion3Img2ImgPipeline"}
     timestep_position = 3
 
     def attentions(self) -> tuple[dict[str, Attention], dict[str, Attention]]:

@@ -25,7 +25,7 @@ class TransformerAdapter(Adapter):
 
     @classmethod
     def fits(cls, pipe: Pipeline) -> bool:
-        return cls.draws(type(pipe))
+        return cls.draws(type(pipe)) or type(pipe).__name__ in cls.starts.values()
 
     @property
     def denoiser(self) -> Denoiser:

@@ -1,0 +1,311 @@
+// What the first tab does in the browser: hands answers to the viewer, keeps the address and the strip of pictures.
+// `window.ovamView` is the viewer (viewer.js); Gradio's hidden fields and buttons are the way to the server.
+(() => {
+  const WAIT_FOR_TYPING = 450; // milliseconds after the last letter
+  const MAX_HISTORY = 12, THUMB = 112, STORE = 'ovam-history';
+  const TABS = ['generate', 'optimize', 'export'];
+  const OWN = ['prompt', 'words', 'seed', 'negative', 'steps', 'guidance', 'width', 'height', 'tau', 'alpha', 'crf',
+    'method', 'beside', 'used', 'grids', 'sentence', 'half'];
+  const $ = selector => document.querySelector(selector);
+  const box = id => $(`#${id} textarea, #${id} input`);
+  const view = () => window.ovamView;
+  let shown = null; // the last answer with a picture
+  let typing = 0, resting = 0, busy = false, heard = false;
+
+  // ---- the way to the server
+
+  function put(id, text) {
+    const field = box(id);
+    field.value = text;
+    field.dispatchEvent(new Event('input', {bubbles: true}));
+  }
+
+  function ask(button, field, value) {
+    if (field) put(field, JSON.stringify(value));
+    // Gradio takes the value of a field over in its next turn.
+    setTimeout(() => $(`#${button}`)?.click(), field ? 60 : 0);
+  }
+
+  const follow = link => ask('link-go', 'link-in', link);
+
+  // ---- what is said above the picture
+
+  function say(text) {
+    const line = $('#said');
+    if (line) line.textContent = text || '';
+  }
+
+  function stale(reason) {
+    view()?.stale(reason || null);
+  }
+
+  function making({making, done, of}) {
+    const first = !busy;
+    busy = true;
+    say('');
+    const step = of && done ? `step ${done} of ${of}` : 'waiting for the model';
+    stale(`Making “${making || 'your picture'}”: ${step}`);
+    if (first && innerWidth < 1024) $('#viewer')?.scrollIntoView({behavior: 'smooth', block: 'start'});
+  }
+
+  // ---- answers
+
+  function answer(payload) {
+    heard = true;
+    if ('making' in payload) return making(payload);
+    if ('gone' in payload) return gone(payload.gone);
+    if (payload.empty) return;
+    busy = false;
+    if (payload.stopped) {
+      say(`${payload.stopped} ${shown ? 'The picture is the one before.' : ''}`.trim());
+      return edited();
+    }
+    if (!payload.columns) {
+      say('');
+      return stale(payload.refused);
+    }
+    say('');
+    const fresh = payload.picture && payload.picture.src;
+    if (fresh || !shown) shown = payload;
+    else shown = {...shown, ...payload, picture: shown.picture};
+    view().show(payload);
+    view().words?.(box('words').value);
+    stale(payload.refused);
+    if (!payload.refused) edited();
+    address(Boolean(fresh));
+    remember(Boolean(fresh));
+  }
+
+  function gone(link) {
+    if (link && link.prompt) return follow(link);
+    busy = false;
+    say('This photograph is not on the server any more; upload it again.');
+  }
+
+  function strip(payload) {
+    if (payload.said) return say(payload.said);
+    view().strip(payload);
+  }
+
+  function failed() {
+    busy = false;
+    edited();
+  }
+
+  // ---- what is out of date
+
+  function edited() {
+    if (busy) return;
+    const link = shown?.link;
+    const other = link?.prompt !== undefined && box('prompt') && box('prompt').value.trim() !== link.prompt.trim();
+    stale(other ? 'The prompt has changed: press Generate to draw it.' : null);
+  }
+
+  function uploaded() {
+    if (shown && !busy) stale('A new photograph is here: press “Find the words”.');
+  }
+
+  function typed() {
+    clearTimeout(typing);
+    typing = setTimeout(() => {
+      if (!shown || busy) return;
+      if (box('words').value.trim() !== (shown.link?.words ?? null)) stale('Looking for the words …');
+      $('#typed').click();
+    }, WAIT_FOR_TYPING);
+  }
+
+  // ---- words
+
+  const listed = () => box('words').value.split(/[,;]/).map(one => one.trim()).filter(Boolean);
+
+  function add(word) {
+    const words = listed();
+    if (!words.some(one => one.toLowerCase() === word.toLowerCase())) put('words', [...words, word].join(', '));
+  }
+
+  function remove({asked, kind}) {
+    if (kind === 'token') {
+      const tokens = [...document.querySelectorAll('#tokens .token')];
+      const found = tokens.find(one => one.textContent.trim().startsWith(asked));
+      return found?.querySelector('.token-remove, button, svg')?.dispatchEvent(new MouseEvent('click', {bubbles: true}));
+    }
+    put('words', listed().filter(one => one.toLowerCase() !== String(asked).toLowerCase()).join(', '));
+  }
+
+  // ---- the address: prompt, seed, words, threshold, method, tab
+
+  function current() {
+    const all = new URLSearchParams(location.search), own = {};
+    for (const name of OWN) if (all.has(name)) own[name] = all.get(name);
+    return own;
+  }
+
+  function write(link, push) {
+    const all = new URLSearchParams(location.search);
+    for (const name of OWN) all.delete(name);
+    for (const [name, value] of Object.entries(link)) all.set(name, value);
+    const search = all.toString() ? `?${all}` : location.pathname;
+    if (search === location.search || (search === location.pathname && !location.search)) return;
+    history[push ? 'pushState' : 'replaceState'](null, '', search);
+  }
+
+  function address(fresh) {
+    const first = !Object.keys(current()).length && shown.key === 'first';
+    if (!first) write(shown.link || {}, fresh && shown.key !== 'first' && current().prompt !== undefined);
+  }
+
+  function moved(name, value) {
+    if (!shown?.link) return;
+    shown.link[name] = String(value);
+    if (shown.key !== 'first' || Object.keys(current()).length) write(shown.link, false);
+    remember(false);
+  }
+
+  function tabs() {
+    return [...document.querySelectorAll('.tab-container [role=tab]')];
+  }
+
+  function select() {
+    const wanted = TABS.indexOf(new URLSearchParams(location.search).get('tab') || TABS[0]);
+    const tab = tabs()[Math.max(0, wanted)];
+    if (tab && tab.getAttribute('aria-selected') !== 'true') tab.click();
+  }
+
+  function chosen(tab) {
+    const name = TABS[tabs().indexOf(tab)], all = new URLSearchParams(location.search);
+    if (!name || (all.get('tab') || TABS[0]) === name) return;
+    if (name === TABS[0]) all.delete('tab'); else all.set('tab', name);
+    history.replaceState(null, '', all.toString() ? `?${all}` : location.pathname);
+  }
+
+  // ---- the pictures of before
+
+  function stored() {
+    try {
+      return JSON.parse(sessionStorage.getItem(STORE)) || [];
+    } catch {
+      return [];
+    }
+  }
+
+  function store(entries) {
+    try {
+      sessionStorage.setItem(STORE, JSON.stringify(entries));
+    } catch { /* no room: the strip is of this page alone */ }
+    strips(entries);
+  }
+
+  async function thumb(src) {
+    const picture = new Image();
+    picture.src = src;
+    await picture.decode();
+    const scale = THUMB / Math.max(picture.width, picture.height), canvas = document.createElement('canvas');
+    canvas.width = Math.max(1, Math.round(picture.width * scale));
+    canvas.height = Math.max(1, Math.round(picture.height * scale));
+    canvas.getContext('2d').drawImage(picture, 0, 0, canvas.width, canvas.height);
+    return canvas.toDataURL('image/webp', 0.8);
+  }
+
+  const same = (one, other) => {
+    const made = ({words, tau, alpha, crf, method, beside, used, grids, sentence, half, ...rest}) => JSON.stringify(rest);
+    return one.key === other.key || (one.link.prompt && made(one.link) === made(other.link));
+  };
+
+  async function remember(fresh) {
+    const {key, link, prompt, picture} = shown;
+    const entries = stored(), entry = {key, link: link || {}, title: prompt || 'photograph'};
+    const at = entries.findIndex(one => same(one, entry));
+    if (at >= 0) {
+      entries[at] = {...entries[at], ...entry};
+    } else if (fresh) {
+      entry.thumb = await thumb(picture.src);
+      entries.unshift(entry);
+    }
+    store(entries.slice(0, MAX_HISTORY));
+  }
+
+  function strips(entries) {
+    const place = $('#history');
+    if (!place) return;
+    place.replaceChildren(...(entries.length > 1 ? entries.map(button) : []));
+  }
+
+  function button(entry) {
+    const made = document.createElement('button'), picture = document.createElement('img');
+    made.type = 'button';
+    const words = entry.link.words ? `: ${entry.link.words}` : '';
+    made.title = `${entry.title}${words}`;
+    made.setAttribute('aria-label', `Back to “${entry.title}”${words}`);
+    if (shown && same(entry, {key: shown.key, link: shown.link || {}})) made.setAttribute('aria-current', 'true');
+    picture.src = entry.thumb;
+    picture.alt = '';
+    made.append(picture);
+    made.addEventListener('click', () => {
+      stale('Bringing the picture back …');
+      ask('recall-go', 'link-in', {key: entry.key, link: entry.link});
+    });
+    return made;
+  }
+
+  // ---- what is heard
+
+  function slid(event) {
+    const slider = event.target.closest('#tau, #alpha');
+    const value = Number(event.target.value);
+    if (!slider || !Number.isFinite(value) || event.target.value === '') return;
+    view()?.[slider.id](value);
+    clearTimeout(resting);
+    resting = setTimeout(() => moved(slider.id, value), 300);
+  }
+
+  function clicked(event) {
+    const example = event.target.closest('#examples [data-link]');
+    if (example) return follow(JSON.parse(example.dataset.link));
+    const word = event.target.closest('#vocabulary button');
+    if (word) return add(word.textContent);
+    const tab = event.target.closest('.tab-container [role=tab]');
+    if (tab) setTimeout(() => chosen(tab));
+  }
+
+  function listen() {
+    document.addEventListener('input', event => {
+      slid(event);
+      if (event.target.closest('#prompt')) edited();
+    });
+    document.addEventListener('change', event => {
+      if (event.target.closest('#crf')) view()?.crf(event.target.checked);
+      if (event.target.closest('#method, #beside, #grids, #half') && shown && !busy) stale('Asking anew …');
+    });
+    document.addEventListener('click', clicked);
+    document.addEventListener('ovam-add', event => add(event.detail.word));
+    document.addEventListener('ovam-remove', event => remove(event.detail));
+    document.addEventListener('ovam-mask', () => $('#typed').click());
+    document.addEventListener('ovam-lost', event => {
+      if (shown) ask('recall-go', 'link-in', {key: event.detail.key, link: shown.link});
+    });
+    document.addEventListener('ovam-strip', event => ask('strip-go', 'strip-of', event.detail));
+    document.addEventListener('ovam-film', event => ask('film-go', 'strip-of', event.detail));
+    addEventListener('popstate', () => {
+      select();
+      const link = current();
+      if (link.prompt) follow(link);
+    });
+  }
+
+  // A page that was just put together may not hear yet: asked again until there is an answer.
+  function begin(tries = 4) {
+    if (!$('#open-go') || !box('link-in') || !view()) return setTimeout(() => begin(tries), 100);
+    const link = current();
+    if (link.prompt) follow(link); else ask('open-go');
+    setTimeout(() => {
+      if (!heard && tries > 1) begin(tries - 1);
+    }, 4000);
+  }
+
+  const picture = () => shown?.picture.src ?? '';
+  window.ovamPage = {answer, candidates: payload => view().candidates(payload), strip, typed, uploaded, failed, picture};
+  listen();
+  strips(stored());
+  setTimeout(select, 300);
+  begin();
+})();
