@@ -169,12 +169,11 @@ class Exporting:
             with httpx.Client(base_url=f"{self.address}gradio_api/", timeout=None) as http:
                 session = "exporting"
                 config = http.get(f"{self.address}config").json()
-                number, data = export_call(config, self.steps)
-                http.post(
-                    "queue/join", json={"fn_index": number, "data": data, "session_hash": session}
-                ).raise_for_status()
-                with http.stream("GET", "queue/data", params={"session_hash": session}) as answer:
-                    self._listen(answer.iter_lines())
+                for number, data in export_calls(config, self.steps):
+                    call = {"fn_index": number, "data": data, "session_hash": session}
+                    http.post("queue/join", json=call).raise_for_status()
+                    with http.stream("GET", "queue/data", params={"session_hash": session}) as answer:
+                        self._listen(answer.iter_lines())
         except Exception as error:
             self.error = f"{type(error).__name__}: {error}"
 
@@ -191,15 +190,18 @@ class Exporting:
                 self.images = int(done[1].replace(",", ""))
 
 
-def export_call(config: dict[str, Any], steps: int) -> tuple[int, list[Any]]:
-    """Number and values of the page's own call that exports: as many images as a Space allows, else as they stand."""
+def export_calls(config: dict[str, Any], steps: int) -> Iterator[tuple[int, list[Any]]]:
+    """Number and values of the page's own calls that export, the one that asks and the one that makes: as many images
+    as a Space allows, else as the fields stand.
+    """
     components = {one["id"]: one["props"] for one in config["components"]}
-    gallery = next(number for number, props in components.items() if props.get("elem_id") == "exported")
-    call = next(one for one in config["dependencies"] if gallery in one["outputs"])
+    button = next(number for number, props in components.items() if props.get("elem_id") == "export")
+    ask = next(one for one in config["dependencies"] if [button, "click"] in one["targets"])
+    make = next(one for one in config["dependencies"] if one["trigger_after"] == ask["id"])
     given = {"each": components_max(components, "each") // 2, "export-steps": steps}  # of two classes
-    return call["id"], [
-        given.get(components[number].get("elem_id"), components[number].get("value")) for number in call["inputs"]
-    ]
+    for call in (ask, make):
+        values = [(components[number].get("elem_id"), components[number].get("value")) for number in call["inputs"]]
+        yield call["id"], [given.get(name, value) for name, value in values]
 
 
 def components_max(components: dict[int, dict[str, Any]], name: str) -> int:

@@ -2,14 +2,15 @@
 
 DAAM, Attn2Mask and OVAM: section 4.1 and supplement A.3 of the OVAM paper. GoCA: attention/goca.py. All have one shape,
 `Method`: `heatmaps` looks at the recording, `masks` cuts; METHODS lists them. A new method is a new class, or a new
-set of numbers, and an entry in METHODS.
+set of numbers, and an entry in METHODS. One that needs files of its own (downstream/) is made by who uses it and given
+in place of a name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from ovam_core.errors import InputError
 from ovam_core.models.presets import ModelDefaults
 from ovam_core.picture import Picture
 from ovam_core.query import Query, background_words, caption_words, listed_words, parse_words, word_queries
-from ovam_core.settings import DEFAULT_METHOD, SegmentSettings, check_field
+from ovam_core.settings import DEFAULT_METHOD, SYSTEMS, SegmentSettings, check_field
 
 if TYPE_CHECKING:
     from ovam_core.models.adapter import Pipeline
@@ -33,6 +34,7 @@ Asks = Literal["words", "token"]
 Size = tuple[int, int]  # (height, width)
 
 
+@runtime_checkable
 class Method(Protocol):
     """What OVAM.segment, the data sets and the benchmarks need of a method.
 
@@ -40,8 +42,8 @@ class Method(Protocol):
     whether a token can be asked. run_steps, step: steps of the run that the method is defined on, and the only one of
     it that it looks at; None for any, and for all. cuts_each: whether a mask follows from its own map, tau and alpha
     alone. needs_goca: whether the picture must bring the pass of
-    `record_goca`. crf: whether a dense CRF follows. has_alpha: whether the self-attention map is used. tau, alpha,
-    token_tau, token_alpha: as published.
+    `record_goca`; needs_features: the features of `record_features`. crf: whether a dense CRF follows. has_alpha:
+    whether the self-attention map is used. tau, alpha, token_tau, token_alpha: as published.
     """
 
     @property
@@ -60,6 +62,8 @@ class Method(Protocol):
     def step(self) -> int | None: ...
     @property
     def needs_goca(self) -> bool: ...
+    @property
+    def needs_features(self) -> bool: ...
     @property
     def crf(self) -> bool: ...
     @property
@@ -194,6 +198,7 @@ class HeatmapMethod:
     takes_tokens: ClassVar[bool] = True
     cuts_each: ClassVar[bool] = True
     needs_goca: ClassVar[bool] = False
+    needs_features: ClassVar[bool] = False
 
     @property
     def has_alpha(self) -> bool:
@@ -239,8 +244,9 @@ class HeatmapMethod:
         return np.stack(refined)
 
     def _looked_at(self, picture: Picture) -> Picture:
-        """The picture with the steps that the method looks at."""
-        return picture if self.step is None else replace(picture, recording=self.select(picture.recording))
+        """The picture with the steps that the method looks at, of each half of the guided batch."""
+        others = {branch: self.select(one) for branch, one in picture.others.items()}
+        return replace(picture, recording=self.select(picture.recording), others=others)
 
     def select(self, recording: Recording) -> Recording:
         """The steps of a recording that the method looks at."""
@@ -303,6 +309,7 @@ class GocaMethod:
     takes_tokens: ClassVar[bool] = False
     cuts_each: ClassVar[bool] = False
     needs_goca: ClassVar[bool] = True
+    needs_features: ClassVar[bool] = False
     has_alpha: ClassVar[bool] = False
 
     def check(self, settings: SegmentSettings) -> None:
@@ -411,12 +418,26 @@ METHODS: dict[str, Method] = {
 }
 
 
-def method_named(name: str) -> Method:
-    """The method of this name, whatever its case. Raises InputError that lists them all."""
-    found = {known.lower(): method for known, method in METHODS.items()}
-    if str(name).lower() not in found:
+def method_named(name: str | Method) -> Method:
+    """The method of this name, whatever its case; a method itself is that. Raises InputError that lists them all."""
+    if not isinstance(name, str | type) and isinstance(name, Method):
+        return name
+    found = {plain_name(known): method for known, method in METHODS.items()}
+    wanted = plain_name(str(name))
+    for system, source in SYSTEMS.items():
+        if wanted == plain_name(system):
+            raise InputError(
+                f"{system} has trained modules, whose weights are yours to bring: its authors publish them at "
+                f"{source}; give the file with --weights, or method={system.replace(' ', '')}(file) in Python."
+            )
+    if wanted not in found:
         raise InputError(f"There is no method '{str(name)[:40]}'; choose among {'; '.join(METHODS)}.")
-    return found[str(name).lower()]
+    return found[wanted]
+
+
+def plain_name(name: str) -> str:
+    """A method's name as names are compared: "grounded-diffusion" is "Grounded Diffusion"."""
+    return name.lower().replace("-", " ")
 
 
 def settings_of_text(words: str = "", sentence: str = "", **rest: Any) -> SegmentSettings:

@@ -17,7 +17,7 @@ from ovam_core.attention.recording import Recording
 from ovam_core.errors import InputError
 from ovam_core.io.masks import IGNORE
 from ovam_core.query import background_embedding, words_in_sentence
-from ovam_core.settings import RECIPES, OptimizeSettings
+from ovam_core.settings import CROSS_ENTROPY, RECIPES, OptimizeSettings
 
 if TYPE_CHECKING:
     from ovam_core.models.adapter import Pipeline
@@ -164,7 +164,7 @@ class _Search:
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.x.device)
         for task in self.tasks:  # one graph at a time: the memory of one image, however many there are
-            loss = task.loss(self.x)
+            loss = task.loss(self.x, settings.loss)
             loss.backward(inputs=[self.x])  # and to no weight of the model
             total = total + loss.detach()
         self._note(float(total))
@@ -226,9 +226,13 @@ class _Task:
     target: Tensor
     weight: Tensor
 
-    def loss(self, embedding: Tensor) -> Tensor:
-        """Eq. 7."""
+    def loss(self, embedding: Tensor, kind: str | None = None) -> Tensor:
+        """Eq. 7, or what the published code has in its place: see OptimizeSettings."""
         maps = resize(heatmaps(self.recording, embedding), (self.weight.shape[0], self.weight.shape[1]))
+        if kind == CROSS_ENTROPY:
+            low, high = maps.min(), maps.max()
+            logs = ((maps - low) / (high - low).clamp_min(EDGE)).log_softmax(dim=0)
+            return -((logs * self.target).sum(dim=0) * self.weight).sum()
         right = torch.where(self.target, maps, 1 - maps).clamp(EDGE, 1 - EDGE)
         return -(right.log() * self.weight).sum()
 

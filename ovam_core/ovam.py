@@ -30,12 +30,13 @@ from ovam_core.attention.mask import NO_CRF, crf_available, self_attention_map
 from ovam_core.attention.reading import Reading
 from ovam_core.attention.recording import Branch, Recording
 from ovam_core.errors import InputError, Stopped
+from ovam_core.hooks.feature_recorder import check_features, record_features
 from ovam_core.hooks.goca_recorder import NOISE, record_goca
 from ovam_core.hooks.photograph import denoise, fitted_size, prepare, with_run_facts
 from ovam_core.hooks.recorder import record
 from ovam_core.io.masks import read_mask
 from ovam_core.io.pictures import read_photo
-from ovam_core.methods import Cut, check_settings, method_named, rows_of_labels
+from ovam_core.methods import Cut, Method, check_settings, method_named, rows_of_labels
 from ovam_core.models.binding import bound, bound_goca
 from ovam_core.models.load import load_pipeline
 from ovam_core.models.presets import (
@@ -60,7 +61,7 @@ from ovam_core.optimization import (
 from ovam_core.picture import Picture, Segmentation, load_picture
 from ovam_core.plot import resize_mask
 from ovam_core.query import Query, branch_of, caption_of, token_query
-from ovam_core.settings import DEFAULT_METHOD, GenerateSettings, PhotoSettings, SegmentSettings
+from ovam_core.settings import DEFAULT_METHOD, HALVES, GenerateSettings, PhotoSettings, SegmentSettings
 from ovam_core.tokens import BACKGROUND, Token
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ class OVAM:
         strength: float | None = None,
         tokens: Sequence[Token] = (),
         branch: Branch | None = None,
+        features: bool = False,
         callback_on_step_end: OnStep | None = None,
     ) -> Picture:
         """An image and its recording. None takes the model's own steps, guidance and size.
@@ -139,6 +141,7 @@ class OVAM:
         file to begin from in place of noise, cropped about its middle to the size; strength: the share of the steps
         that are run then, above 0 to 1 (0.6). tokens: those that will be asked for, where they belong to the
         unconditional half of the guided batch. branch: the half to record, "all" for both; None for that of the tokens.
+        features: keep those of the UNet's last step too, for the systems in downstream/: see `record_features`.
         callback_on_step_end: called with (steps done, steps in all), once with 0 before the first; it may raise
         `Stopped` to end the run.
         Raises InputError, one sentence, for what this model cannot make.
@@ -158,7 +161,13 @@ class OVAM:
             strength=strength,
         )
         branch = branch_of(tokens) if branch is None else branch
-        return self.draw(settings, on_step=callback_on_step_end, branch=branch, with_goca=self.serves_goca)
+        return self.draw(
+            settings,
+            on_step=callback_on_step_end,
+            branch=branch,
+            with_goca=self.serves_goca,
+            with_features=features,
+        )
 
     def draw(
         self,
@@ -168,15 +177,19 @@ class OVAM:
         should_stop: Callable[[], bool] | None = None,
         branch: Branch = "conditional",
         with_goca: bool = False,
+        with_features: bool = False,
     ) -> Picture:
         """`generate` from whole settings.
 
         on_step: called with (steps done, steps in all) after every denoising step, once with 0 before the first.
         should_stop: asked at every step; where it says True, `Stopped` is raised and nothing is kept. branch: half of
         the guided batch to record (`halves_of` knows which one a question needs); "all" for both, where there are two:
-        the unconditional one is then among the picture's `others`. with_goca: record the pass of GoCA too.
+        the unconditional one is then among the picture's `others`. with_goca: record the pass of GoCA too;
+        with_features: the features of the last step.
         """
         settings.validate(self.pipe)
+        if with_features:
+            self._check_features(settings)
         settings, pipe = self._begun(settings)
         total = self.steps_run(settings)
         first: Branch = "conditional" if branch == "all" else branch
@@ -199,6 +212,7 @@ class OVAM:
         with ExitStack() as recorders:
             recorded = [recorders.enter_context(record(pipe, branch=half)) for half in (first, *rest)]
             weighted = recorders.enter_context(record_goca(pipe, branch=first)) if with_goca else None
+            seen = recorders.enter_context(record_features(pipe)) if with_features else None
             images = self.run(
                 pipe=pipe,
                 prompt=settings.prompt,
@@ -210,7 +224,8 @@ class OVAM:
             ).images
         recording, *others = (one.recordings[0] for one in recorded)
         picture = self._picture(images[0], recording, settings, weighted, begun)
-        return replace(picture, others={one.branch: one for one in others})
+        features = None if seen is None else seen.recordings[0]
+        return replace(picture, others={one.branch: one for one in others}, features=features)
 
     def _begun(self, settings: GenerateSettings) -> tuple[GenerateSettings, Pipeline]:
         """The settings with their start picture as the run begins from it, and the pipeline that runs."""
@@ -326,7 +341,7 @@ class OVAM:
         picture: Picture,
         queries: str | Token | Sequence[str | Token] = (),
         *,
-        method: str = "OVAM",
+        method: str | Method = "OVAM",
         sentence: str = "",
         template: str = "{}",
         tau: float | None = None,
@@ -339,7 +354,8 @@ class OVAM:
         """Heatmaps and masks of anything in a picture, from its recording alone.
 
         queries: words, phrases and tokens, in any number; in the answer the words come first, then the tokens. With
-        `sentence`, words to be found in it, and without words every token of the sentence. method: a name in METHODS.
+        `sentence`, words to be found in it, and without words every token of the sentence. method: a name in METHODS,
+        or a Method, such as `GroundedDiffusion(weights)` of downstream/.
         tau, alpha: threshold (Eq. 9) and self-attention floor (Eq. 8), 0 to 1; None: the model's own for words, each
         token's own for tokens. step_indices, resolutions: denoising steps and attention grids to use; None: those that
         the model recommends. branch: half of the guided batch that words are asked of, and that the self-attention is
@@ -359,7 +375,7 @@ class OVAM:
             tokens=tuple(one for one in asked if isinstance(one, Token)),
             token_tau=tau,
             token_alpha=alpha,
-            method=method_named(method).name,
+            method=method_named(method).name if isinstance(method, str) else method_named(method),
             branch=branch,
         )
         return self.answer(picture, settings)
@@ -382,7 +398,8 @@ class OVAM:
         self.check_answerable(settings, picture.settings)
         method = method_named(settings.method)
         seen = replace(self._used_parts(picture, settings), image=_at_work_size(picture.image))
-        _check_branches(settings, picture, method.needs_goca)
+        if not method.needs_features:  # those are of both halves
+            _check_branches(settings, picture, method.needs_goca)
         queries = self.queries(settings)
         labels = _distinct(queries)
         if len(labels) * picture.image.width * picture.image.height > MAX_ANSWER:
@@ -453,10 +470,33 @@ class OVAM:
                 f"{method.name} looks at step {method.step} of a run of {method.run_steps}: generate an image with "
                 f"{method.run_steps} steps, or choose another method."
             )
+        if method.needs_features:
+            self._check_features(made_with)
         if isinstance(made_with, GenerateSettings):
             self._check_parts(settings, made_with)
         self._check_half(settings, made_with)
         method.check_words(self.pipe, made_with.caption, settings.words)
+
+    def _check_features(self, made_with: GenerateSettings | PhotoSettings) -> None:
+        """Refuses what no features of the UNet can be recorded of, for the systems that ask them."""
+        check_features(self.pipe)
+        if isinstance(made_with, PhotoSettings):
+            raise InputError(
+                "The features of both halves of the guided batch are recorded of generated images alone, not of a "
+                "photograph: generate one, or choose another method."
+            )
+        if not self.adapter.guides(made_with.guidance):
+            raise InputError(
+                "Without guidance there is no unconditional half, whose features are asked too: make the picture with "
+                "a guidance scale above 1."
+            )
+        multiple = max(self.adapter.strides)
+        for name, side in (("width", made_with.width), ("height", made_with.height)):
+            if side % multiple:
+                raise InputError(
+                    f"The {name} is {side} pixels, and the features of four grids need multiples of {multiple}: "
+                    f"{max(multiple, side - side % multiple)} would do."
+                )
 
     def _check_parts(self, settings: SegmentSettings, made_with: GenerateSettings) -> None:
         """Refuses steps and grids that no recording of this image can have."""
@@ -473,14 +513,15 @@ class OVAM:
 
     def _check_half(self, settings: SegmentSettings, made_with: GenerateSettings | PhotoSettings) -> None:
         """Refuses the half of the guided batch that no recording of these settings can have."""
-        if settings.branch is None:
-            return
+        asked = {settings.branch, *(token.branch for token in settings.tokens)}
         if isinstance(made_with, PhotoSettings):
-            half = "conditional" if made_with.caption.strip() else "unconditional"
-            if settings.branch != half:
-                other = "without a caption" if made_with.caption.strip() else "with a caption"
-                raise InputError(f"This photograph is of the {half} half alone; look at it {other} for the other one.")
-        elif settings.branch == "unconditional" and not self.adapter.guides(made_with.guidance):
+            half, other = HALVES if made_with.caption.strip() else HALVES[::-1]
+            if other in asked:
+                how = "without" if made_with.caption.strip() else "with"
+                raise InputError(
+                    f"This photograph is of the {half} half alone; look at it {how} a caption for the other one."
+                )
+        elif "unconditional" in asked and not self.adapter.guides(made_with.guidance):
             raise InputError(
                 "Without guidance there is no unconditional half to ask: make the picture with a guidance scale above "
                 "1 by a model that is guided so, or ask the conditional one."
@@ -542,6 +583,8 @@ class OVAM:
         the frames is the word's heatmap of OVAM (Eq. 5), whatever other methods make of it. branch: half of the guided
         batch that a word is asked of. Raises InputError as `segment` does, and for another `over`.
         """
+        if not isinstance(query, str | Token):
+            raise InputError(f"What is asked for is a {type(query).__name__}: give a word or a Token.")
         words, tokens = ((), (query,)) if isinstance(query, Token) else ((query,) if query.strip() else (), ())
         settings = SegmentSettings(
             words=words,
@@ -712,7 +755,8 @@ def _check_branches(settings: SegmentSettings, picture: Picture, of_one_pass: bo
             )
     if settings.branch not in (None, *recorded):
         raise InputError(
-            f"{settings.method} looks at the {own} half of the guided batch: choose that one, or another method."
+            f"{method_named(settings.method).name} looks at the {own} half of the guided batch: choose that one, or "
+            "another method."
             if of_one_pass
             else f"This image was recorded on the {own} half of the guided batch: make it again with the "
             f"{settings.branch} one chosen, or ask the {own} one."

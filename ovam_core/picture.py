@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ovam_core import plot
 from ovam_core.attention.evolution import Evolution
+from ovam_core.attention.features import Features
 from ovam_core.attention.goca import GocaRecording
 from ovam_core.attention.mask import label_map
 from ovam_core.attention.recording import Recording
@@ -38,6 +39,8 @@ MadeBy = TypeVar("MadeBy", GenerateSettings, PhotoSettings)
 SETTINGS_FILE = "settings.json"
 # Files of a result that another result in its folder may not have.
 OWN = re.compile(r"(overlay|mask)_[\w-]+\.png|token_[\w-]+\.safetensors|evolution_[\w-]+\.webp|start\.png")
+MAX_WALL_TIME = 1e9  # seconds that a picture took
+MAX_LINE = 1000  # characters of the name of a model; folders have long ones
 MAX_STRETCH = 1.25  # by which an image may be wider or higher than the recorded one; a photograph's sides are rounded
 
 
@@ -46,14 +49,16 @@ class Picture:
     """An image with what was recorded of it: made by OVAM.generate, OVAM.photograph, or by hand from a `Recorder`'s.
 
     recording: of the wanted half of the guided batch. settings: what it was made with, None for pictures made by hand.
-    goca: one pass recorded for the methods that weigh heads and layers, None without. others: recordings of further
-    halves of the batch, by branch. seconds: wall time of the whole call.
+    goca: one pass recorded for the methods that weigh heads and layers, None without; features: of the UNet's last
+    step, for the systems in downstream/, None without. others: recordings of further halves of the batch, by branch.
+    seconds: wall time of the whole call.
     """
 
     image: Image.Image
     recording: Recording
     settings: GenerateSettings | PhotoSettings | None = None
     goca: GocaRecording | None = None
+    features: Features | None = field(default=None, repr=False, kw_only=True)
     model: str = ""
     device: str = ""
     dtype: str = "float32"
@@ -88,9 +93,9 @@ class Picture:
     def nbytes(self) -> int:
         """Bytes held: the recordings, the image and the last maps."""
         last = 0 if self.last_maps is None else self.last_maps[1].nbytes
-        goca = 0 if self.goca is None else self.goca.nbytes
+        beside = sum(one.nbytes for one in (self.goca, self.features) if one is not None)
         recordings = sum(recording.nbytes for recording in (self.recording, *self.others.values()))
-        return recordings + self.image.width * self.image.height * 3 + last + goca
+        return recordings + self.image.width * self.image.height * 3 + last + beside
 
     def of_branch(self, branch: str) -> Recording:
         """The recording of a half of the guided batch. Raises InputError where it was not recorded."""
@@ -108,6 +113,7 @@ class Picture:
             self,
             recording=self.recording.detached(),
             goca=None if self.goca is None else self.goca.detached(),
+            features=None if self.features is None else self.features.detached(),
             others={branch: one.detached() for branch, one in self.others.items()},
             last_maps=None,
         )
@@ -128,7 +134,8 @@ class Picture:
             for name, image in images.items()
             if isinstance(image, Image.Image)
         }
-        write_recordings(Path(path), about, pixels, Recordings(plain.recording, plain.goca, plain.others))
+        recordings = Recordings(plain.recording, plain.goca, plain.others, plain.features)
+        write_recordings(Path(path), about, pixels, recordings)
         return Path(path)
 
 
@@ -265,10 +272,11 @@ def load_picture(path: str | Path) -> Picture:
             recording=found.recording,
             settings=_made_with(about, images.get("start")),
             goca=found.goca,
-            model=str(about["model"]),
-            device=str(about["device"]),
-            dtype=str(about["dtype"]),
-            seconds=float(about["seconds"]),
+            features=found.features,
+            model=_line(about["model"]),
+            device=_line(about["device"]),
+            dtype=_line(about["dtype"]),
+            seconds=_seconds(about["seconds"]),
             others=found.others,
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -276,8 +284,24 @@ def load_picture(path: str | Path) -> Picture:
         raise InputError(f"The recording '{path.name}'{reason}") from None
 
 
+def _line(text: Any) -> str:
+    """What a file says of itself, as part of a sentence. Raises TypeError for what is no line of text."""
+    if not isinstance(text, str) or len(text) > MAX_LINE or not text.isprintable():
+        raise TypeError
+    return text
+
+
+def _seconds(value: Any) -> float:
+    """Raises TypeError for what is no time."""
+    if not isinstance(value, int | float) or not 0 <= value < MAX_WALL_TIME:
+        raise TypeError
+    return float(value)
+
+
 def _made_with(about: dict[str, Any], start: Image.Image | None) -> GenerateSettings | PhotoSettings | None:
-    """The settings of a recording's file. Raises InputError, KeyError and TypeError for what is none."""
+    """The settings of a recording's file; start: the picture that the run began from. Raises InputError, KeyError and
+    TypeError for what is none.
+    """
     if PhotoSettings.KIND in about:
         photo = PhotoSettings.from_json(about[PhotoSettings.KIND])
         photo.check_fields()
@@ -286,7 +310,9 @@ def _made_with(about: dict[str, Any], start: Image.Image | None) -> GenerateSett
         return None
     made = GenerateSettings.from_json(about[GenerateSettings.KIND])
     made.check_fields()
-    return made if made.start is None else replace(made, start=start)
+    if (made.start is None) != (start is None):
+        raise TypeError
+    return replace(made, start=start)
 
 
 def load_settings(path: str | Path, made_by: type[MadeBy]) -> tuple[MadeBy, SegmentSettings, str, str]:

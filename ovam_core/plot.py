@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib import colormaps
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 from ovam_core.errors import InputError
 
@@ -103,24 +103,6 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
 
 
-def mask_overlay(image: Image.Image, mask: np.ndarray, color: str = COLORS[0], opacity: float = 0.55) -> Image.Image:
-    """A mask in one colour over the picture, the rest of it dimmed a little.
-
-    image: (W, H). mask: bool [H, W] of the same size. color: hex. Returns RGB.
-    """
-    mask = np.asarray(mask, dtype=bool)
-    if mask.shape != (image.height, image.width):
-        raise InputError(
-            f"The mask is {mask.shape[1]}x{mask.shape[0]} and the image {image.width}x{image.height}; "
-            "resize one of them."
-        )
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
-    paint = np.asarray(ImageColor.getrgb(color), dtype=np.float32)
-    inside = (1.0 - opacity) * pixels + opacity * paint
-    mixed = np.where(mask[..., None], inside, 0.6 * pixels)
-    return Image.fromarray(np.rint(mixed).astype(np.uint8))
-
-
 def mask_image(mask: np.ndarray) -> Image.Image:
     """bool [H, W] to a black and white PNG picture (mode L, 0 and 255)."""
     return Image.fromarray(np.asarray(mask, dtype=bool).astype(np.uint8) * 255)
@@ -192,36 +174,3 @@ def enlarge(image: Image.Image, smallest: int = 512) -> Image.Image:
     if factor <= 1:
         return image
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.LANCZOS)
-
-
-def scale_css(cmap: str = "turbo", stops: int = 12) -> str:
-    """The colour table as a CSS linear-gradient, for the legend beside a gallery."""
-    colors = colormaps[cmap](np.linspace(0.0, 1.0, stops), bytes=True)[:, :3]
-    return f"linear-gradient(to right, {', '.join('#' + rgb.tobytes().hex() for rgb in colors)})"
-
-
-def loss_curve(losses: Sequence[float], of: int, width: int = 420, height: int = 340) -> str:
-    """A loss curve as an SVG that takes its colours from the page (currentColor, --primary-500).
-
-    losses: one finite value an epoch, at least one. of: epochs in all, the right end of the axis. The lowest is marked.
-    Returns the <svg> element as text.
-    """
-    left, right, top, bottom = 58, 14, 16, 30
-    values = np.asarray(losses, dtype=np.float64)
-    low, high = float(values.min()), float(values.max())
-    spread = (high - low) or max(abs(high), 1e-6)
-    x = left + (width - left - right) * np.arange(len(values)) / max(of - 1, 1)
-    y = top + (height - top - bottom) * (high - values) / spread
-    best = int(values.argmin())
-    line = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
-    base = height - bottom
-    return f"""<svg viewBox="0 0 {width} {height}" role="img" width="100%" font-size="12" fill="currentColor"
-aria-label="Loss over {len(values)} of {of} epochs, lowest {low:.4f}">
-<path d="M{left} {top}V{base}H{width - right}" fill="none" stroke="currentColor" stroke-opacity=".35"/>
-<g text-anchor="end"><text x="{left - 6}" y="{top + 4}">{high:.3f}</text>
-<text x="{left - 6}" y="{base}">{low:.3f}</text></g>
-<text x="{left}" y="{height - 10}">1</text>
-<text x="{(left + width - right) / 2}" y="{height - 10}" text-anchor="middle">epoch</text>
-<text x="{width - right}" y="{height - 10}" text-anchor="end">{of}</text>
-<polyline points="{line}" fill="none" stroke="var(--primary-500, #6366f1)" stroke-width="2" stroke-linejoin="round"/>
-<circle cx="{x[best]:.1f}" cy="{y[best]:.1f}" r="4" fill="var(--primary-500, #6366f1)"/></svg>"""

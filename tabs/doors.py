@@ -137,6 +137,8 @@ class Doors:
             raise Refused(404, NO_SUCH)
         for name in parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", ()):
             _named(name)
+        if (visitor := dict(scope["headers"]).get(VISITOR.encode())) is not None:
+            _named(visitor.decode("latin-1"))
         if path.startswith(f"{API}heartbeat/"):
             await self._stay(path.removeprefix(f"{API}heartbeat/").rstrip("/"), scope, receive, send)
         elif path.startswith(f"{API}mcp"):
@@ -179,7 +181,8 @@ class Doors:
         visitor = secrets.token_hex(16)
         try:
             named = _with_length(scope, body)
-            named["headers"].append((VISITOR.encode(), visitor.encode()))
+            others = [(name, value) for name, value in named["headers"] if name != VISITOR.encode()]
+            named["headers"] = [*others, (VISITOR.encode(), visitor.encode())]
             await self.app(named, _replay(body, receive), send)
         finally:
             self._tool_calls -= 1

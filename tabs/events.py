@@ -100,18 +100,6 @@ def handler(function: Callable) -> Callable:
     return call
 
 
-def give_back(run: Any, start: gr.Button, halt: gr.Button) -> None:
-    """After a run: it can be started again, and there is nothing to stop. The page of Gradio 6 does not come to `then`
-    where a run has failed.
-    """
-    for after in (run.then, run.failure):
-        after(_idle, None, [start, halt], queue=False, **QUIET)
-
-
-def _idle() -> tuple[gr.Button, gr.Button]:
-    return gr.Button(interactive=True), gr.Button(interactive=False)
-
-
 # ----------------------------------------------------------------------------------------- what a client sent
 
 

@@ -151,7 +151,11 @@ class Exports:
                 place = Path(get_upload_folder()).resolve() / f"ovam-export-{key}"
                 place.mkdir(mode=0o700, parents=True)
                 if tokens is not None:
-                    shutil.copytree(tokens, place / "tokens")
+                    try:
+                        shutil.copytree(tokens, place / "tokens")
+                    except BaseException:  # a full disk: nobody would know of the folder
+                        shutil.rmtree(place, ignore_errors=True)
+                        raise
                     settings = replace(settings, tokens=str(place / "tokens"))
                 export = Export(key, owner, about, title, work, settings, place, time.time(), self.clock())
                 self._exports[key] = export

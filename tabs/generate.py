@@ -62,6 +62,7 @@ MAX_BESIDE = 3  # methods beside the chosen one
 MAX_CANDIDATES = 24  # of the prompt's words
 SCRIPT = (Path(__file__).parent / "assets" / "generate.js").read_text(encoding="utf-8")
 FETCH = "() => setTimeout(() => document.querySelector('#archive').click(), 150)"  # once the page has its address
+FAILED = "() => window.ovamPage.failed()"  # where a handler of ours fails, nothing may stay dimmed
 ALWAYS = ("prompt", "words", "seed")  # in the address, whatever they are
 
 
@@ -121,9 +122,11 @@ class GenerateTab:
     def __init__(self, model: Model):
         self.model, self.sessions, self.ovam = model, model.sessions, model.ovam
         self.key = gr.State(None)
-        with gr.Row(elem_classes="columns"):
+        with gr.Row(elem_classes=["columns", "three"]):
             with gr.Column(scale=4, min_width=320, elem_classes="give"):
                 self._lay_out_questions()
+            with gr.Column(scale=4, min_width=320, elem_classes="more"):  # on a phone below the picture
+                self._lay_out_examples()
                 self._lay_out_folds()
             with gr.Column(scale=8, min_width=320, elem_classes="get"):
                 self._lay_out_picture()
@@ -220,6 +223,8 @@ class GenerateTab:
         with gr.Row(elem_classes="buttons"):
             self.start = gr.Button("Generate", variant="primary", scale=3, min_width=120, elem_id="generate")
             self.halt = gr.Button("Stop", variant="stop", scale=1, min_width=80, interactive=False, elem_id="stop")
+
+    def _lay_out_examples(self) -> None:
         with gr.Column(elem_classes="part") as self.for_examples:
             gr.HTML(buttons(self.ovam.name), js_on_load=None, apply_default_css=False, elem_id="examples")
         if known := vocabulary(self.ovam):
@@ -497,13 +502,13 @@ class GenerateTab:
         )
         payload["columns"] += failed
         payload["picture"]["full"] = list(whole.image.size)
-        return payload | {"link": self.link_of(picture, given)}, facts
+        return payload | {"words": given.text(self.words), "link": self.link_of(picture, given)}, facts
 
     def unanswered(self, key: str, picture: Picture, given: Inputs, sentence: str) -> dict[str, Any]:
         """The payload of a picture whose words cannot be answered."""
         facts, name = run_facts(picture), stem(picture.settings)
         payload = viewer.unanswered(picture, self.ovam.preset, key=key, facts=facts, stem=name)
-        return payload | {"refused": sentence, "link": self.link_of(picture, given)}
+        return payload | {"refused": sentence, "words": given.text(self.words), "link": self.link_of(picture, given)}
 
     def link_of(self, picture: Picture, given: Inputs) -> dict[str, str]:
         """What brings the same page back; nothing, where that takes a visitor's own picture."""
@@ -550,13 +555,16 @@ class GenerateTab:
     # ---- the page: what is wrong is said before anything is queued, and beside what it is about
 
     def _wire_runs(self) -> None:
+        several = {"trigger_mode": "multiple"}  # the second click takes the place of the first
         followed = self.follow.click(
             self.followed,
             self.link,
             [self.source, self.begin_with, *self.linked.values(), self.note],
             **CHECKS,
             **QUIET,
+            **several,
         )
+        followed.failure(None, js=FAILED, **PRIVATE)
         for trigger in (self.start.click, self.prompt.submit, self.upload.caption.submit, followed.success):
             self._wire_run(trigger)
         self.upload.photo.upload(None, js="() => window.ovamPage.uploaded()", **PRIVATE)
@@ -574,6 +582,7 @@ class GenerateTab:
         begun = trigger(
             self.begin, self.everything, [self.number, self.halt, self.note, self.answers], **CHECKS, **QUIET, **several
         )
+        begun.failure(None, js=FAILED, **PRIVATE)
         ran = begun.success(
             self.run,
             self.everything,
@@ -584,7 +593,7 @@ class GenerateTab:
         )
         for after in (ran.then, ran.failure):  # Gradio 6 does not come to `then` where a run has failed
             after(self.settle, None, self.halt, queue=False, **QUIET)
-        ran.failure(None, js="() => window.ovamPage.failed()", **PRIVATE)
+        ran.failure(None, js=FAILED, **PRIVATE)
 
     @handler
     def begin(self, values: dict, request: gr.Request):
@@ -593,7 +602,7 @@ class GenerateTab:
         try:
             caption = self._check(session, given)
         except InputError as error:
-            return "", gr.skip(), shown(str(error)), {"refused": str(error)}
+            return "", gr.skip(), shown(str(error)), {"denied": str(error)}
         return session.replace(WORK), gr.Button(interactive=True), "", {"making": caption, "done": 0, "of": 0}
 
     def _check(self, session: Session, given: Inputs) -> str:
@@ -702,7 +711,7 @@ class GenerateTab:
         by_words = [self.typed.click, *(box.submit for box in boxes), self.crf.change, self.pick.change]
         by_method = [self.grids.change, self.half.change, self.method.change, self.beside.change]
         for triggers, redraw in ((by_words, self.redraw), (by_method, self.redraw_how)):
-            gr.on(
+            redrawn = gr.on(
                 triggers,
                 redraw,
                 {self.key, *self.asked_by},
@@ -711,6 +720,7 @@ class GenerateTab:
                 **QUIET,
                 **MAPS,
             )
+            redrawn.failure(None, js=FAILED, **PRIVATE)
         self.method.change(self.rules, self.method, [self.methods, self.alpha, self.crf], queue=False, **QUIET)
         of_strip = {self.key, self.strip_of, *self.asked_by}
         self.evolve.click(self.evolution, of_strip, [self.strip, self.how_note], **QUIET, **MAPS)
@@ -798,19 +808,23 @@ class GenerateTab:
     # ---- addresses, the first picture, and the pictures before
 
     def _wire_links(self) -> None:
-        self.recall.click(
+        recalled = self.recall.click(
             self.recalled,
             self.link,
-            [self.key, self.source, self.begin_with, *self.linked.values(), self.answers],
+            [self.source, self.begin_with, *self.linked.values(), self.answers],
+            trigger_mode="multiple",
             **QUIET,
             **MAPS,
-        ).success(
+        )
+        again = recalled.success(
             self.shown_again,
-            {self.key, *self.asked_by},
+            {self.link, *self.asked_by},
             [self.key, self.answers, self.candidates, self.note, self.facts, self.pack],
             **QUIET,
             **MAPS,
         )
+        for event in (recalled, again):
+            event.failure(None, js=FAILED, **PRIVATE)
         self.open.click(
             self.opened,
             {self.key, *self.asked_by},
@@ -845,27 +859,22 @@ class GenerateTab:
     @handler
     def recalled(self, link, request: gr.Request):
         """A picture of before, where its recording is kept still: `{"key": "...", "link": {...}}`."""
-        session = self.sessions.of(request)
-        try:
-            asked = json.loads(link)
-            key, wanted = asked["key"], asked["link"]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise InputError("This picture cannot be brought back; make it again.") from None
-        picture = session.find(key if isinstance(key, str) else None)
+        key, wanted = _recalled(link)
         fields: Sequence[Any] = [gr.skip()] * (2 + len(self.linked))
-        if picture is None:
-            return None, *fields, {"gone": wanted}
+        if self.sessions.of(request).find(key) is None:
+            return *fields, {"gone": wanted}
         if wanted:
             fields = [MAKE, None, *self._of_link(json.dumps(wanted))]
-        return key, *fields, gr.skip()
+        return *fields, gr.skip()
 
     @handler
     def shown_again(self, values: dict, request: gr.Request):
-        session, given, key = self.sessions.of(request), Inputs(values), values[self.key]
-        picture = session.find(key)
-        if picture is None:
+        session, given = self.sessions.of(request), Inputs(values)
+        key, _ = _recalled(values[self.link])
+        if session.find(key) is None:
             yield tuple([gr.skip()] * 6)
             return
+        assert key is not None
         yield from self._show(session, key, given)
 
     # ---- token files in, everything out
@@ -909,6 +918,16 @@ class GenerateTab:
             )
         assert picture.settings is not None  # the page makes no other pictures
         return str(found.save_zip(session.download_folder() / zip_name(picture.settings)))
+
+
+def _recalled(text: Any) -> tuple[str | None, Any]:
+    """The key of a picture and its address, as the page's script asks for them; no key where it asks for no picture."""
+    try:
+        asked = json.loads(text)
+        key, link = asked.get("key"), asked.get("link")
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise InputError("This picture cannot be brought back; make it again.") from None
+    return (key if isinstance(key, str) else None), link
 
 
 def _strip_of(text: str) -> tuple[str, str]:

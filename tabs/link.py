@@ -41,7 +41,7 @@ def _text(value: Any) -> str:
     if isinstance(value, bool):
         return str(int(value))
     if isinstance(value, float):
-        return f"{value:g}"
+        return f"{value:.6f}".rstrip("0").rstrip(".")  # never 1e-05
     return ",".join(value) if isinstance(value, list | tuple) else str(value)
 
 

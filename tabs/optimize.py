@@ -428,7 +428,7 @@ class OptimizeTab:
                 list(RECIPES),
                 value=own.recipe,
                 label="Recipe",
-                info="paper: as published, 500 epochs of gradient descent",
+                info="paper: as published, 500 epochs of gradient descent; published-code: its authors' library",
             )
             with gr.Row():
                 self.epochs = gr.Slider(

@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -264,9 +264,12 @@ class Programs:
         seen = self._picture(session, picture)
         claims(np.zeros((0, seen.image.height, seen.image.width)), column, row)  # refuses a point outside
         among = tuple(parse_words(named)) if named else self._usual_words(seen)
+        image = shrunk(seen.image)  # which a photograph's maps are made for, or many words would not fit in memory
+        shown = seen if image is seen.image else replace(seen, image=image)
         with self.model.words_of(session) as before_word:
-            found = self.model.answer(seen, SegmentSettings(among, crf=False), before_word)
-        ranked = claims(found.heatmaps, column, row)
+            found = self.model.answer(shown, SegmentSettings(among, crf=False), before_word)
+        at = column * image.width // seen.image.width, row * image.height // seen.image.height
+        ranked = claims(found.heatmaps, *at)
         return [{"word": found.labels[number], "value": round(value, 4)} for number, value in ranked]
 
     def _usual_words(self, picture: Picture) -> tuple[str, ...]:
@@ -307,7 +310,7 @@ class Programs:
             mask: A picture, white on the object, black elsewhere; for tools a data: URL, or another tool's address.
             name: The class that the token stands for, such as "cat".
             picture: The id that came with the picture; without it, the last one of this session.
-            recipe: "fast", or "paper" as published.
+            recipe: "fast", "paper" as published, or "published-code", as its authors' library has it.
             epochs: 1 to 500; without it the recipe's.
             rate: Learning rate; without it the recipe's.
         Returns:

@@ -67,7 +67,10 @@ def adapt(page: gr.Blocks) -> None:
     )
 
     def with_files(arguments: dict[str, Any], _positions: Any) -> dict[str, Any]:
-        return {name: _files(page, value) if name in FILES else value for name, value in arguments.items()}
+        return {name: files(value) if name in FILES else value for name, value in arguments.items()}
+
+    def files(value: Any) -> Any:
+        return [_file(page, one) for one in value] if isinstance(value, list) else _file(page, value)
 
     def prepared(name: str, arguments: dict[str, Any]) -> Any:
         if name not in names:
@@ -109,10 +112,8 @@ def _plain(schema: Any) -> Any:
     return {name: _plain(value) for name, value in schema.items() if name not in left}
 
 
-def _files(page: gr.Blocks, value: Any) -> Any:
-    """A text, or a list of them, as the files that they are; anything else is for the endpoint to refuse."""
-    if isinstance(value, list):
-        return [_files(page, one) for one in value]
+def _file(page: gr.Blocks, value: Any) -> Any:
+    """A text as the file that it is; anything else is for the endpoint to refuse."""
     if not isinstance(value, str):
         return value
     if "/file=" in value and not value.startswith("data:"):  # whether it lies in the cache is looked at with all files

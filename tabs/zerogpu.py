@@ -252,7 +252,10 @@ class OnZeroGPU(OVAM):
         should_stop: Asked | None = None,
         branch: Branch = "conditional",
         with_goca: bool = False,
+        with_features: bool = False,
     ) -> Picture:
+        if with_features:
+            raise InputError("On ZeroGPU no features are recorded; choose a method without weights of its own.")
         settings.validate(self.pipe)
         total = self.steps_run(settings)
         if should_stop is not None and should_stop():

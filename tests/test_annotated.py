@@ -6,6 +6,7 @@ import json
 import signal
 from dataclasses import replace
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -318,7 +319,8 @@ def test_the_tokens_command(tmp_path, capsys, monkeypatch):
     file = tmp_path / "tokens" / "sd" / "tv.safetensors"
     assert main(["tokens", "export", str(file), "--out", str(tmp_path / "tv.npy")]) == 0
     assert np.load(tmp_path / "tv.npy").shape == (1, 8)
-    monkeypatch.setattr(tokens.urllib.request, "urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no route")))
+    monkeypatch.setenv("HF_ASSETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("httpx.stream", lambda *_, **__: (_ for _ in ()).throw(httpx.ConnectError("no route")))
     assert main(["tokens", "fetch", "voc-sd15"]) == 2
     assert "is there a network?" in capsys.readouterr().err
 

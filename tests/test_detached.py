@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 
 from ovam_core import heatmaps
 from ovam_core.attention.heatmap import attribute
-from ovam_core.attention.modules import Unbound
+from ovam_core.attention.modules import Unbound, as_recorded
 from ovam_core.cli.app import main
 from ovam_core.errors import InputError
 from ovam_core.io import recording_files
+from ovam_core.models.binding import bound
 from ovam_core.models.presets import defaults_for
 from ovam_core.ovam import OVAM
 from ovam_core.picture import Picture, load_picture
@@ -225,6 +226,16 @@ def test_the_scale_of_a_lora_is_that_of_the_run(tmp_path):
         with_lora(2).load_recording(tmp_path / "x.safetensors")
 
 
+@pytest.mark.parametrize("active", ["style", ["style"]])
+def test_a_lora_of_that_name_that_had_nothing_there_is_refused(active):
+    layer = torch.nn.Linear(2, 2)
+    layer.scaling = {"toy": 1.0, "style": 1.0}
+    run = {"scaling": {"toy": 1.0}, "_active_adapter": active}
+    with pytest.raises(InputError, match="LoRA that is not loaded here"):
+        as_recorded(layer, Unbound({"": run}))
+    assert as_recorded(layer, Unbound({"": run | {"_active_adapter": "toy"}})).scaling == {"toy": 1.0}
+
+
 # --------------------------------------------------------------------------------------- models that are others
 
 
@@ -289,7 +300,11 @@ def put(tensors: dict, name: str, x: torch.Tensor) -> None:
     tensors[name] = x
 
 
-QUERIES = "recording.layers.0.queries"
+def sums(about: dict) -> dict:
+    return about["recordings"]["recording"]["column_sums"][0]
+
+
+QUERIES, SUMS = "recording.layers.0.queries", "recording.column_sums.0.sums"
 BROKEN = {
     "no recordings": lambda about, _: about.pop("recordings"),
     "no layers": lambda about, _: about["recordings"]["recording"].update(layers=[]),
@@ -323,6 +338,23 @@ BROKEN = {
     "heads of GoCA": lambda _, tensors: put(tensors, "goca.layers.0.heads", torch.zeros(1, 2)),
     "a grid of GoCA": lambda about, _: about["recordings"]["goca"].update(height=3),
     "a list": lambda about, _: about.update(recordings=[]),
+    "an image without end": lambda about, _: about["recordings"]["recording"].update(image_size=[10**400, 1]),
+    "a grid beyond all models": lambda about, _: about["recordings"]["recording"].update(height=1025, width=1025),
+    "a name of two lines": lambda about, _: layer(about).update(name="a\nb"),
+    "a name without end": lambda about, _: layer(about).update(name="x" * 1000),
+    "sums of negative sides": lambda about, _: sums(about).update(height=-sums(about)["height"], width=-8),
+    "sums of falling steps": lambda about, _: sums(about).update(steps=[2, 1, 0]),
+    "sums that are none": lambda _, tensors: tensors[SUMS].fill_(float("nan")),
+    "sums below 0": lambda _, tensors: tensors[SUMS].fill_(-1),
+    "a probe that is no number": lambda _, tensors: tensors["recording.layers.0.made"].fill_(float("nan")),
+    "heads of GoCA that are none": lambda _, tensors: tensors["goca.layers.0.heads"].fill_(float("nan")),
+    "numbers of eight bits": lambda _, tensors: put(tensors, QUERIES, tensors[QUERIES].to(torch.float8_e4m3fn)),
+    "a time without end": lambda about, _: about.update(seconds=10**400),
+    "a time that is none": lambda about, _: about.update(seconds=float("nan")),
+    "a model of two lines": lambda about, _: about.update(model="a\nb"),
+    "a device without end": lambda about, _: about.update(device="x" * 100_000),
+    "a start that is not there": lambda about, _: about["generation"].update(start="/etc/passwd", strength=0.5),
+    "a start that nobody names": lambda _, tensors: tensors.update(start=torch.zeros(8, 8, 3, dtype=torch.uint8)),
 }
 
 
@@ -331,6 +363,22 @@ def test_a_broken_recording_is_one_sentence(fault, small, file):
     with pytest.raises(InputError, match="recording") as caught:
         small.load_recording(rewritten(file, BROKEN[fault]))
     assert "\n" not in str(caught.value)
+
+
+HALF = {
+    "by another name": lambda halves: halves.update(x=halves.pop("unconditional")),
+    "the same half": lambda halves: halves["unconditional"].update(branch="conditional"),
+    "another grid": lambda halves: halves["unconditional"].update(height=3),
+    "another image": lambda halves: halves["unconditional"].update(image_size=[3, 5]),
+}
+
+
+@pytest.mark.parametrize("fault", HALF)
+def test_a_broken_half_is_one_sentence(fault, small, picture, tmp_path):
+    other = small.draw(picture.settings, branch="unconditional").recording
+    path = replace(picture, others={"unconditional": other}).save_recording(tmp_path / "x.safetensors")
+    with pytest.raises(InputError, match="one of the wrong kind"):
+        small.load_recording(rewritten(path, lambda about, _: HALF[fault](about["recordings"]["others"])))
 
 
 STREAM = {
@@ -350,6 +398,16 @@ STREAM = {
         put(tensors, name, torch.ones(3)) for name in list(tensors) if ".made." in name
     ],
 }
+
+
+def test_blocks_that_do_not_begin_at_the_first_are_refused():
+    """Each of them is a block of the model."""
+    ovam = OVAM(pipe_of("sd3"))
+    recording = drawn(ovam).detached().recording
+    stream = recording.stream
+    part = replace(recording, layers=recording.layers[:1], stream=replace(stream, blocks=stream.blocks[:1] * 2))
+    with pytest.raises(InputError, match=f"The layer {stream.blocks[0].name} of this recording is not one"):
+        bound(ovam.pipe, part)
 
 
 @pytest.mark.parametrize("fault", STREAM)

@@ -17,6 +17,7 @@ from ovam_core.data.prompts import Prompt, template_prompts, work_list
 from ovam_core.data.runs import read_done
 from ovam_core.errors import InputError
 from ovam_core.settings import Filters
+from tabs import exports as state
 from tabs.exports import NEVER, Exports, address, described
 from tabs.session import HOSTED, LOCAL, Limits, Sessions, StopFlag
 
@@ -81,6 +82,21 @@ def test_tokens_are_part_of_it_and_stay_with_it(exports, tmp_path):
     assert exports.ask("ann", "title", CAT, SETTINGS, tmp_path) is not by_token
     assert by_token.settings.tokens == str(by_token.place / "tokens")
     assert (by_token.place / "tokens" / "one").read_bytes() == b"1"
+
+
+def test_no_folder_stays_where_the_disk_is_full(exports, tmp_path, monkeypatch):
+    made = []
+
+    def full(_tokens, place):
+        made.append(place.parent)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(state.shutil, "copytree", full)
+    with pytest.raises(OSError, match="No space"):
+        exports.ask("ann", "title", CAT, SETTINGS, tmp_path)
+    assert len(made) == 1
+    assert not made[0].exists()
+    assert exports.of("ann") == []
 
 
 def test_nobody_finds_anothers(exports):

@@ -267,8 +267,10 @@ def test_when_it_appeared(visit, first):
         until(page, lambda n=count: page.locator("#viewer [data-part=frames] button").count() >= n)
         page.wait_for_selector(f"#viewer [data-over={over}][aria-pressed=true]")
     page.click("#viewer [data-over=steps]")
-    until(page, lambda: page.locator("#viewer [data-part=frames] button").count() == STEPS)
+    page.wait_for_selector("#viewer [data-over=steps][aria-pressed=true]")
+    until(page, lambda: page.locator("#viewer [data-part=frames] button:has-text('step')").count() == STEPS)
     page.click("#viewer [data-part=frames] button >> nth=1")
+    page.wait_for_function("document.querySelector('#viewer [data-part=moment]')?.textContent.includes('step 1')")
     assert page.inner_text("#viewer [data-part=moment]")
     shoot(page, "wide-strip", full=True)
 

@@ -152,6 +152,8 @@ def test_without_guidance_there_is_one_half(ovam, guidance):
     with pytest.raises(InputError, match="Without guidance there is no unconditional half"):
         ovam.segment(picture, "cat", branch="unconditional")
     with pytest.raises(InputError, match="Without guidance there is no unconditional half"):
+        ovam.check_answerable(SegmentSettings(("cat",), tokens=(token_of("unconditional"),)), picture.settings)
+    with pytest.raises(InputError, match="Without guidance there is no unconditional half"):
         ovam.generate(PROMPT, guidance_scale=guidance, branch="unconditional", **SMALL)
 
 
@@ -221,7 +223,13 @@ def test_the_command_line_and_its_replay(tmp_path, capsys):
     about = ["--model", "emoji-voc", "--device", "cpu", "--steps", "2", "--size", "64x64", "--no-crf", "--words", "cat"]
     out, again = tmp_path / "out", tmp_path / "again"
     half = ["--branch", "unconditional"]
-    assert main(["generate", "a dog", "--negative-prompt", "a cat", *about, *half, "--out", str(out)]) == 0
+    kept = ["--recording", str(tmp_path / "dog.safetensors")]
+    assert main(["generate", "a dog", "--negative-prompt", "a cat", *about, *half, *kept, "--out", str(out)]) == 0
+    ask = ["segment", *kept[1:], "--device", "cpu", "--no-crf", "--words", "cat", "--out", str(tmp_path / "more")]
+    assert main([*ask, *half]) == 0
+    assert (tmp_path / "more" / "heatmaps.npz").read_bytes() == (out / "heatmaps.npz").read_bytes()
+    assert main(ask) == 2
+    assert_refused(capsys.readouterr().err.strip(), "belongs to the conditional half")
     _, asked, _, _ = load_settings(out / "settings.json", GenerateSettings)
     assert asked.branch == "unconditional"
     assert main(["generate", "--settings", str(out / "settings.json"), "--out", str(again)]) == 0

@@ -28,6 +28,7 @@ LAYERS = (
     ("settings", "query", "tokens", "published", "optimization"),
     ("picture",),
     ("methods",),
+    ("downstream",),
     ("ovam",),
     ("data",),
     ("cli", "__main__"),

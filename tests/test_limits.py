@@ -360,8 +360,6 @@ def test_a_call_goes_through_as_it_came():
         ({"json": {"fn_index": 0}, "path": "/gradio_api/call/v2/"}, 400, "'data'"),
         ({"json": {"fn_index": 0}, "path": "/gradio_api/call/v2/js"}, 404, "/js"),
         ({"content": b"x" * (22 << 20), "path": "/gradio_api/upload"}, 413, "21 MB"),
-        ({"content": b"x" * (5 << 20), "path": "/gradio_api/component_server"}, 413, "4 MB"),
-        ({"content": b"x", "path": "/gradio_api/component_server"}, 400, "64 letters"),
         ({"method": "GET", "path": "/monitoring/summary"}, 404, "no such address"),
         ({"method": "GET", "path": "/monitoring"}, 404, "no such address"),
         ({"method": "GET", "path": "/gradio_api/proxy=http://a.b/"}, 404, "no such address"),

@@ -25,6 +25,8 @@ def test_only_what_differs_is_written():
         {"seed": 4294967295, "steps": 1},
         {"tau": 0.0, "crf": False},
         {"tau": 1.0},
+        {"tau": 0.00001},
+        {"tau": 1234567.25},
         {"beside": ["DAAM", "GoCA"], "grids": []},
         {"prompt": "Ünïcode & = ? # 猫, 100 %"},
     ],
@@ -58,7 +60,7 @@ def test_what_is_no_address(text):
         read(text, USUAL)
 
 
-@pytest.mark.parametrize("wrong", ["", "x", "1e999", "nan", "0x10", "1" * 40, "--1", "１"])
+@pytest.mark.parametrize("wrong", ["", "x", "1e999", "nan", "0x10", "1" * 40, "--1", "\uff11"])
 def test_what_is_no_number(wrong):
     for name in ("seed", "tau"):
         with pytest.raises(InputError, match=f"{name} is '.*'; give a number"):

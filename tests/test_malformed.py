@@ -77,10 +77,8 @@ def quick(monkeypatch, picture):
 
 def endpoints(page: gr.Blocks) -> dict[str, object]:
     """One of each function, by name, but those of programs (test_programs.py)."""
-    named = {
-        event.fn.__qualname__: event for event in page.fns.values() if event.fn and event.api_visibility != "public"
-    }
-    return {name: event for name, event in named.items() if "give_back" not in name}
+    events = (event for event in page.fns.values() if event.fn and event.api_visibility != "public")
+    return {event.fn.__qualname__: event for event in events}
 
 
 NAMES = (

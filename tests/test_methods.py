@@ -92,6 +92,19 @@ def test_attn2mask_looks_at_its_one_step(tiny, seen):
         found_by(ATTN2MASK, tiny, seen, words=["cat"])
 
 
+def test_a_step_of_its_own_is_that_of_each_half(tiny, seen):
+    """Whether the half that is asked was recorded alone, or beside the other."""
+    with record(tiny, branch="unconditional") as recorder:
+        generate(tiny, PROMPT)
+    (other,) = recorder.recordings
+    method = replace(ATTN2MASK, step=1)
+    queries = [replace(query, branch="unconditional") for query in method.words(tiny, SegmentSettings(("cat",)))]
+    both = replace(seen, others={"unconditional": other})
+    expected = attribute(other.select(steps=[1]), attribute_words(tiny, ["cat"]))
+    torch.testing.assert_close(method.heatmaps(tiny, both, queries), expected)
+    assert not torch.equal(expected, attribute(other, attribute_words(tiny, ["cat"])))
+
+
 def test_token_methods_are_ovam_and_its_weighted_form(tiny, seen, token):
     plain = found_by(OVAM_TOKEN, tiny, seen, tokens=[token])
     torch.testing.assert_close(plain.maps, attribute(seen.recording, token))

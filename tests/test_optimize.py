@@ -268,7 +268,8 @@ def test_a_target_that_a_token_can_reach_is_reached(recordings, settings):
     with torch.no_grad():
         maps = resize(heatmaps(recordings[0], found.embedding), (32, 48))
         expected = sum(F.binary_cross_entropy(maps[k], torch.from_numpy(target == k).float()) for k in (0, 1))
-    assert found.loss == pytest.approx(float(expected), rel=1e-4)
+    if settings.loss is None:  # the published code's loss: test_label_sets.py
+        assert found.loss == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_staying_near_the_start(recordings):

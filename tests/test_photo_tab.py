@@ -325,7 +325,7 @@ def test_a_visit_with_a_photograph(visit, tmp_path):
 
     other = tmp_path / "other.png"
     scene(200, 300).save(other)
-    page.click("#photo-file [aria-label='Clear'], #photo-file [title='Clear'], #photo-file button[aria-label*='lear']")
+    page.click("#photo-file [aria-label='Remove Image']")
     upload(page, "#photo-file", str(other), "#photo-file img")
     until(page, lambda: "new photograph" in page.inner_text("#viewer [data-part=stale]"))  # not shown in full beside it
     page.click("#source label:has-text('prompt')")

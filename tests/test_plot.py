@@ -56,16 +56,6 @@ def test_overlay_refuses_an_opacity_that_is_none(photo):
         plot.overlay(photo, np.zeros((2, 2)), opacity=float("nan"))
 
 
-def test_mask_overlay_paints_inside_only(photo):
-    mask = np.zeros((24, 40), dtype=bool)
-    mask[5:9, 5:9] = True
-    painted = np.asarray(plot.mask_overlay(photo, mask, "#0072B2", opacity=1.0))
-    assert (painted[6, 6] == [0x00, 0x72, 0xB2]).all()
-    assert (painted[~mask] == np.rint(0.6 * np.asarray(photo)[~mask].astype(np.float32))).all()
-    with pytest.raises(InputError, match="40x24"):
-        plot.mask_overlay(photo, mask[:5])
-
-
 def test_label_image_keeps_ids(tmp_path):
     labels = np.array([[0, 1], [20, 255]], dtype=np.uint8)
     plot.label_image(labels).save(tmp_path / "labels.png")

@@ -342,6 +342,28 @@ def test_point_knows_words_of_its_own(client, generated):
     assert [one["value"] for one in ranked] == sorted((one["value"] for one in ranked), reverse=True)
 
 
+def test_point_asks_no_more_of_a_photograph_than_a_screen_shows(sessions, ovam, monkeypatch):
+    """Of one with 25 megapixels, the maps of 32 words would have 3 gigabytes."""
+    scene = Image.effect_noise((2 * MAX_SHOWN, MAX_SHOWN), 60).convert("RGB")
+    photo = ovam.photograph(scene, "a cat and a car")
+    key = sessions.of(SimpleNamespace(session_hash="ann")).keep(photo)
+    sizes, answer = [], OVAM.answer
+
+    def watched(self, picture, *given, **more):
+        sizes.append(picture.image.size)
+        return answer(self, picture, *given, **more)
+
+    monkeypatch.setattr(OVAM, "answer", watched)
+    with gr.Blocks():
+        programs = Programs(Model(ovam, sessions))
+    for x, y in ((1500, 700), (0, 0), (2 * MAX_SHOWN - 1, MAX_SHOWN - 1)):
+        found = programs.point(SimpleNamespace(session_hash="ann", headers={}), x, y, "cat, car", key)
+        whole = answer(ovam, photo, SegmentSettings(("cat", "car"), crf=False))
+        expected = {whole.labels[row]: value for row, value in claims(whole.heatmaps, x, y)}
+        assert {one["word"]: one["value"] for one in found} == pytest.approx(expected, abs=0.005)
+    assert sizes == [(MAX_SHOWN, MAX_SHOWN // 2)] * 3
+
+
 def test_the_archive_has_everything(client, generated, picture, ovam, tmp_path):
     file = client.predict("cat", generated[0], crf=False, tokens=["cat · emoji-voc"], api_name="/archive")
     with zipfile.ZipFile(file) as archive:
@@ -649,6 +671,13 @@ def call(address: str, tool: str, **arguments):
     return speak(address, lambda session: session.call_tool(tool, arguments))
 
 
+def nested(depth: int) -> list:
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 def texts(result) -> list[str]:
     return [one.text for one in result.content if one.type == "text"]
 
@@ -751,6 +780,7 @@ def test_files_come_as_data_or_from_another_tool(address, square):
         ("photograph", {"photo": "cat.png"}, tools.NO_FILE),
         ("photograph", {"photo": "https://example.com/cat.png", "words": "cat"}, tools.NO_FILE),
         ("photograph", {"photo": "data:image/png;base64,@@", "words": "cat"}, tools.NO_FILE),
+        ("photograph", {"photo": nested(100), "words": "cat"}, "Photo is a list of too many things; at most 1,000"),
         (
             "photograph",
             {"photo": "data:image/png;base64,bm8=", "words": "cat"},
@@ -828,6 +858,13 @@ def test_calls_of_tools_are_bounded_and_named():
     assert doors(echo, method="GET").status_code == 200
     for closed in ("sse", "messages/", "messages/?session_id=x"):
         assert doors(echo, url=f"/gradio_api/mcp/{closed}").status_code == 404
+
+
+@pytest.mark.parametrize(("name", "status"), [("ann", 200), ("../x", 400), ("x" * 65, 400), ("", 400)])
+def test_nobody_names_the_visitor_of_a_tool(name, status):
+    shown = doors(echo, json={"a": 1}, headers={tools.VISITOR: name})
+    assert re.fullmatch(r"[0-9a-f]{32}" if status == 200 else "400", shown.json().get(tools.VISITOR, "400"))
+    assert doors(echo, url="/gradio_api/queue/data", headers={tools.VISITOR: name}).status_code == status
 
 
 def test_no_more_tools_work_at_a_time():

@@ -293,9 +293,12 @@ def process(**environment):
     """`python app.py`: its process, and its port."""
     port = free_port()
     variables = {"GRADIO_SERVER_PORT": str(port), "OVAM_MODEL": "emoji-voc", "HF_HUB_OFFLINE": "1"} | environment
+    # A shell has its background processes ignore it, and so do their children.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     one = subprocess.Popen(
         [sys.executable, "app.py"], cwd=ROOT, env=os.environ | variables, stdout=-1, stderr=-1, text=True
     )
+    signal.signal(signal.SIGINT, before)
     try:
         yield one, port
     finally:

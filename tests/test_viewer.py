@@ -181,7 +181,7 @@ def view(browser):
     """Opens a page with nothing but the large picture; nothing may be asked of anybody, nor go wrong."""
     contexts, faults = [], []
 
-    def open_page(payload=None, candidates=None, width=820, height=900, dark=False):
+    def open_page(payload=None, candidates=None, width=820, height=900, dark=False, layer="heatmap"):
         context = browser.new_context(viewport={"width": width, "height": height}, accept_downloads=True)
         contexts.append(context)
         page = context.new_page()
@@ -199,6 +199,9 @@ def view(browser):
         if payload:
             page.evaluate("sent => view.show(sent)", payload)
             page.evaluate("sent => view.candidates(sent)", candidates)
+            assert page.get_attribute("[data-layer=masks]", "aria-pressed") == "true"  # what a visitor sees first
+            if layer is not None:
+                page.click(f"[data-layer={layer}]")
             settle(page)
         return page
 
@@ -488,7 +491,7 @@ def test_pointing_by_hand_and_by_keys(ovam, picture, found, view):
 
 
 def test_every_control_can_be_reached_by_keys(ovam, picture, found, view):
-    page = view(sent(ovam, found), offers(ovam, picture))
+    page = view(sent(ovam, found), offers(ovam, picture), layer=None)
     wanted = page.evaluate(
         """() => [...root.querySelectorAll('button, summary, input, canvas[tabindex]')]
         .filter(x => x.checkVisibility()).length"""

@@ -148,7 +148,8 @@ def as_recorded(module: nn.Module, stand_in: nn.Module) -> nn.Module:
 def _has_adapters(layer: Any, settings: dict[str, Any]) -> bool:
     """Whether what was in use in a LoRA layer is there, and how much of it was."""
     there, wanted = vars(layer)["scaling"].keys(), settings["scaling"].keys()
-    return wanted <= there and not (there - wanted) & {*[settings.get("_active_adapter", [])][0]}
+    active = settings.get("_active_adapter", [])
+    return wanted <= there and not (there - wanted) & ({active} if isinstance(active, str) else set(active))
 
 
 def probe(*shape: int, seed: int = 0) -> Tensor:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import typer
 
 from ovam_core.cli.options import (
-    MASKS,
     PICTURE,
     SamplingOptions,
     SizeOptions,
@@ -19,13 +18,13 @@ from ovam_core.cli.options import (
     setting,
 )
 from ovam_core.cli.progress import counter
-from ovam_core.cli.segment import RecordingOptions, SegmentOptions, answer, check_asked, read_asked
+from ovam_core.cli.segment import HalfOptions, RecordingOptions, SegmentOptions, answer, check_asked, read_asked
 from ovam_core.errors import InputError
-from ovam_core.settings import HALVES, GenerateSettings
+from ovam_core.settings import GenerateSettings
 
 
 @dataclass(kw_only=True)
-class Options(SegmentOptions, RecordingOptions, StepOptions, SizeOptions, SamplingOptions):
+class Options(SegmentOptions, HalfOptions, RecordingOptions, StepOptions, SizeOptions, SamplingOptions):
     """An image, then the heatmap and mask of any word.
 
     Makes an image and writes it with a heatmap, an overlay and a mask for each word.
@@ -35,12 +34,6 @@ class Options(SegmentOptions, RecordingOptions, StepOptions, SizeOptions, Sampli
     seed: int | None = setting(GenerateSettings, "seed", said="0", panel=PICTURE)
     start: str | None = option("a picture to begin from in place of noise", panel=PICTURE, metavar="FILE")
     strength: float | None = setting(GenerateSettings, "strength", panel=PICTURE)
-    branch: str | None = option(
-        "half of the guided batch that words are asked of; the unconditional one is the negative prompt's",
-        said="conditional",
-        choices=HALVES,
-        panel=MASKS,
-    )
 
 
 def run(options: Options) -> None:
@@ -80,6 +73,7 @@ def run(options: Options) -> None:
             on_step=on_step,
             branch=halves_of(asked),
             with_goca=ovam.serves_goca if options.recording else method_named(asked.method).needs_goca,
+            with_features=method_named(asked.method).needs_features,
         )
     options.keep(picture)
     answer(ovam, picture, asked, options.out)

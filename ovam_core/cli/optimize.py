@@ -60,7 +60,9 @@ class Options(ModelOptions, NoiseOptions, SamplingOptions):
     out: str = option("token file; with --annotated, a folder", required=True, metavar="PATH", check=named)
     photo: str | None = option("a photograph in place of a generated image", panel=PHOTO, metavar="FILE")
     caption: str | None = option("what the photograph shows", said="names the class", panel=PHOTO, metavar="TEXT")
-    recipe: str = option("fast, or the paper's own", default="fast", panel=SEARCH, choices=tuple(RECIPES))
+    recipe: str = option(
+        "fast, the paper's own, or that of its published code", default="fast", panel=SEARCH, choices=tuple(RECIPES)
+    )
     epochs: int | None = setting(OptimizeSettings, "epochs", said="the recipe's", panel=SEARCH)
     proximity: float | None = setting(OptimizeSettings, "proximity", said="the recipe's", panel=SEARCH, metavar="W")
     contrast: float | None = option(

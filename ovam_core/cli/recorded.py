@@ -7,12 +7,12 @@ from typing import Any
 
 import typer
 
-from ovam_core.cli.options import StepOptions, argument, open_model
-from ovam_core.cli.segment import SegmentOptions, answer, check_asked, read_asked
+from ovam_core.cli.options import StepOptions, argument, given, open_model
+from ovam_core.cli.segment import HalfOptions, SegmentOptions, answer, check_asked, read_asked
 
 
 @dataclass(kw_only=True)
-class Options(SegmentOptions, StepOptions):
+class Options(SegmentOptions, HalfOptions, StepOptions):
     """The heatmap and mask of any word in a recorded picture.
 
     Asks a file of `generate --recording` or `photo --recording`, without making the picture again.
@@ -27,7 +27,7 @@ def run(options: Options) -> None:
     from ovam_core.settings import GenerateSettings, PhotoSettings
 
     picture = load_picture(options.recording)
-    about_maps = options.about_maps()
+    about_maps = options.about_maps() | given(branch=options.branch)
     if options.use_steps is not None:
         about_maps["step_indices"] = options.step_indices()
     made_by: Any = PhotoSettings if isinstance(picture.settings, PhotoSettings) else GenerateSettings

@@ -20,7 +20,7 @@ from ovam_core.cli.options import (
     option,
     setting,
 )
-from ovam_core.settings import EVOLUTIONS, GenerateSettings, PhotoSettings, SegmentSettings
+from ovam_core.settings import EVOLUTIONS, HALVES, SYSTEMS, GenerateSettings, PhotoSettings, SegmentSettings
 
 if TYPE_CHECKING:
     from ovam_core.ovam import OVAM
@@ -42,6 +42,12 @@ class SegmentOptions(ModelOptions, GridOptions, CutOptions, MethodOptions):
     )
     token: list[str] | None = option("token files whose classes to look for", metavar="FILE...")  # noqa: RUF009
     out: str = option("folder for the files", required=True, metavar="DIR", check=named)
+    weights: str | None = option(
+        f"weights of {' or '.join(SYSTEMS)}, yours to bring: a .pth file of its authors",
+        panel=MASKS,
+        metavar="FILE",
+        check=named,
+    )
     settings: str | None = option(
         "a settings.json of this command to use again; other options change it", metavar="FILE"
     )
@@ -57,8 +63,30 @@ class SegmentOptions(ModelOptions, GridOptions, CutOptions, MethodOptions):
         if self.token is not None:
             found["tokens"] = tuple(Token.load(path) for path in self.token)
         if self.method is not None:
-            found["method"] = method_named(self.method).name
+            found["method"] = method_named(self.method).name if self.weights is None else self._system(self.method)
         return found
+
+    def _system(self, name: str) -> Any:
+        """The system of this name with its weights, where it was not made yet."""
+        from ovam_core.downstream.registry import with_weights
+
+        return with_weights(name, self.weights or "") if isinstance(name, str) else name
+
+    def with_system(self, asked: SegmentSettings) -> SegmentSettings:
+        """The same, its method with the weights that were given."""
+        return asked if self.weights is None else replace(asked, method=self._system(asked.method))
+
+
+@dataclass(kw_only=True)
+class HalfOptions:
+    """Of the commands that ask of what was recorded of a guided run."""
+
+    branch: str | None = option(
+        "half of the guided batch that words are asked of; the unconditional one is the negative prompt's",
+        said="conditional",
+        choices=HALVES,
+        panel=MASKS,
+    )
 
 
 @dataclass(kw_only=True)
@@ -99,6 +127,7 @@ def read_asked(
             fresh = settings_of_text(words, options.attribution or "")
             asked = replace(asked, words=fresh.words, sentence=fresh.sentence)
         model, device = options.model or model, options.device or device
+    asked = options.with_system(asked)
     check_settings(asked)
     return before, asked, model, device
 

@@ -27,11 +27,15 @@ import numpy as np
 from PIL import Image
 
 from ovam_core.attention.recording import Branch
+from ovam_core.data.dataset import stem
 from ovam_core.data.layout import METADATA
+from ovam_core.data.prompts import Item, Work, check_classes, match_class
+from ovam_core.data.runs import digest
+from ovam_core.data.voc import VOC_CLASSES
 from ovam_core.errors import InputError
 from ovam_core.hooks.photograph import fitted_size
 from ovam_core.io.files import find_file
-from ovam_core.io.masks import read_mask
+from ovam_core.io.masks import IGNORE, read_mask
 from ovam_core.io.pictures import read_photo
 from ovam_core.io.texts import read_text
 from ovam_core.models.presets import recommended_part
@@ -137,6 +141,73 @@ def _inside(folder: Path, name: str) -> Path:
     if path.is_absolute() or ".." in path.parts or "\0" in name:
         raise InputError(f"the file '{name[:80]}' lies outside of the folder.")
     return find_file((folder / path).parent, [path.name]) or folder / path
+
+
+# ------------------------------------------------------------------------------------------ a set to evaluate on
+
+
+@dataclass(frozen=True)
+class AnnotatedSet:
+    """Annotated images to evaluate a method on, each class of an image by itself: what is another class's counts as
+    background, as in the paper's tables. work: an item a class of an image; examples: of each item.
+    """
+
+    examples: tuple[Example, ...]
+    names: tuple[str, ...]
+    work: Work
+    split: str = "annotated"
+    has_background: bool = False
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The name of each label, from 0."""
+        return ("background", *self.work.classes)
+
+    def truth(self, item: Item, size: tuple[int, int]) -> np.ndarray:
+        """uint8 `[H, W]` of 0, the label of the item's class, and 255."""
+        example, label = self.examples[item.index], self.work.ids(item.classes)[0]
+        labels = read_mask(example.mask, size, len(example.classes))
+        place = [self._label(name) for name in example.classes].index(label) + 1
+        return np.where(labels == IGNORE, IGNORE, np.where(labels == place, label, 0)).astype(np.uint8)
+
+    def _label(self, name: str) -> int:
+        return self.work.ids([match_class(name, self.work.classes) or name])[0]
+
+    def picture(self, ovam: OVAM, item: Item, branch: Branch, with_goca: bool = False) -> Picture:
+        """The image of an item, made again or recorded. Raises InputError as `check_same` does."""
+        return _make(ovam, self.examples[item.index], branch, with_goca)
+
+    def fingerprint(self) -> str:
+        """Changes with the images, the classes and the sizes of the masks."""
+        rows = [
+            [name, *item.classes, repr(example.image), example.mask.stat().st_size]
+            for name, item, example in zip(self.names, self.work.items, self.examples, strict=True)
+        ]
+        return digest(json.dumps(rows).encode())
+
+    def about(self) -> dict[str, str]:
+        return {"set": "annotated"}
+
+
+def read_annotated(folder: str | Path, ovam: OVAM, limit: int | None = None) -> AnnotatedSet:
+    """The images of FOLDER/metadata.jsonl, at most `limit` rows; classes are VOC's where all of them are such.
+
+    Raises InputError as `read_folder` does, and for a mask that is missing.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"The limit is {limit}; choose a whole number from 1.")
+    rows = read_folder(folder, ovam)[:limit]
+    for one in rows:
+        if not one.mask.is_file():
+            raise InputError(f"There is no mask file '{one.mask}'.")
+    named = list(dict.fromkeys(name for one in rows for name in one.classes))
+    classes = VOC_CLASSES if all(match_class(name, VOC_CLASSES) for name in named) else check_classes(named)
+    examples = [(one, name) for one in rows for name in one.classes]
+    items = tuple(
+        Item(index, one.image.caption, "", 0, (match_class(name, classes) or name,))
+        for index, (one, name) in enumerate(examples)
+    )
+    return AnnotatedSet(tuple(one for one, _ in examples), tuple(map(stem, items)), Work(items, classes))
 
 
 def by_class(examples: Iterable[Example]) -> dict[str, list[Example]]:
@@ -279,11 +350,11 @@ def _target(ovam: OVAM, example: Example) -> np.ndarray:
     return np.asarray(Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST))
 
 
-def _make(ovam: OVAM, example: Example, branch: Branch) -> Picture:
+def _make(ovam: OVAM, example: Example, branch: Branch, with_goca: bool = False) -> Picture:
     if isinstance(example.image, PhotoSettings):
         settings = example.image if branch == "conditional" else replace(example.image, caption="")
-        return ovam.look_at(example.photo, settings)
-    picture = ovam.draw(example.image, branch=branch)
+        return ovam.look_at(example.photo, settings, with_goca=with_goca)
+    picture = ovam.draw(example.image, branch=branch, with_goca=with_goca)
     if example.file is not None:
         check_same(picture, example.file)
     return picture

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ovam_core.attention.features import Features
 from ovam_core.attention.goca import GocaRecording
 from ovam_core.attention.modules import Unbound
 from ovam_core.attention.reading import Reading
@@ -34,20 +35,23 @@ PICTURES = ("image", "start")  # the picture, and what its run began from
 MAX_HEADER = 16 << 20  # bytes; 1,000 layers of 1,000 steps of their own each have a tenth of it
 MAX_LAYERS = 4096
 MAX_STEP = 100_000  # of a run
-MAX_SIDE = 4096  # of an attention grid
+MAX_SIDE = 1024  # of an attention grid, eight times what the largest models have
+MAX_IMAGE_SIDE = 65_535  # pixels, as of most files
+MAX_LAYER_NAME = 300  # characters of a layer's
 DTYPES = {str(x).removeprefix("torch."): x for x in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 LORA = {"scaling", "_active_adapter", "merged_adapters", "_disable_adapters"}
 
 
 @dataclass(frozen=True)
 class Recordings:
-    """What was recorded of one picture, detached from the model: of the wanted half of the guided batch, for GoCA, and
-    of other halves by branch.
+    """What was recorded of one picture, detached from the model: of the wanted half of the guided batch, for GoCA, of
+    other halves by branch, and features of the last step. Files of before 2.2 lack those.
     """
 
     recording: Recording
     goca: GocaRecording | None
     others: dict[str, Recording]
+    features: Features | None = None
 
 
 def write_recordings(
@@ -77,10 +81,14 @@ def read_recordings(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Reco
         images = {name: tensors[name] for name in PICTURES if name in tensors}
         for image in images.values():
             _must(image.dtype == torch.uint8 and image.ndim == 3 and image.shape[2] == 3 and min(image.shape) > 0)
-        for one in (recordings.recording, *recordings.others.values()):
+        _check_recording(recordings.recording)
+        for branch, one in recordings.others.items():
             _check_recording(one)
+            _check_half(branch, one, recordings.recording)
         if recordings.goca is not None:
             _check_goca(recordings.goca)
+        if recordings.features is not None:
+            _check_features(recordings.features, recordings.recording)
     except OSError as error:
         raise InputError(f"'{path.name}' cannot be read: {(error.strerror or 'not possible').lower()}.") from None
     except SafetensorError:
@@ -180,21 +188,32 @@ def _check_recording(x: Recording) -> None:
     _must(len(x.timesteps) == len(steps))
     _must(1 <= len(x.layers) <= MAX_LAYERS and len(x.column_sums) <= MAX_LAYERS)
     _must(len({layer.name for layer in x.layers}) == len(x.layers))
-    _must(1 <= x.height <= MAX_SIDE and 1 <= x.width <= MAX_SIDE and min(x.image_size) >= 1)
+    _must(1 <= x.height <= MAX_SIDE and 1 <= x.width <= MAX_SIDE)
+    _must(all(1 <= side <= MAX_IMAGE_SIDE for side in x.image_size))
     for layer in x.layers:
         _check_layer(layer, x.stream is None, steps)
     for sums in x.column_sums:
         own = steps if sums.steps is None else sums.steps
+        _check_steps(own)
         _must(set(own) <= set(steps) and sums.sums.dtype == torch.float32)
+        _must(1 <= sums.height <= MAX_SIDE and 1 <= sums.width <= MAX_SIDE)
         _must(tuple(sums.sums.shape) == (len(own), sums.height * sums.width))
+        _must(_is_finite(sums.sums) and bool((sums.sums >= 0).all()))
     if x.stream is not None:
         _check_stream(x.stream, {one.name: one.steps or steps for one in x.layers})
     _check_reading(x.reading)
 
 
+def _check_half(branch: str, x: Recording, first: Recording) -> None:
+    """Another half of the guided batch: of the same image, on the same grid."""
+    _must(x.branch == branch != first.branch)
+    _must((x.height, x.width, x.image_size) == (first.height, first.width, first.image_size))
+
+
 def _check_layer(layer: LayerQueries, has_keys: bool, steps: Sequence[int]) -> None:
     own = steps if layer.steps is None else layer.steps
     _check_steps(own)
+    _check_name(layer.name)
     _must(set(own) <= set(steps) and isinstance(layer.keys, Unbound) == has_keys)
     _must(1 <= layer.height <= MAX_SIDE and 1 <= layer.width <= MAX_SIDE and layer.scale > 0)
     _check_numbers(layer.queries, 4)
@@ -202,6 +221,7 @@ def _check_layer(layer: LayerQueries, has_keys: bool, steps: Sequence[int]) -> N
     if layer.made is not None:
         _check_numbers(layer.made, 2)
         _must(tuple(layer.made.shape) == (1, layer.queries.shape[1] * layer.queries.shape[3]))
+        _must(_is_finite(layer.made))
 
 
 def _check_stream(stream: TextStream, layers: Mapping[str, Sequence[int]]) -> None:
@@ -212,6 +232,7 @@ def _check_stream(stream: TextStream, layers: Mapping[str, Sequence[int]]) -> No
     before: Sequence[int] = stream.steps
     for place, block in enumerate(stream.blocks):
         _check_steps(block.steps)
+        _check_name(block.name)
         _must(set(block.steps) <= set(before) and isinstance(block.to_keys, Unbound))
         carried = block.image_keys is not None and block.image_values is not None
         _must(isinstance(block.carry, Unbound) == carried == (len(block.tensors) == 2))
@@ -220,7 +241,7 @@ def _check_stream(stream: TextStream, layers: Mapping[str, Sequence[int]]) -> No
             _check_numbers(shown, 4)
             _must(len(shown) == len(block.steps) and shown.shape == block.tensors[0].shape)
         for made in block.made or ():
-            _must(made.is_floating_point())
+            _must(made.dtype in DTYPES.values() and _is_finite(made))
         before = block.steps
     reached = {block.name: tuple(block.steps) for block in stream.blocks}
     order = [name for name in reached if name in layers]
@@ -235,6 +256,7 @@ def _check_goca(x: GocaRecording) -> None:
         _check_layer(layer, True, (0,))
         _, heads, pixels, _ = layer.queries.shape
         _must(tuple(weighted.heads.shape) == (heads, pixels) and weighted.heads.dtype == torch.float32)
+        _must(_is_finite(weighted.heads))
     for own in x.finest:
         for part in (own.queries, own.keys):
             _check_numbers(part, 3)
@@ -243,9 +265,27 @@ def _check_goca(x: GocaRecording) -> None:
     _check_reading(x.reading)
 
 
+def _check_features(x: Features, first: Recording) -> None:
+    _must(x.image_size == first.image_size and 0 <= x.timestep <= MAX_STEP)
+    for kept, dimensions in ((x.layers, 3), (x.attention, 4)):
+        _must(1 <= len(kept) <= MAX_LAYERS)
+        for name, one in kept.items():
+            _check_name(name)
+            _check_numbers(one, dimensions)
+            _must(max(one.shape[-2:]) <= MAX_SIDE and _is_finite(one))
+
+
 def _check_reading(x: Reading | None) -> None:
     if x is not None and x.numbers is not None:
         _must(x.numbers.dtype == torch.float32 and x.numbers.ndim == 2 and len(x.numbers) == len(x.parts))
+
+
+def _check_name(name: str) -> None:
+    _must(0 < len(name) <= MAX_LAYER_NAME and name.isprintable())
+
+
+def _is_finite(x: Tensor) -> bool:
+    return bool(torch.isfinite(x).all())
 
 
 def _check_steps(steps: Sequence[int]) -> None:
@@ -254,4 +294,4 @@ def _check_steps(steps: Sequence[int]) -> None:
 
 
 def _check_numbers(x: Tensor, dimensions: int) -> None:
-    _must(x.is_floating_point() and x.ndim == dimensions and min(x.shape) > 0 and math.prod(x.shape) > 0)
+    _must(x.dtype in DTYPES.values() and x.ndim == dimensions and min(x.shape) > 0 and math.prod(x.shape) > 0)

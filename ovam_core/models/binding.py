@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -84,8 +85,9 @@ def _bound_stream(adapter: Adapter, stream: TextStream, layers: tuple[LayerQueri
     assert whole is not None, "the layers have no keys of their own"
     queries = {x.name: x.queries.shape for x in layers}
     names = [x.name for x in whole.blocks]
-    if [x.name for x in stream.blocks] != names[: len(stream.blocks)]:
-        raise InputError(_OTHER.format(next(x.name for x in stream.blocks if x.name not in names[:-1])))
+    recorded = [x.name for x in stream.blocks]
+    if unlike := [one for one, own in itertools.zip_longest(recorded, names[: len(recorded)]) if one != own]:
+        raise InputError(_OTHER.format(unlike[0]))
     blocks = tuple(_bound_block(own, x) for own, x in zip(whole.blocks, stream.blocks, strict=False))
     found = replace(stream, embed=as_recorded(whole.embed, stream.embed), blocks=blocks, rotary=whole.rotary)
     try:

@@ -10,7 +10,13 @@
   const box = id => $(`#${id} textarea, #${id} input`);
   const view = () => window.ovamView;
   let shown = null; // the last answer with a picture
-  let typing = 0, resting = 0, busy = false, heard = false;
+  let first = null; // the address of the picture that the page opened with
+  let typing = 0, resting = 0, stopping = false, heard = false;
+  const waits = new Set(); // for another picture: the answer to a 'start', the end of a 'run', one 'brought' back
+  const busy = () => waits.size > 0;
+  let later = false; // what is asked was changed while a picture was made
+  let newPhoto = false; // one was uploaded that is not looked at yet
+  let restoring = false; // the visitor went back or forward: the address is right already
 
   // ---- the way to the server
 
@@ -26,7 +32,10 @@
     setTimeout(() => $(`#${button}`)?.click(), field ? 60 : 0);
   }
 
-  const follow = link => ask('link-go', 'link-in', link);
+  function follow(link) {
+    starting(link.prompt);
+    ask('link-go', 'link-in', link);
+  }
 
   // ---- what is said above the picture
 
@@ -39,13 +48,55 @@
     view()?.stale(reason || null);
   }
 
+  const doing = prompt => (onPhoto() ? 'Looking at the photograph' : `Making “${prompt || 'your picture'}”`);
+  const onPhoto = () => !box('prompt');
+
+  // At once, before the server has answered.
+  function starting(prompt) {
+    waits.add('start');
+    say('');
+    stale(`${doing(prompt)}: waiting for the model`);
+  }
+
   function making({making, done, of}) {
-    const first = !busy;
-    busy = true;
+    const begins = !waits.has('run') || !of;
+    if (!of) [later, stopping, newPhoto] = [false, false, false];
+    waits.delete('start');
+    waits.add('run');
     say('');
     const step = of && done ? `step ${done} of ${of}` : 'waiting for the model';
-    stale(`Making “${making || 'your picture'}”: ${step}`);
-    if (first && innerWidth < 1024) $('#viewer')?.scrollIntoView({behavior: 'smooth', block: 'start'});
+    if (!stopping) stale(`${doing(making)}: ${step}`);
+    if (begins && innerWidth < 1024) $('.buttons')?.scrollIntoView({behavior: 'smooth', block: 'start'}); // Stop, and below it the picture
+  }
+
+  function halting() {
+    stopping = waits.has('run');
+    if (stopping) stale('Stopping after this step …');
+  }
+
+  // A picture of before takes the place of one that is being made.
+  function bring(key, link) {
+    if (waits.has('run')) $('#stop').click();
+    waits.add('brought');
+    say('');
+    stale('Bringing the picture back …');
+    ask('recall-go', 'link-in', {key, link});
+  }
+
+  // What cannot be made leaves all else as it is, a run too.
+  function denied(reason) {
+    waits.delete('start');
+    restoring = false;
+    if (!busy()) stale(reason);
+  }
+
+  function stopped(reason) {
+    waits.delete('run');
+    if (busy()) return;
+    restoring = false;
+    say(`${reason} ${shown ? 'The picture is the one before.' : ''}`.trim());
+    edited();
+    catchUp();
   }
 
   // ---- answers
@@ -55,30 +106,44 @@
     if ('making' in payload) return making(payload);
     if ('gone' in payload) return gone(payload.gone);
     if (payload.empty) return;
-    busy = false;
-    if (payload.stopped) {
-      say(`${payload.stopped} ${shown ? 'The picture is the one before.' : ''}`.trim());
-      return edited();
-    }
-    if (!payload.columns) {
-      say('');
-      return stale(payload.refused);
+    const fresh = payload.picture && payload.picture.src;
+    if (payload.denied) return denied(payload.denied);
+    if (payload.stopped) return stopped(payload.stopped);
+    if (busy() && !fresh) return void (later = true); // of the picture before
+    if (!fresh && payload.columns && shown && payload.key !== shown.key) {
+      later = true;
+      return catchUp();
     }
     say('');
-    const fresh = payload.picture && payload.picture.src;
+    if (!payload.columns) return stale(payload.refused);
+    waits.clear();
+    if (fresh && payload.key === 'first') first = payload.link;
+    const before = shown;
     if (fresh || !shown) shown = payload;
     else shown = {...shown, ...payload, picture: shown.picture};
     view().show(payload);
     view().words?.(box('words').value);
     stale(payload.refused);
     if (!payload.refused) edited();
-    address(Boolean(fresh));
+    address(Boolean(fresh && before));
     remember(Boolean(fresh));
+    if (fresh) catchUp();
+  }
+
+  // Words and methods that were changed while a picture was made are asked for once it is there.
+  function catchUp() {
+    const words = shown?.words !== undefined && box('words').value.trim() !== shown.words.trim();
+    if (!shown || !(words || later)) return;
+    later = false;
+    stale('Looking for the words …');
+    $('#typed').click();
   }
 
   function gone(link) {
     if (link && link.prompt) return follow(link);
-    busy = false;
+    waits.clear();
+    restoring = false;
+    edited();
     say('This photograph is not on the server any more; upload it again.');
   }
 
@@ -88,29 +153,33 @@
   }
 
   function failed() {
-    busy = false;
+    waits.clear();
+    restoring = false;
     edited();
+    if (shown) catchUp();
+    else ask('open-go'); // as if no address had been given
   }
 
   // ---- what is out of date
 
   function edited() {
-    if (busy) return;
+    if (busy()) return;
     const link = shown?.link;
     const other = link?.prompt !== undefined && box('prompt') && box('prompt').value.trim() !== link.prompt.trim();
-    stale(other ? 'The prompt has changed: press Generate to draw it.' : null);
+    if (other) stale('The prompt has changed: press Generate to draw it.');
+    else stale(newPhoto && onPhoto() ? 'A new photograph is here: press “Find the words”.' : null);
   }
 
   function uploaded() {
-    if (shown && !busy) stale('A new photograph is here: press “Find the words”.');
+    newPhoto = true;
+    if (shown) edited();
   }
 
   function typed() {
     clearTimeout(typing);
+    if (shown && !busy() && box('words').value.trim() !== (shown.words ?? '').trim()) stale('Looking for the words …');
     typing = setTimeout(() => {
-      if (!shown || busy) return;
-      if (box('words').value.trim() !== (shown.link?.words ?? null)) stale('Looking for the words …');
-      $('#typed').click();
+      if (shown && !busy()) $('#typed').click();
     }, WAIT_FOR_TYPING);
   }
 
@@ -149,13 +218,30 @@
     history[push ? 'pushState' : 'replaceState'](null, '', search);
   }
 
-  function address(fresh) {
-    const first = !Object.keys(current()).length && shown.key === 'first';
-    if (!first) write(shown.link || {}, fresh && shown.key !== 'first' && current().prompt !== undefined);
+  // another: in place of another picture, so that the way back leads to it.
+  function address(another) {
+    const untouched = !Object.keys(current()).length && shown.key === 'first';
+    if (!untouched) write(shown.link || {}, another && !restoring);
+    restoring = false;
   }
 
+  // From the server where it is kept, else made again.
+  function restore() {
+    select();
+    const link = current();
+    if (!link.prompt && !first) return location.reload();
+    const wanted = link.prompt ? link : first;
+    const kept = link.prompt ? stored().find(one => same(one, {key: '', link})) : {key: 'first'};
+    if (!busy() && shown && sameLink(shown, wanted)) return;
+    restoring = true;
+    if (!kept) return follow(wanted);
+    bring(kept.key, wanted);
+  }
+
+  const sameLink = ({link = {}}, other) => OWN.every(name => link[name] === other[name]);
+
   function moved(name, value) {
-    if (!shown?.link) return;
+    if (shown?.link?.prompt === undefined) return;
     shown.link[name] = String(value);
     if (shown.key !== 'first' || Object.keys(current()).length) write(shown.link, false);
     remember(false);
@@ -240,10 +326,7 @@
     picture.src = entry.thumb;
     picture.alt = '';
     made.append(picture);
-    made.addEventListener('click', () => {
-      stale('Bringing the picture back …');
-      ask('recall-go', 'link-in', {key: entry.key, link: entry.link});
-    });
+    made.addEventListener('click', () => bring(entry.key, entry.link));
     return made;
   }
 
@@ -261,6 +344,8 @@
   function clicked(event) {
     const example = event.target.closest('#examples [data-link]');
     if (example) return follow(JSON.parse(example.dataset.link));
+    if (event.target.closest('#generate')) return starting(box('prompt')?.value.trim());
+    if (event.target.closest('#stop')) return halting();
     const word = event.target.closest('#vocabulary button');
     if (word) return add(word.textContent);
     const tab = event.target.closest('.tab-container [role=tab]');
@@ -271,25 +356,28 @@
     document.addEventListener('input', event => {
       slid(event);
       if (event.target.closest('#prompt')) edited();
+      if (busy() && event.target.closest('#sentence, #used')) later = true;
     });
     document.addEventListener('change', event => {
       if (event.target.closest('#crf')) view()?.crf(event.target.checked);
-      if (event.target.closest('#method, #beside, #grids, #half') && shown && !busy) stale('Asking anew …');
+      if (event.target.closest('#source') && newPhoto) setTimeout(edited, 300);
+      if (!event.target.closest('#method, #beside, #grids, #half, #crf')) return;
+      if (busy()) later = true;
+      else if (shown && !event.target.closest('#crf')) stale('Asking anew …');
     });
+    document.addEventListener('keydown', event => {
+      if (event.key === 'Enter' && !event.shiftKey && !event.isComposing && event.target.closest('#prompt')) starting(event.target.value.trim());
+    }, true);
     document.addEventListener('click', clicked);
     document.addEventListener('ovam-add', event => add(event.detail.word));
     document.addEventListener('ovam-remove', event => remove(event.detail));
     document.addEventListener('ovam-mask', () => $('#typed').click());
     document.addEventListener('ovam-lost', event => {
-      if (shown) ask('recall-go', 'link-in', {key: event.detail.key, link: shown.link});
+      if (shown) bring(event.detail.key, shown.link);
     });
     document.addEventListener('ovam-strip', event => ask('strip-go', 'strip-of', event.detail));
     document.addEventListener('ovam-film', event => ask('film-go', 'strip-of', event.detail));
-    addEventListener('popstate', () => {
-      select();
-      const link = current();
-      if (link.prompt) follow(link);
-    });
+    addEventListener('popstate', restore);
   }
 
   // A page that was just put together may not hear yet: asked again until there is an answer.

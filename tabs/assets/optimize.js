@@ -74,7 +74,8 @@ function ovamLearn(root, ways) {
     ctx.lineCap = ctx.lineJoin = 'round';
     const [first, ...others] = op.points.slice(Math.max(0, from - 1));
     ctx.beginPath();
-    if (op.points.length === 1) {
+    const still = op.points.every(([x, y]) => x === op.points[0][0] && y === op.points[0][1]);
+    if (still) {  // a line of no length draws nothing
       ctx.arc(...first, op.width / 2, 0, 2 * Math.PI);
       ctx.fill();
     } else {
