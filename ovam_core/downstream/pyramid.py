@@ -90,7 +90,7 @@ class SpectralConv(nn.Conv2d):
 
     One power iteration at every forward: `v = u0 W / |u0 W|`, `u = v W^T / |v W^T|`, `s = v W^T u^T`; norms are at
     least 1e-4. The buffer stays as it was read: the authors' code writes `u` back in training mode, so that a second
-    forward of theirs differs from the first in what the iteration has still to gain. `sv0` is a note that nothing reads.
+    forward of theirs differs from the first in what the iteration has still to gain. `sv0` is a note nothing reads.
     """
 
     u0: Tensor
