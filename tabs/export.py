@@ -478,6 +478,7 @@ class ExportTab:
             export = self.exports.get(session.visitor, key)
             with session.making(export, stop) as folder:
                 if folder is None:
+                    yield (gr.skip(),) * 6  # nothing at all would be taken for no values
                     return
                 for moment in self.make(session, export, stop, stale):
                     # What has been replaced must not draw over what took its place; and Gradio sends what came last

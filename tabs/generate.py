@@ -723,7 +723,8 @@ class GenerateTab:
             redrawn.failure(None, js=FAILED, **PRIVATE)
         self.method.change(self.rules, self.method, [self.methods, self.alpha, self.crf], queue=False, **QUIET)
         of_strip = {self.key, self.strip_of, *self.asked_by}
-        self.evolve.click(self.evolution, of_strip, [self.strip, self.how_note], **QUIET, **MAPS)
+        last = {"trigger_mode": "always_last", **QUIET, **MAPS}
+        self.evolve.click(self.evolution, of_strip, [self.strip, self.how_note], **last)
         self.film.click(self.film_of, of_strip, self.archive, **QUIET, **MAPS).success(None, js=FETCH, **PRIVATE)
 
     @handler
@@ -820,6 +821,7 @@ class GenerateTab:
             self.shown_again,
             {self.link, *self.asked_by},
             [self.key, self.answers, self.candidates, self.note, self.facts, self.pack],
+            trigger_mode="multiple",
             **QUIET,
             **MAPS,
         )

@@ -562,6 +562,7 @@ class OptimizeTab:
         except (InputError, Stopped):
             if session.is_latest(PICTURE, number):  # else another picture is under way, and this one is forgotten
                 raise
+            yield (gr.skip(),) * len(self.shown)
             return
         key = session.keep(picture)
         yield self.show(key, self.seen(session, key), given.text(self.name))
@@ -717,7 +718,8 @@ class OptimizeTab:
     @told("learn", *[gr.skip()] * 4)
     def run(self, values: dict, request: gr.Request):
         session, number, learned = self.sessions.of(request), str(values[self.number] or ""), None
-        if not number:
+        if not number:  # refused
+            yield (gr.skip(),) * 5  # nothing at all would be taken for no values
             return
         picture, labels, name, settings = self.understood(session, values)
         work = self.model.turns.work(session)
@@ -734,6 +736,7 @@ class OptimizeTab:
             if session.is_latest(WORK, number):
                 raise
         if learned is None or not session.is_latest(WORK, number):  # another took its place
+            yield (gr.skip(),) * 5
             return
         token, how = learned
         label = session.add_token(token)
@@ -795,6 +798,7 @@ class OptimizeTab:
         except (InputError, Stopped):
             if session.is_latest(TRY, number):
                 raise
+            yield gr.skip()
             return
         with self.model.words_of(session) as before_word:
             found = self.model.answer(picture, by_one_rule(self.ovam, name, token), before_word)

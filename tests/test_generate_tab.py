@@ -101,6 +101,20 @@ def test_it_opens_with_a_finished_picture_and_any_word_at_once(visit, first):
     assert parse_qs(urlsplit(page.url).query) == {}
     page.click("#viewer [data-layer=picture]")
     shoot(page, "wide-first-words")
+    set_steps(page, STEPS)
+    page.fill("#prompt textarea", PROMPT)
+    page.click("#generate")
+    assert PROMPT in stale(page)  # at once, before the server has answered
+    wait_for_picture(page, PROMPT)
+    assert parse_qs(urlsplit(page.url).query)["prompt"] == [PROMPT]
+    page.go_back()
+    wait_for_picture(page, EXAMPLES[0].prompt)
+    wait_for_chips(page, ["sea", "the red boat"])
+    assert page.input_value("#words textarea") == "sea, the red boat"
+    assert urlsplit(page.url).query == ""
+    page.go_forward()
+    wait_for_picture(page, PROMPT)
+    assert parse_qs(urlsplit(page.url).query)["prompt"] == [PROMPT]
 
 
 def test_a_word_of_the_prompt_is_a_click_away_and_so_are_the_models_words(visit, first, ovam):
@@ -286,11 +300,17 @@ def test_a_second_start_takes_the_place_of_the_first(visit, slow):
     shoot(page, "wide-running")
     assert EXAMPLES[1].prompt in stale(page)
     page.click("#examples button >> nth=2")
-    until(page, lambda: EXAMPLES[2].prompt in stale(page))
+    assert EXAMPLES[2].prompt in stale(page)
+    page.wait_for_selector("#viewer [data-part=stale]:has-text('step 2')")
+    set_words(page, "dog, road")  # what is asked meanwhile is asked of the picture to be
+    page.click("#methods > button")
+    page.click("#method label:has-text('DAAM')")
     wait_for_picture(page, EXAMPLES[2].prompt)
-    wait_for_chips(page, EXAMPLES[2].words.split(", "))
+    wait_for_chips(page, ["dog", "road"])
+    page.wait_for_selector("#map-facts:has-text('by DAAM')")
     page.wait_for_timeout(1500)  # the first one would come late
     assert EXAMPLES[2].prompt in caption(page)
+    assert chips(page) == ["dog", "road"]
     assert page.input_value("#prompt textarea") == EXAMPLES[2].prompt
     page.wait_for_selector("#stop[disabled]")
 
@@ -304,6 +324,7 @@ def test_stop_says_so_above_the_picture(visit, slow):
     page.click("#generate")
     page.wait_for_selector("#viewer [data-part=stale]:has-text('of 200')")
     page.click("#stop")
+    assert "Stopping" in stale(page)
     page.wait_for_selector("#said:has-text('Stopped after')")
     assert page.locator("#said").bounding_box()["y"] < 900
     page.wait_for_selector("#stop[disabled]")
@@ -413,6 +434,9 @@ def test_a_link_brings_the_same_page_to_a_friend(visit, browser, address):
     wait_for_picture(page, PROMPT)
     until(page, lambda: shown(page) == picture)
     wait_for_chips(page, ["cat", "the car & more"])
+    page.go_forward()
+    wait_for_picture(page, EXAMPLES[1].prompt)
+    wait_for_chips(page, EXAMPLES[1].words.split(", "))
     page.get_by_role("tab", name="Batch mask export").click()
     until(page, lambda: "tab=export" in page.url)
     page.reload()
@@ -423,6 +447,7 @@ def test_an_address_that_cannot_be_read_leaves_the_page_as_it_is(visit, address)
     page = visit()
     page.goto(f"{address}?prompt=a+cat&seed=many&steps=4")
     page.wait_for_selector(".toast-body:has-text(\"seed is 'many'\")")
+    until(page, lambda: stale(page) == "")
     page.goto(f"{address}?prompt=a+cat&seed=1&steps=4000&words=cat")
     page.wait_for_selector("#note:has-text('steps is 4000')")
 
@@ -449,6 +474,7 @@ def test_the_pictures_before_come_back_with_their_words(visit):
     assert page.input_value("#words textarea") == "sea"
     assert page.input_value("#prompt textarea") == EXAMPLES[0].prompt
     assert len(heard) <= 4  # brought back, not made again
+    assert page.get_attribute("#history button >> nth=0", "aria-label") == f"Back to “{PROMPT}”: cat"
     page.reload()  # whose recordings are gone for this page: it is made again
     page.wait_for_selector("#history button >> nth=1")
     page.click("#history button[aria-label*='cat and a car']")
@@ -488,6 +514,7 @@ def test_it_fits(visit, first, name, width, height, scheme):
     picture = page.locator("#viewer canvas[data-part=canvas]").bounding_box()
     assert picture["width"] >= min(340, width - 60)
     assert abs(picture["width"] - picture["height"]) < 2
+    assert picture["y"] < 0.85 * height  # on a phone it is not below examples and folds
     assert picture["x"] >= 0
     assert picture["x"] + picture["width"] <= width
 

@@ -407,6 +407,11 @@ def test_the_whole_way(visit, first, sessions, searches, few_steps, tmp_path):
     assert canvas["width"] > column["width"] - 4
     assert canvas["width"] > 500
     shoot(page, "token-empty", full=True)
+    page.click("#learn")  # refused: nothing is painted, and nothing else may change
+    page.wait_for_selector("[data-note=learn]:not(:empty)")
+    page.wait_for_timeout(500)
+    assert page.inner_text("#try") == "Go"
+    assert page.is_disabled("#try")
     sweep(page, CIRCLE, size=25)
     assert set(np.unique(painted(page)[256, 256])) > {0, 255}  # magenta, in full; the page shows it translucent
     assert float(page.eval_on_selector("#canvas canvas", "one => getComputedStyle(one).opacity")) < 0.7
@@ -546,6 +551,7 @@ def test_a_second_start_stops_the_first_and_stop_keeps_the_best(visit, first, se
     page.wait_for_selector("#verdict:has-text('Stopped after')")
     page.wait_for_selector("#learn-stop[disabled]")
     assert page.is_enabled("#learn-download")
+    assert page.inner_text("#try") == "Go"
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (820, "dark"), (1280, "dark")])

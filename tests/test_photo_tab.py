@@ -294,6 +294,7 @@ def test_a_visit_with_a_photograph(visit, tmp_path):
     assert page.inner_text("#generate") == "Find the words"
     set_words(page, "cat, car")
     page.click("#generate")
+    assert "Looking at the photograph" in page.inner_text("#viewer [data-part=stale]")  # at once
     wait_for_picture(page, "A photograph of a cat and a car")
     assert page.inner_text("#generate") == "Find the words"
     assert "1500 × 1000 px" in caption(page)
@@ -307,6 +308,10 @@ def test_a_visit_with_a_photograph(visit, tmp_path):
     wait_for_chips(page, ["grass"])
     assert shown(page) == picture
     assert "A photograph of a cat and a car" in caption(page)  # recorded once
+    page.fill("#tau input[type=number]", "0.6")
+    page.press("#tau input[type=number]", "Tab")
+    page.wait_for_timeout(800)
+    assert "?" not in page.url  # an address without the photograph would bring something else
     shoot(page, "photo", full=True)
 
     assert "1500 × 1000 px" in page.inner_text("#pack")

@@ -15,9 +15,9 @@ class Features:
     """Of one image.
 
     layers: by name, in the order in which the UNet runs them, `[2 C, h, w]`: the unconditional half's channels, then
-    the conditional half's, in the model's dtype. attention: by the name of the cross-attention, in the same order,
-    `[heads, L, h, w]`: the conditional half's softmax over the L tokens of the prompt, padding included, same dtype.
-    timestep: of the step, of 1000. image_size: (height, width) in pixels.
+    the conditional half's, in the model's dtype. attention: by the name of the cross-attention, in the order of
+    the UNet's modules, `[heads, L, h, w]`: the conditional half's softmax over the L tokens of the prompt, padding
+    included, same dtype. timestep: of the step, of 1000. image_size: (height, width) in pixels.
     """
 
     layers: dict[str, Tensor]

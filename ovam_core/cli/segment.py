@@ -43,7 +43,8 @@ class SegmentOptions(ModelOptions, GridOptions, CutOptions, MethodOptions):
     token: list[str] | None = option("token files whose classes to look for", metavar="FILE...")  # noqa: RUF009
     out: str = option("folder for the files", required=True, metavar="DIR", check=named)
     weights: str | None = option(
-        f"weights of {' or '.join(SYSTEMS)}, yours to bring: a .pth file of its authors",
+        "weights of a method with trained modules, a .pth file, yours to bring from where its authors publish it: "
+        + "; ".join(f"{name.lower().replace(' ', '-')}, {source}" for name, source in SYSTEMS.items()),
         panel=MASKS,
         metavar="FILE",
         check=named,

@@ -10,7 +10,6 @@
   const box = id => $(`#${id} textarea, #${id} input`);
   const view = () => window.ovamView;
   let shown = null; // the last answer with a picture
-  let first = null; // the address of the picture that the page opened with
   let typing = 0, resting = 0, stopping = false, heard = false;
   const waits = new Set(); // for another picture: the answer to a 'start', the end of a 'run', one 'brought' back
   const busy = () => waits.size > 0;
@@ -117,7 +116,6 @@
     say('');
     if (!payload.columns) return stale(payload.refused);
     waits.clear();
-    if (fresh && payload.key === 'first') first = payload.link;
     const before = shown;
     if (fresh || !shown) shown = payload;
     else shown = {...shown, ...payload, picture: shown.picture};
@@ -228,14 +226,14 @@
   // From the server where it is kept, else made again.
   function restore() {
     select();
-    const link = current();
-    if (!link.prompt && !first) return location.reload();
-    const wanted = link.prompt ? link : first;
-    const kept = link.prompt ? stored().find(one => same(one, {key: '', link})) : {key: 'first'};
+    const link = current(), plain = link.prompt === undefined; // the page as it opens
+    const kept = stored().find(one => (plain ? one.key === 'first' : same(one, {key: '', link})));
+    if (plain && !kept) return location.reload();
+    const wanted = plain ? kept.link : link;
     if (!busy() && shown && sameLink(shown, wanted)) return;
     restoring = true;
-    if (!kept) return follow(wanted);
-    bring(kept.key, wanted);
+    if (kept) bring(kept.key, wanted);
+    else follow(wanted);
   }
 
   const sameLink = ({link = {}}, other) => OWN.every(name => link[name] === other[name]);
