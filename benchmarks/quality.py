@@ -42,9 +42,9 @@ from ovam_core import Picture, Recording, Token, methods
 from ovam_core.attention.heatmap import resize
 from ovam_core.attention.mask import densecrf, self_attention_map
 from ovam_core.data.metrics import best_threshold, by_class, confusion, gain, interval, miou, sweep, table
-from ovam_core.methods import ATTN2MASK, DAAM, HeatmapMethod, attribute_queries, cut_maps, weighted_maps
+from ovam_core.methods import ATTN2MASK, DAAM, HeatmapMethod, cut_maps, weighted_maps
 from ovam_core.models.load import embedded_folder
-from ovam_core.models.presets import EMBEDDED, ModelDefaults, recommended_grids, recommended_steps
+from ovam_core.models.presets import EMBEDDED, ModelDefaults
 from ovam_core.ovam import OVAM
 from ovam_core.query import Query, token_query, word_queries
 from ovam_core.tokens import folder_for, library
@@ -62,6 +62,8 @@ ALPHAS = (0.0, 0.5, 0.7, 0.85, 0.95)
 MANY_OBJECTS = (0.0, 0.6, 0.4)  # shares of captions with 1, 2, 3 objects
 SETS = ("voc-sim", "captions")
 CEILING = "Ceiling"
+SPREADING = (methods.ISEG, methods.FA_SEG, methods.DATASET_DIFFUSION)
+BANDS = (0.05, 0.1)
 KINDS = ("name", "token")
 JSON_KEYS = {"kind": "asked", "step_indices": "steps"}  # of a row, where quality.json has other names
 
@@ -74,7 +76,8 @@ class Row:
 
     kind: asked by name or by token. step_indices: denoising steps, resolutions: attention grids; None for those that
     the model recommends. alpha 1 leaves the self-attention map out; inverted: 1 + alpha - A in place of A, for the sign
-    of Eq. 8.
+    of Eq. 8. method: whose maps they are, None for OVAM's. uncertain: half-width of the band about tau, in shares of
+    the peak, whose pixels count nowhere, as those that an export labels 255.
     """
 
     table: str
@@ -86,6 +89,8 @@ class Row:
     step_indices: tuple[int, ...] | None = None
     resolutions: tuple[int, ...] | None = None
     inverted: bool = False
+    method: str | None = None
+    uncertain: float = 0.0
 
     @property
     def key(self) -> str:
@@ -143,6 +148,12 @@ def main_rows(steps: int, resolutions: Sequence[int], preset: ModelDefaults) -> 
             Row("Post-processing", "self-attention", kind, tau, alpha, False),
             Row("Post-processing", "dense CRF", kind, tau, 1.0, True),
             Row("Post-processing", "self-attention and dense CRF", kind, tau, alpha, True),
+            Row("Refinements", "OVAM, no CRF", kind, *own_cuts[kind], False),
+            *(Row("Refinements", one.name, kind, one.tau, 1.0, one.crf, method=one.name) for one in SPREADING),
+            *(
+                Row("Refinements", f"OVAM, 255 within {band:g}", kind, *own_cuts[kind], True, uncertain=band)
+                for band in BANDS
+            ),
             Row(CEILING, "a perfect map", kind, tau, 1.0, False),
             Row(CEILING, "a perfect map, dense CRF", kind, tau, 1.0, True),
         ]
@@ -212,9 +223,12 @@ def grids_of(ovam: OVAM) -> list[int]:
 
 def part_of(row: Row, ovam: OVAM, recording: Recording) -> Recording:
     """The part of a recording that a row looks at."""
-    part = recording.select(steps=row.step_indices, resolutions=row.resolutions)
-    part = recommended_grids(ovam.pipe, part) if row.resolutions is None else part
-    return recommended_steps(ovam.pipe, part) if row.step_indices is None else part
+    return methods.looked_at(ovam.pipe, method_of(row), recording, row.step_indices, row.resolutions)
+
+
+def method_of(row: Row) -> methods.Method:
+    """Whose maps a row cuts."""
+    return methods.method_named(row.method or methods.OVAM.name)
 
 
 def queries_of(ovam: OVAM, name: str, token: Token) -> dict[str, Query]:
@@ -237,10 +251,10 @@ def evaluate(
     refined: dict[bytes, np.ndarray] = {}
     results = {}
     for row in rows:
-        key = (row.step_indices, row.resolutions)
+        key = (row.step_indices, row.resolutions, row.method)
         if key not in parts:
             parts[key] = replace(picture, recording=part_of(row, ovam, picture.recording))
-            maps[key] = attribute_queries(parts[key], [queries[kind] for kind in KINDS])
+            maps[key] = method_of(row).heatmaps(ovam.pipe, parts[key], [queries[kind] for kind in KINDS])
         map_ = maps[key][KINDS.index(row.kind)]
         if row.table == CEILING:
             seen = parts[key].recording
@@ -254,9 +268,11 @@ def evaluate(
             if cut not in refined:
                 refined[cut] = densecrf(mask, pixels)
             mask = refined[cut]
+        scaled = weighted[0].numpy()
+        unsure = np.abs(scaled / scaled.max() - row.tau) < row.uncertain if row.uncertain else None
         results[row.key] = {
-            "counts": confusion(mask, truth).tolist(),
-            "sweep": sweep(weighted[0].numpy(), truth, THRESHOLDS).tolist(),
+            "counts": confusion(mask, truth, unsure).tolist(),
+            "sweep": sweep(scaled, truth, THRESHOLDS, unsure).tolist(),
         }
     return results
 
@@ -319,7 +335,8 @@ def measure(
     """The results of all images, those of an earlier run from the cache."""
     missing = [image for image in planned if image.key not in cache.known]
     prompts, seeds = [image.prompt for image in missing], [image.seed for image in missing]
-    pairs = generations(ovam.pipe, prompts, seeds, run.steps, batch, run.only)
+    keep = {name for row in run.rows for name in method_of(row).keeps}
+    pairs = generations(ovam.pipe, prompts, seeds, run.steps, batch, run.only, keep)
     begun = time.perf_counter()
     for number, (plan, (image, recording)) in enumerate(zip(missing, pairs, strict=True), start=1):
         labels = annotate([image])[0]

@@ -17,8 +17,19 @@ from PIL import Image
 from ovam_core import Method, Picture, Token, methods
 from ovam_core.attention.goca import GocaOptions
 from ovam_core.data.metrics import by_class, confusion, gain, interval, miou, table
-from ovam_core.methods import DAAM, GOCA, GOCA_ANY, GOCA_TOKEN, OVAM_WEIGHTED, Cut
-from ovam_core.models.presets import ModelDefaults, recommended_part
+from ovam_core.methods import (
+    DAAM,
+    DATASET_DIFFUSION,
+    FA_SEG,
+    GOCA,
+    GOCA_ANY,
+    GOCA_TOKEN,
+    ISEG,
+    OVAM_WEIGHTED,
+    Cut,
+    looked_at,
+)
+from ovam_core.models.presets import ModelDefaults
 from ovam_core.ovam import OVAM
 from ovam_core.query import Query, caption_of, token_query
 from ovam_core.settings import SegmentSettings
@@ -40,6 +51,7 @@ class Row:
     method: Method
     by_token: bool = False
     given: Cut = PUBLISHED
+    mirror: bool = False
 
 
 def rows_for(preset: ModelDefaults) -> list[Row]:
@@ -53,6 +65,8 @@ def rows_for(preset: ModelDefaults) -> list[Row]:
     options |= {
         "blur": GocaOptions(blur=0),
         "propagation": GocaOptions(propagations=0),
+        "the middle block": GocaOptions(names=("down_blocks", "up_blocks")),
+        "even rows of S": GocaOptions(even_rows=False),
         "any of it": GocaOptions(False, False, False, 0, 0),
     }
     return [
@@ -66,6 +80,11 @@ def rows_for(preset: ModelDefaults) -> list[Row]:
         Row("GoCA + token, own tau", GOCA_TOKEN, by_token=True, given=own),
         Row("GoCA", GOCA),
         Row("GoCA, any word", GOCA_ANY),
+        Row("OVAM, mirror, name", methods.OVAM, mirror=True),
+        Row("iSeg, name", ISEG),
+        Row("FA-Seg, name", FA_SEG),
+        Row("FA-Seg, mirror, name", FA_SEG, mirror=True),
+        Row("Dataset Diffusion, name", DATASET_DIFFUSION),
         *(Row(f"GoCA without {part}", replace(GOCA, options=without)) for part, without in options.items()),
     ]
 
@@ -98,6 +117,7 @@ def queries_of(row: Row, ovam: OVAM, names: Sequence[str], tokens: Mapping[str, 
 
 def masks_of(row: Row, ovam: OVAM, picture: Picture, queries: Sequence[Query]) -> np.ndarray:
     """Bool `[queries, H, W]`."""
+    picture = replace(picture, recording=looked_at(ovam.pipe, row.method, picture.recording))
     return row.method.masks(picture, row.method.heatmaps(ovam.pipe, picture, queries), queries)
 
 
@@ -108,11 +128,14 @@ def measure(ovam: OVAM, tokens: Mapping[str, Token], count: int) -> list[dict[st
     counts, classes, images = {row.name: [] for row in rows}, [], []
     for seed, scene in scenes(count, list(tokens)):
         names = scene.nouns
-        picture = ovam.photograph(Image.fromarray(scene.image), caption_for(scene), seed=seed % 2**32)
-        picture = replace(picture, recording=recommended_part(ovam.pipe, picture.recording))
+        image, caption = Image.fromarray(scene.image), caption_for(scene)
+        pictures = {
+            mirror: ovam.photograph(image, caption, seed=seed % 2**32, mirror=mirror, keep=["matrix"])
+            for mirror in (False, True)
+        }
         truth = [scene.labels == world.LABELS[name] for name in names]
         for row in rows:
-            masks = masks_of(row, ovam, picture, queries_of(row, ovam, names, tokens))
+            masks = masks_of(row, ovam, pictures[row.mirror], queries_of(row, ovam, names, tokens))
             counts[row.name] += [confusion(*pair) for pair in zip(masks, truth, strict=True)]
         classes += names
         images += [seed] * len(names)

@@ -8,23 +8,36 @@ in place of a name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ovam_core.attention.affinity import Affinity, iseg, sharpened, spread
+from ovam_core.attention.crf import densecrf_each
 from ovam_core.attention.goca import GocaOptions, attribute_weighted, goca, label_pixels
-from ovam_core.attention.heatmap import AttributionPrompt, attribute, resize
-from ovam_core.attention.mask import binary_masks, densecrf, self_attention_map
+from ovam_core.attention.heatmap import AttributionPrompt, attribute, resize, summed
+from ovam_core.attention.mask import binary_masks, self_attention_map
+from ovam_core.attention.outputs import concept_maps
 from ovam_core.attention.recording import Recording
 from ovam_core.checks import MAX_PROMPT, check_text
 from ovam_core.errors import InputError
-from ovam_core.models.presets import ModelDefaults
+from ovam_core.models.presets import ModelDefaults, recommended_grids, recommended_steps
+from ovam_core.models.registry import adapter_of
 from ovam_core.picture import Picture
-from ovam_core.query import Query, background_words, caption_words, listed_words, parse_words, word_queries
+from ovam_core.query import (
+    Query,
+    attribute_words,
+    background_words,
+    caption_words,
+    listed_words,
+    parse_words,
+    word_queries,
+)
 from ovam_core.settings import DEFAULT_METHOD, SYSTEMS, SegmentSettings, check_field
 
 if TYPE_CHECKING:
@@ -42,7 +55,9 @@ class Method(Protocol):
     whether a token can be asked. run_steps, step: steps of the run that the method is defined on, and the only one of
     it that it looks at; None for any, and for all. cuts_each: whether a mask follows from its own map, tau and alpha
     alone. needs_goca: whether the picture must bring the pass of
-    `record_goca`; needs_features: the features of `record_features`. crf: whether a dense CRF follows. has_alpha:
+    `record_goca`; needs_features: the features of `record_features`; keeps: what `record` keeps on
+    request. weighs_grids:
+    whether it looks at all grids, whichever the model recommends. crf: whether a dense CRF follows. has_alpha:
     whether the self-attention map is used. tau, alpha, token_tau, token_alpha: as published.
     """
 
@@ -64,6 +79,10 @@ class Method(Protocol):
     def needs_goca(self) -> bool: ...
     @property
     def needs_features(self) -> bool: ...
+    @property
+    def keeps(self) -> frozenset[str]: ...
+    @property
+    def weighs_grids(self) -> bool: ...
     @property
     def crf(self) -> bool: ...
     @property
@@ -181,7 +200,9 @@ class HeatmapMethod:
 
     run_steps: denoising steps of the run, None for the model's own number. step: the one step used, None for all.
     tau, alpha: threshold (Eq. 9) and self-attention floor (Eq. 8; 1 leaves it out) for words; token_tau, token_alpha:
-    for optimised tokens.
+    for optimised tokens. grid_weights: (latents to a pixel of the grid, weight) of the grids whose maps are averaged, 1
+    for the finest of a UNet (64 of 64), 2 for 32, ...; all maps alike where none of these was recorded. weighs_grids:
+    whether they are taken where the model recommends other grids.
     """
 
     name: str
@@ -194,11 +215,14 @@ class HeatmapMethod:
     token_tau: float = 0.8
     token_alpha: float = 0.95
     asks: Asks = "words"
+    grid_weights: tuple[tuple[int, float], ...] = ()
+    weighs_grids: bool = False
 
     takes_tokens: ClassVar[bool] = True
     cuts_each: ClassVar[bool] = True
     needs_goca: ClassVar[bool] = False
     needs_features: ClassVar[bool] = False
+    keeps: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def has_alpha(self) -> bool:
@@ -209,6 +233,8 @@ class HeatmapMethod:
             raise InputError(f"{self.name} takes tokens, not words: choose a token and no words, or another method.")
         if self.step is not None and settings.step_indices is not None:
             raise InputError(f"{self.name} looks at a step of its own; name no denoising steps.")
+        if self.weighs_grids and settings.resolutions is not None:
+            raise InputError(f"{self.name} weighs the grids itself; name no resolutions.")
 
     def check_words(self, pipe: Pipeline, caption: str, words: Sequence[str]) -> None:
         """Any word can be asked."""
@@ -221,7 +247,18 @@ class HeatmapMethod:
         return replace(query, tau=tau, alpha=alpha)
 
     def heatmaps(self, pipe: Pipeline, picture: Picture, queries: Sequence[Query]) -> Tensor:
-        return attribute_queries(self._looked_at(picture), queries)
+        return self._mean_maps(picture, queries)
+
+    def _mean_maps(
+        self, picture: Picture, queries: Sequence[Query], each: Callable[[Tensor], Tensor] = lambda maps: maps
+    ) -> Tensor:
+        """The mean map of each label, of the grids as they weigh. each: done to the maps of every grid before."""
+        picture = self._looked_at(picture)
+        weights = weights_of_grids(picture.recording, dict(self.grid_weights))
+        if not weights:
+            return attribute_queries(picture, queries)
+        maps = (weight * each(attribute_queries(_of_grid(picture, grid), queries)) for grid, weight in weights.items())
+        return summed(maps) / sum(weights.values())
 
     def masks(
         self,
@@ -235,13 +272,7 @@ class HeatmapMethod:
         masks = cut_maps(weighted, queries).cpu().numpy()
         if not (crf and self.crf):
             return masks
-        pixels = np.asarray(picture.image.convert("RGB"))
-        refined = []
-        for mask in masks:
-            if on_label is not None:
-                on_label()
-            refined.append(densecrf(mask, pixels))
-        return np.stack(refined)
+        return densecrf_each(masks, np.asarray(picture.image.convert("RGB")), on_label)
 
     def _looked_at(self, picture: Picture) -> Picture:
         """The picture with the steps that the method looks at, of each half of the guided batch."""
@@ -281,6 +312,85 @@ class WeightedMethod(HeatmapMethod):
         return attribute_weighted(_pass_of(self.name, picture), [query.attribution for query in queries])
 
 
+def _unchanged(maps: Tensor, _matrix: Tensor) -> Tensor:
+    return maps
+
+
+@dataclass(frozen=True)
+class SpreadMethod(HeatmapMethod):
+    """Maps spread along a self-attention matrix, from 0 to 1 each, then cut at a share of the peak.
+
+    refine: (maps `[L, h, w]`, the matrix as `prepare` made it) to maps of the same shape, from 0 to 1. coarser: 0 for
+    the matrix of the finest grid, 1 for the next. The maps of weighted grids count each over its own sum. A token's own
+    tau does not hold here: it is a share of another map's peak.
+    """
+
+    refine: Callable[[Tensor, Tensor], Tensor] = _unchanged
+    prepare: Callable[[Tensor], Tensor] = Tensor.float
+    coarser: int = 0
+
+    keeps: ClassVar[frozenset[str]] = frozenset({"matrix"})
+
+    def cut(self, query: Query, given: Cut, preset: ModelDefaults | None) -> Query:
+        tau, own = (given.token_tau, self.token_tau) if query.kind == "token" else (given.tau, self.tau)
+        return replace(query, tau=own if tau is None else tau, alpha=1.0)
+
+    def heatmaps(self, pipe: Pipeline, picture: Picture, queries: Sequence[Query]) -> Tensor:
+        maps = self._mean_maps(picture, queries, _over_sum)
+        found: dict[str, tuple[Affinity, Tensor]] = {}
+        spread_out = []
+        for query, rows in zip(queries, rows_of_labels(queries), strict=True):
+            if query.branch not in found:
+                affinity = self._affinity(picture.of_branch(query.branch))
+                found[query.branch] = affinity, self.prepare(affinity.matrix.to(maps.device))
+            affinity, matrix = found[query.branch]
+            spread_out.append(self.refine(resize(maps[rows], (affinity.height, affinity.width)), matrix))
+        return torch.cat(spread_out)
+
+    def _affinity(self, recording: Recording) -> Affinity:
+        if not recording.affinities:
+            raise InputError(
+                f"{self.name} needs the self-attention as a matrix, which was not recorded with this picture (67 MB "
+                f"for a grid of 64 x 64): make it again with {self.name} chosen from the start, in Python with "
+                'keep=["matrix"], or choose another method.'
+            )
+        return recording.affinities[min(self.coarser, len(recording.affinities) - 1)]
+
+
+def weights_of_grids(recording: Recording, weights: Mapping[int, float]) -> dict[int, float]:
+    """The weight of each recorded grid, by its larger side, of those by the latents to a pixel of the grid."""
+    side = max(recording.height, recording.width)
+    found = {grid: weights.get(round(side / grid), 0.0) for grid in recording.resolutions}
+    return {grid: weight for grid, weight in found.items() if weight > 0}
+
+
+def _of_grid(picture: Picture, grid: int) -> Picture:
+    others = {branch: one.select(resolutions=[grid]) for branch, one in picture.others.items()}
+    return replace(picture, recording=picture.recording.select(resolutions=[grid]), others=others)
+
+
+def _over_sum(maps: Tensor) -> Tensor:
+    return maps / maps.sum(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def looked_at(
+    pipe: Pipeline,
+    method: Method,
+    recording: Recording,
+    step_indices: Sequence[int] | None = None,
+    resolutions: Sequence[int] | None = None,
+) -> Recording:
+    """The steps and grids of a recording that were named, else those that the model recommends, unless the method has
+    its own.
+    """
+    used = recording.select(steps=step_indices, resolutions=resolutions)
+    if resolutions is None and not method.weighs_grids:
+        used = recommended_grids(pipe, used)
+    if step_indices is None and method.step is None:
+        used = recommended_steps(pipe, used)
+    return used
+
+
 # ------------------------------------------------------------------------------------ methods that compare words
 
 
@@ -288,7 +398,8 @@ class WeightedMethod(HeatmapMethod):
 class GocaMethod:
     """Words compared with each other and with background nouns at each pixel; the largest score has the pixel.
 
-    asking: (pipe, caption, words) to their attribution prompt. options: the steps of GoCA in use. offset: added to the
+    asking: (pipe, caption, words) to their attribution prompt. options: what is otherwise than the model's published
+    settings (models/goca.py), None for nothing. offset: added to the
     background's score, the largest of its nouns'. tau: the background's score where there is no such noun.
     background: nouns of what is none of the words; None for the caption's other content words (`background_words`),
     among which a synonym of a word that is asked for would take its pixels: then name them.
@@ -297,7 +408,7 @@ class GocaMethod:
     name: str
     about: str
     asking: Callable[[Pipeline, str, Sequence[str]], AttributionPrompt]
-    options: GocaOptions = field(default_factory=GocaOptions)
+    options: GocaOptions | None = None
     offset: float = 0.0
     tau: float = 0.4
     background: tuple[str, ...] | None = None
@@ -310,6 +421,8 @@ class GocaMethod:
     cuts_each: ClassVar[bool] = False
     needs_goca: ClassVar[bool] = True
     needs_features: ClassVar[bool] = False
+    keeps: ClassVar[frozenset[str]] = frozenset()
+    weighs_grids: ClassVar[bool] = False
     has_alpha: ClassVar[bool] = False
 
     def check(self, settings: SegmentSettings) -> None:
@@ -354,6 +467,52 @@ class GocaMethod:
         offset = self.offset if len(maps) > words else queries[0].tau
         pixels = label_pixels(full[:words], full[words:], offset)
         return torch.stack([pixels == number for number in range(1, words + 1)]).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class ConceptMethod(GocaMethod):
+    """Words compared as GoCA does, by what the pixels and they read in joint attention: attention/outputs.py.
+
+    A word is one concept, of several tokens the mean of their embeddings, whatever `asking` says.
+    """
+
+    asking: Callable[[Pipeline, str, Sequence[str]], AttributionPrompt] = listed_words
+
+    needs_goca: ClassVar[bool] = False
+    keeps: ClassVar[frozenset[str]] = frozenset({"outputs"})
+
+    def check(self, settings: SegmentSettings) -> None:
+        if settings.tokens:
+            raise InputError(f"{self.name} compares words; for a token choose {OVAM_TOKEN.name}.")
+        if settings.sentence.strip() or settings.template != "{}":
+            raise InputError(f"{self.name} asks for words alone; leave the attribution sentence and the template out.")
+
+    def check_words(self, pipe: Pipeline, caption: str, words: Sequence[str]) -> None:
+        if not adapter_of(pipe).output_names:
+            raise InputError(
+                f"{self.name} reads joint attention, which {adapter_of(pipe).name} has not: load a model of Stable "
+                "Diffusion 3, Flux or Flux 2, or choose another method."
+            )
+        self._concepts(pipe, caption, words)
+
+    def heatmaps(self, pipe: Pipeline, picture: Picture, queries: Sequence[Query]) -> Tensor:
+        words = [label for query in queries for label in query.labels]
+        adapter = adapter_of(pipe)
+        return concept_maps(
+            picture.of_branch(queries[0].branch),
+            self._concepts(pipe, picture.caption, words),
+            getattr(adapter, "temperature", 1.0),
+        )
+
+    def _concepts(self, pipe: Pipeline, caption: str, words: Sequence[str]) -> Tensor:
+        """`[C, embed_dim]`: of the words, then of what stands for the background."""
+        background = background_words(caption, words) if self.background is None else self.background
+        if len(words) + len(background) < 2:
+            raise InputError(
+                f"{self.name} compares words at each pixel: ask for two or more, such as an object and a background."
+            )
+        prompts = attribute_words(pipe, [*words, *background])
+        return torch.stack([row for prompt in prompts for row in prompt.means(prompt.embedding)])
 
 
 def _check_one_pass(name: str, settings: SegmentSettings) -> None:
@@ -413,8 +572,63 @@ GOCA_TOKEN = WeightedMethod(
     "A learned embedding in place of the word, under GoCA's weights, on one pass. Extends both papers.",
     asks="token",
 )
+# Grids as shares of Stable Diffusion's latents, 64 wide: 8, 16, 32 and 64 are 8, 4, 2 and 1 latents to a pixel.
+ISEG = SpreadMethod(
+    "iSeg",
+    "Maps multiplied by a sharpened self-attention matrix, 8 times over: sharper edges, no dense CRF.",
+    crf=False,
+    tau=0.35,
+    alpha=1.0,
+    token_tau=0.35,
+    token_alpha=1.0,
+    refine=partial(iseg, rounds=8),
+    prepare=partial(sharpened, entropy=0.015),
+    grid_weights=((4, 0.7), (2, 0.3)),
+)
+FA_SEG = SpreadMethod(
+    "FA-Seg",
+    "Grids weighted 0.15, 0.7, 0.15, 0 from coarse to fine, spread along the squared self-attention matrix.",
+    crf=False,
+    alpha=1.0,
+    token_tau=0.4,
+    token_alpha=1.0,
+    refine=partial(spread, power=2),
+    grid_weights=((8, 0.15), (4, 0.7), (2, 0.15)),
+    weighs_grids=True,
+)
+DATASET_DIFFUSION = SpreadMethod(
+    "Dataset Diffusion",
+    "The maps of one coarse grid, spread along the fourth power of the next finer grid's self-attention matrix.",
+    crf=False,
+    tau=0.55,
+    alpha=1.0,
+    token_tau=0.55,
+    token_alpha=1.0,
+    refine=partial(spread, power=4),
+    coarser=1,
+    grid_weights=((4, 1.0),),
+    weighs_grids=True,
+)
+CONCEPT_ATTENTION = ConceptMethod(
+    "ConceptAttention",
+    "Words compared by what pixels and words read in joint attention: Stable Diffusion 3, Flux and Flux 2 alone.",
+)
 METHODS: dict[str, Method] = {
-    method.name: method for method in (DAAM, ATTN2MASK, OVAM, OVAM_TOKEN, GOCA, GOCA_ANY, OVAM_WEIGHTED, GOCA_TOKEN)
+    method.name: method
+    for method in (
+        DAAM,
+        ATTN2MASK,
+        OVAM,
+        OVAM_TOKEN,
+        GOCA,
+        GOCA_ANY,
+        OVAM_WEIGHTED,
+        GOCA_TOKEN,
+        ISEG,
+        FA_SEG,
+        DATASET_DIFFUSION,
+        CONCEPT_ATTENTION,
+    )
 }
 
 
@@ -425,10 +639,10 @@ def method_named(name: str | Method) -> Method:
     found = {plain_name(known): method for known, method in METHODS.items()}
     wanted = plain_name(str(name))
     for system, source in SYSTEMS.items():
-        if wanted == plain_name(system):
+        if wanted == plain_name(system) or wanted.endswith(f" + {plain_name(system)}"):
             raise InputError(
                 f"{system} has trained modules, whose weights are yours to bring: its authors publish them at "
-                f"{source}; give the file with --weights, or method={system.replace(' ', '')}(file) in Python."
+                f"{source}; give them with --weights, or method={system.replace(' ', '')}(weights) in Python."
             )
     if wanted not in found:
         raise InputError(f"There is no method '{str(name)[:40]}'; choose among {'; '.join(METHODS)}.")

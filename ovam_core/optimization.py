@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ovam_core.attention.heatmap import check_embedding, check_weights, heatmaps, resize
-from ovam_core.attention.recording import Recording
+from ovam_core.attention.heatmap import check_embedding, check_weights, heatmaps, merged, resize
+from ovam_core.attention.recording import Recording, side_by_side
 from ovam_core.errors import InputError
 from ovam_core.io.masks import IGNORE
 from ovam_core.query import background_embedding, words_in_sentence
@@ -237,6 +237,13 @@ class _Task:
         return -(right.log() * self.weight).sum()
 
 
+def _for_many_questions(recording: Recording, device: torch.device) -> Recording:
+    """The recording as it is asked fastest while its weights stay as they are."""
+    if recording.stream is not None:
+        return recording
+    return merged(replace(recording, layers=side_by_side(recording.layers)), device)
+
+
 def _tasks(
     recordings: Sequence[Recording], targets: Sequence[np.ndarray], start: Tensor, weights: Sequence[float] | None
 ) -> list[_Task]:
@@ -263,7 +270,8 @@ def _tasks(
         device = start.device if stored.type == "cpu" else stored
         rows = torch.arange(len(start), device=device)[:, None, None]
         target = torch.from_numpy(labels.astype(np.int64)).to(device)[None] == rows
-        tasks.append(_Task(recording, target, torch.from_numpy(kept * (weight / kept.sum())).float().to(device)))
+        weights_of_pixels = torch.from_numpy(kept * (weight / kept.sum())).float().to(device)
+        tasks.append(_Task(_for_many_questions(recording, device), target, weights_of_pixels))
     strange, missing = seen - set(range(len(start))), set(range(1, len(start))) - seen
     if strange:
         raise InputError(f"A mask holds the label {max(strange)}, but the embedding has {len(start)} rows.")

@@ -13,7 +13,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ovam_core.attention.affinity import check_size
 from ovam_core.attention.evolution import Evolution, Over, check_over, evolutions, of_as_many_heads
 from ovam_core.attention.heatmap import resize
 from ovam_core.attention.mask import NO_CRF, crf_available, self_attention_map
@@ -31,18 +32,19 @@ from ovam_core.attention.reading import Reading
 from ovam_core.attention.recording import Branch, Recording
 from ovam_core.errors import InputError, Stopped
 from ovam_core.hooks.feature_recorder import check_features, record_features
-from ovam_core.hooks.goca_recorder import NOISE, record_goca
+from ovam_core.hooks.goca_recorder import record_goca
+from ovam_core.hooks.guidance import check_guidance, guided_by_region
 from ovam_core.hooks.photograph import denoise, fitted_size, prepare, with_run_facts
 from ovam_core.hooks.recorder import record
 from ovam_core.io.masks import read_mask
 from ovam_core.io.pictures import read_photo
-from ovam_core.methods import Cut, Method, check_settings, method_named, rows_of_labels
+from ovam_core.methods import Cut, Method, check_settings, looked_at, method_named, rows_of_labels
 from ovam_core.models.binding import bound, bound_goca
+from ovam_core.models.goca import GocaPreset
 from ovam_core.models.load import load_pipeline
 from ovam_core.models.presets import (
     ModelDefaults,
     defaults_for,
-    recommended_grids,
     recommended_part,
     recommended_steps,
 )
@@ -60,8 +62,18 @@ from ovam_core.optimization import (
 )
 from ovam_core.picture import Picture, Segmentation, load_picture
 from ovam_core.plot import resize_mask
+from ovam_core.presence import UNLIKELY, PresenceScorer
 from ovam_core.query import Query, branch_of, caption_of, token_query
-from ovam_core.settings import DEFAULT_METHOD, HALVES, GenerateSettings, PhotoSettings, SegmentSettings
+from ovam_core.settings import (
+    DEFAULT_METHOD,
+    HALVES,
+    MAX_GUIDANCE,
+    PLAIN,
+    S_CFG_AVERAGE,
+    GenerateSettings,
+    PhotoSettings,
+    SegmentSettings,
+)
 from ovam_core.tokens import BACKGROUND, Token
 
 if TYPE_CHECKING:
@@ -78,13 +90,17 @@ class OVAM:
 
     pipe: any diffusers text-to-image pipeline of a family in models/registry.py. The attributes `pipe`, `adapter`
     (how its family reads text and attends) and `preset` (usual settings, recommended grids, steps and thresholds) may
-    be read; the pipeline is never changed. Raises InputError for a pipeline of no known family.
+    be read; the pipeline is never changed. `goca` may be set: the settings that GoCA's pass is recorded by, None for
+    the published ones (models/goca.py has them, and a shorter list for Flux). Raises InputError for a pipeline of no
+    known family.
     """
 
     def __init__(self, pipe: Pipeline):
         self.pipe = pipe
         self.adapter = adapter_of(pipe)
         self.preset: ModelDefaults = defaults_for(pipe)
+        self.goca: GocaPreset | None = None
+        self.presence = PresenceScorer(pipe)
 
     @classmethod
     def from_pretrained(
@@ -116,6 +132,21 @@ class OVAM:
             return False
         return True
 
+    @property
+    def serves_s_cfg(self) -> bool:
+        """Whether the guidance can have a strength of its own in every region with this model."""
+        try:
+            check_guidance(self.pipe, MAX_GUIDANCE)
+        except InputError:
+            return False
+        return True
+
+    def serves(self, method: Method) -> bool:
+        """Whether what a method looks at can be recorded with this model."""
+        if "outputs" in method.keeps and not self.adapter.output_names:
+            return False
+        return self.serves_goca or not method.needs_goca
+
     # ------------------------------------------------------------------------------------ pictures
 
     def generate(
@@ -126,6 +157,7 @@ class OVAM:
         seed: int = 0,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        guidance: str | None = None,
         width: int | None = None,
         height: int | None = None,
         start: Image.Image | str | Path | None = None,
@@ -133,15 +165,19 @@ class OVAM:
         tokens: Sequence[Token] = (),
         branch: Branch | None = None,
         features: bool = False,
+        keep: Collection[str] = (),
         callback_on_step_end: OnStep | None = None,
     ) -> Picture:
         """An image and its recording. None takes the model's own steps, guidance and size.
 
-        seed: 0 to 2**32 - 1; the noise is drawn on the CPU, so it is the same on every device. start: a picture or its
-        file to begin from in place of noise, cropped about its middle to the size; strength: the share of the steps
-        that are run then, above 0 to 1 (0.6). tokens: those that will be asked for, where they belong to the
+        seed: 0 to 2**32 - 1; the noise is drawn on the CPU, so it is the same on every device. guidance: how it is
+        spread over the picture, "plain", "s-cfg" or "s-cfg-average"; None for plain. start: a picture or its file to
+        begin from in place of noise, cropped about its middle to the size; strength: the share of the steps that are
+        run then, above 0 to 1 (0.6). tokens: those that will be asked for, where they belong to the
         unconditional half of the guided batch. branch: the half to record, "all" for both; None for that of the tokens.
-        features: keep those of the UNet's last step too, for the systems in downstream/: see `record_features`.
+        features: keep those of the UNet's last step too, for the systems in downstream/: see `record_features`. keep:
+        what some methods need beside: "matrix" for iSeg, FA-Seg and Dataset Diffusion, "outputs" for ConceptAttention;
+        see `record`.
         callback_on_step_end: called with (steps done, steps in all), once with 0 before the first; it may raise
         `Stopped` to end the run.
         Raises InputError, one sentence, for what this model cannot make.
@@ -159,6 +195,7 @@ class OVAM:
             height=height,
             start=start,
             strength=strength,
+            guidance_kind=guidance,
         )
         branch = branch_of(tokens) if branch is None else branch
         return self.draw(
@@ -167,6 +204,7 @@ class OVAM:
             branch=branch,
             with_goca=self.serves_goca,
             with_features=features,
+            keep=keep,
         )
 
     def draw(
@@ -178,6 +216,7 @@ class OVAM:
         branch: Branch = "conditional",
         with_goca: bool = False,
         with_features: bool = False,
+        keep: Collection[str] = (),
     ) -> Picture:
         """`generate` from whole settings.
 
@@ -185,7 +224,7 @@ class OVAM:
         should_stop: asked at every step; where it says True, `Stopped` is raised and nothing is kept. branch: half of
         the guided batch to record (`halves_of` knows which one a question needs); "all" for both, where there are two:
         the unconditional one is then among the picture's `others`. with_goca: record the pass of GoCA too;
-        with_features: the features of the last step.
+        with_features: the features of the last step; keep: as in `generate`.
         """
         settings.validate(self.pipe)
         if with_features:
@@ -210,9 +249,13 @@ class OVAM:
         if settings.start is not None:
             size = start_arguments(pipe, settings.start, settings.strength)
         with ExitStack() as recorders:
-            recorded = [recorders.enter_context(record(pipe, branch=half)) for half in (first, *rest)]
-            weighted = recorders.enter_context(record_goca(pipe, branch=first)) if with_goca else None
+            recorded = [recorders.enter_context(record(pipe, branch=half, keep=keep)) for half in (first, *rest)]
+            weighted = recorders.enter_context(record_goca(pipe, branch=first, preset=self.goca)) if with_goca else None
             seen = recorders.enter_context(record_features(pipe)) if with_features else None
+            if settings.guidance_kind != PLAIN:
+                averages = settings.guidance_kind == S_CFG_AVERAGE
+                guide = guided_by_region(pipe, settings.prompt, settings.guidance, averages=averages)
+                recorders.enter_context(guide)
             images = self.run(
                 pipe=pipe,
                 prompt=settings.prompt,
@@ -243,16 +286,19 @@ class OVAM:
         seed: int = 0,
         width: int | None = None,
         height: int | None = None,
+        mirror: bool = False,
+        keep: Collection[str] = (),
     ) -> Picture:
         """A photograph, noised and passed once through the model, as a picture with its recording.
 
         photo: a picture or its file. caption: what it shows; empty, the pass is that of the unconditional half.
-        timesteps: noise, 0 to 999, one pass each; None: 100, as GoCA takes. `image` is the upright RGB picture at its
-        own size, and so are heatmaps and masks. Raises InputError for what is no picture or cannot be recorded.
+        timesteps: noise, 0 to 999, one pass each; None: 100, as GoCA takes, 150 in flow matching. mirror: see it in a
+        mirror, too, and average the maps. keep: as in `generate`. `image` is the upright RGB picture at its own size,
+        and so are heatmaps and masks. Raises InputError for what is no picture or cannot be recorded.
         """
-        given = {} if timesteps is None else {"timesteps": tuple(timesteps)}
-        settings = PhotoSettings(caption, seed=seed, width=width, height=height, **given)
-        return self.look_at(photo, settings, with_goca=self.serves_goca)
+        noise = (self.adapter.photo_timestep,) if timesteps is None else tuple(timesteps)
+        settings = PhotoSettings(caption, noise, seed, width, height, mirror)
+        return self.look_at(photo, settings, with_goca=self.serves_goca, keep=keep)
 
     def look_at(
         self,
@@ -261,20 +307,24 @@ class OVAM:
         *,
         should_stop: Callable[[], bool] | None = None,
         with_goca: bool = False,
+        keep: Collection[str] = (),
     ) -> Picture:
         """`photograph` from whole settings.
 
         should_stop: asked before every pass; where it says True, `Stopped` is raised. with_goca: record GoCA's pass,
-        the one nearest to the paper's t = 100.
+        the one nearest to the model's t (`Adapter.photo_timestep`). keep: as in `generate`.
         """
         settings.validate(self.pipe)
         begun = time.perf_counter()
         image = read_photo(photo)
-        noisy = prepare(self.pipe, [image], [settings.caption], settings.timesteps, settings.seed, settings.size)
-        goal = NOISE * self.pipe.scheduler.config.num_train_timesteps
+        about = (settings.timesteps, settings.seed, settings.size, settings.mirror)
+        noisy = prepare(self.pipe, [image], [settings.caption], *about)
+        goal = self.adapter.photo_timestep / 1000 * self.pipe.scheduler.config.num_train_timesteps
         nearest = min(range(len(noisy.timesteps)), key=lambda step: abs(noisy.timesteps[step] - goal))
-        weighing = record_goca(self.pipe, branch="all", step=nearest) if with_goca else nullcontext()
-        with read_as(Reading()), record(self.pipe, branch="all") as recorder, weighing as weighted:
+        about_goca: dict[str, Any] = {"branch": "all", "step": nearest, "preset": self.goca}
+        weighing = record_goca(self.pipe, **about_goca) if with_goca else nullcontext()
+        recording = record(self.pipe, branch="all", keep=keep, mirrored=noisy.mirrored)
+        with read_as(Reading()), recording as recorder, weighing as weighted:
             denoise(self.pipe, noisy, should_stop)
         return self._picture(image, with_run_facts(recorder.recordings[0], noisy), settings, weighted, begun)
 
@@ -413,7 +463,14 @@ class OVAM:
         masks = np.stack([resize_mask(mask, picture.image.size) for mask in masks])
         on_grid = maps[: len(labels)].float().cpu().numpy()
         apart = [] if settings.evolution is None else self._evolutions(picture, settings, settings.evolution)
-        return Segmentation(labels, full, masks, picture, settings, on_grid, tuple(queries), apart)
+        presence = self.presence.scores(picture.of_branch, queries, picture.caption)
+        return Segmentation(labels, full, masks, picture, settings, on_grid, tuple(queries), apart, presence)
+
+    def is_absent(self, presence: float | None) -> bool:
+        """Whether this presence says that a word is probably not in its picture: never where the model has not been
+        measured.
+        """
+        return self.preset.presence is not None and presence is not None and presence < UNLIKELY
 
     def received_attention(self, found: Segmentation) -> dict[str, np.ndarray]:
         """The attention that each pixel received (Eq. 8), scaled to [0, 1], so that A_alpha = alpha + (1 - alpha) * it.
@@ -472,6 +529,9 @@ class OVAM:
             )
         if method.needs_features:
             self._check_features(made_with)
+        if "matrix" in method.keeps and made_with.width is not None and made_with.height is not None:
+            finest = min(self.adapter.strides)
+            check_size(made_with.height // finest, made_with.width // finest)
         if isinstance(made_with, GenerateSettings):
             self._check_parts(settings, made_with)
         self._check_half(settings, made_with)
@@ -540,12 +600,10 @@ class OVAM:
     ) -> Recording:
         """The steps, grids and layers that were named, else those that the model recommends."""
         method = method_named(settings.method)
+        if layers is None:
+            return looked_at(self.pipe, method, recording, settings.step_indices, settings.resolutions)
         used = recording.select(steps=settings.step_indices, layers=layers, resolutions=settings.resolutions)
-        if settings.resolutions is None and layers is None:
-            used = recommended_grids(self.pipe, used)
-        if settings.step_indices is None and method.step is None:
-            used = recommended_steps(self.pipe, used)
-        return used
+        return recommended_steps(self.pipe, used) if settings.step_indices is None and method.step is None else used
 
     def _maps(self, picture: Picture, seen: Picture, settings: SegmentSettings, queries: Sequence[Query]) -> Tensor:
         """The maps of the queries; the last ones again where only the cut has changed."""

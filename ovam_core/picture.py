@@ -146,7 +146,8 @@ class Segmentation:
     labels: words, phrases, tokens' classes, as they were asked for. heatmaps: float32 `[L, H, W]` in [0, 1]. masks:
     bool `[L, H, W]`. picture, settings: what was asked of what. grid_maps: the heatmaps before they are resized,
     float32 `[L, h, w]`; queries: as what the labels were asked, in their order. Both are left out of what is made by
-    hand. evolutions: one a label where the settings asked for it, else none.
+    hand. evolutions: one a label where the settings asked for it, else none. presence: whether each label is in the
+    picture at all, 0 to 1 (docs/methods.md); None where the method cannot say, empty for what is made by hand.
     """
 
     labels: list[str]
@@ -157,6 +158,7 @@ class Segmentation:
     grid_maps: np.ndarray | None = field(default=None, repr=False)
     queries: tuple[Query, ...] = field(default=(), repr=False)
     evolutions: list[Evolution] = field(default_factory=list, repr=False)
+    presence: list[float | None] = field(default_factory=list)
 
     @property
     def peaks(self) -> list[float]:
@@ -224,6 +226,8 @@ class Segmentation:
         picture = self.picture
         colors = plot.word_colors(self.labels)
         rows = enumerate(zip(self.labels, names, self.peaks, strict=True), start=1)
+        known = self.presence or [None] * len(self.labels)
+        presence = [{} if x is None else {"presence": round(x, 4)} for x in known]
         about: dict[str, Any] = {
             "format": "ovam-recording/1" if picture.settings is None else picture.settings.FORMAT,
             "model": picture.model,
@@ -235,8 +239,8 @@ class Segmentation:
         return about | {
             "maps": self.settings.to_json() | {"tokens": tokens},
             "words": [
-                {"word": label, "label": number, "file": slug, "color": colors[label], "peak": round(peak, 6)}
-                for number, (label, slug, peak) in rows
+                {"word": label, "label": number, "file": slug, "color": colors[label], "peak": round(peak, 6)} | said
+                for (number, (label, slug, peak)), said in zip(rows, presence, strict=True)
             ],
             "files": sorted(files),
             "versions": {"torch": torch.__version__, "diffusers": version("diffusers")},

@@ -6,7 +6,6 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib import colormaps
 from PIL import Image, ImageDraw, ImageFont
 
 from ovam_core.errors import InputError
@@ -57,6 +56,8 @@ def colorize(heatmap: np.ndarray, vmax: float | None = None, cmap: str = "turbo"
         compare them. Zero or less shows the bottom colour everywhere.
     Returns uint8 [H, W, 3].
     """
+    from matplotlib import colormaps  # a tenth of a second to import, which a picture without maps does not need
+
     heatmap = np.asarray(heatmap, dtype=np.float32)
     if heatmap.ndim != 2:
         raise InputError(f"A heatmap has two dimensions, this array has {heatmap.ndim}; pass one map at a time.")

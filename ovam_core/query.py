@@ -11,7 +11,7 @@ import unicodedata
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -21,12 +21,13 @@ from ovam_core.attention.recording import Branch
 from ovam_core.errors import InputError
 from ovam_core.models.reading import EOT, FUNCTION_WORDS, SOT, Tokens
 from ovam_core.models.registry import adapter_of
+from ovam_core.models.remembered import recalled, remember
 from ovam_core.models.words import content_words, find_word, has_weight, listed, plain
 from ovam_core.settings import SegmentSettings
 from ovam_core.tokens import Token, last_part
 
 if TYPE_CHECKING:
-    from ovam_core.models.adapter import Pipeline
+    from ovam_core.models.adapter import Adapter, Pipeline
 
 # Words of a caption that name nothing in the picture; the second kind may name all of it.
 PLACE_WORDS = frozenset("next against inside outside above below front back top side left right beneath around".split())
@@ -89,7 +90,7 @@ def attribute_words(pipe: Pipeline, words: Sequence[str], template: str = "{}") 
     if template.count("{}") != 1:
         raise InputError(f"The template {template[:80]!r} must contain {{}} once, where the word goes.")
     before, after = template.split("{}")
-    return [words_in_sentence(pipe, before + word + after, [word]) for word in words]
+    return _read(pipe, [(before + word + after, (word,)) for word in words])
 
 
 def attribute_sentence(pipe: Pipeline, sentence: str) -> AttributionPrompt:
@@ -98,10 +99,7 @@ def attribute_sentence(pipe: Pipeline, sentence: str) -> AttributionPrompt:
     With two text encoders whose tokens follow each other (HunyuanDiT), those of the first, then those of the second.
     Raises InputError for an empty sentence and for one longer than the text encoder's limit; nothing is cut.
     """
-    family = adapter_of(pipe)
-    tokens = family.tokenize(sentence)
-    positions = tuple((i,) for i in range(len(tokens.names)))
-    return AttributionPrompt(_encode(family, tokens), tokens.names, positions, reading=family.reading)
+    return _read(pipe, [(sentence, None)])[0]
 
 
 def words_in_sentence(pipe: Pipeline, sentence: str, words: Sequence[str]) -> AttributionPrompt:
@@ -110,14 +108,7 @@ def words_in_sentence(pipe: Pipeline, sentence: str, words: Sequence[str]) -> At
     A word's map is the mean over its tokens, a phrase's the mean over its content words, at all occurrences in the
     sentence. Raises InputError for a word that is not in the sentence, and as `attribute_words`.
     """
-    words = _check_words(words)
-    family = adapter_of(pipe)
-    tokens = family.tokenize(sentence)
-    counted = [_positions(tokens, family.spelled(word)) for word in words]
-    groups = tuple(tuple(one) for one in counted)
-    shares = tuple(tuple(one.values()) for one in counted)
-    alike = all(max(one, default=0) - min(one, default=0) < 1e-9 for one in shares)
-    return AttributionPrompt(_encode(family, tokens), tuple(words), groups, None if alike else shares, family.reading)
+    return _read(pipe, [(sentence, tuple(_check_words(words)))])[0]
 
 
 def background_embedding(pipe: Pipeline, sentence: str) -> Tensor:
@@ -171,9 +162,31 @@ def _is_content(letter: str) -> bool:
     return unicodedata.category(letter)[0] in "LN" or unicodedata.category(letter) == "So"
 
 
-def _encode(family, tokens: Tokens) -> Tensor:
+def _read(pipe: Pipeline, asked: Sequence[tuple[str, tuple[str, ...] | None]]) -> list[AttributionPrompt]:
+    """An attribution prompt for each (text, words in it), all read in one go; None for the words: all of its tokens."""
+    family = adapter_of(pipe)
+    reading, question = family.reading, tuple(asked)
+    known = recalled(family, question, reading)
+    if known is not None:
+        return known
+    read = family.tokenize_all([text for text, _ in asked])
+    found = [_labelled(family, tokens, words) for tokens, (_, words) in zip(read, asked, strict=True)]
     with torch.no_grad():
-        return family.encode(tokens)
+        embeddings = family.encode_all(read)
+    pairs = zip(embeddings, found, strict=True)
+    prompts = [AttributionPrompt(embedding, *labelled, reading) for embedding, labelled in pairs]
+    remember(family, question, reading, read, prompts)
+    return prompts
+
+
+def _labelled(family: Adapter, tokens: Tokens, words: tuple[str, ...] | None) -> tuple[Any, Any, Any]:
+    """Labels, groups and shares of an AttributionPrompt."""
+    if words is None:
+        return tokens.names, tuple((row,) for row in range(len(tokens.names))), None
+    counted = [_positions(tokens, family.spelled(word)) for word in words]
+    shares = tuple(tuple(one.values()) for one in counted)
+    alike = all(max(one, default=0) - min(one, default=0) < 1e-9 for one in shares)
+    return words, tuple(map(tuple, counted)), None if alike else shares
 
 
 def _positions(tokens: Tokens, word: str) -> dict[int, float]:

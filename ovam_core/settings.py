@@ -50,17 +50,26 @@ METHOD_NAMES = (
     "GoCA, any word",
     "OVAM, GoCA's weights",
     "GoCA + token",
+    "iSeg",
+    "FA-Seg",
+    "Dataset Diffusion",
+    "ConceptAttention",
 )
 DEFAULT_METHOD = "OVAM"
 
 # The names of data.label_sets.LABEL_SETS, in their order.
 SET_NAMES = ("voc", "pascal-context-59", "pascal-context-60", "coco-object", "coco-stuff-27", "cityscapes", "ade20k")
 
+# How the guidance is spread over the picture (hooks/guidance.py).
+PLAIN, S_CFG, S_CFG_AVERAGE = "plain", "s-cfg", "s-cfg-average"
+GUIDANCE_KINDS = (PLAIN, S_CFG, S_CFG_AVERAGE)
+
 # Systems with trained modules of their own (downstream/), and where their authors publish the weights: who uses one
 # brings them.
 SYSTEMS = {
     "Grounded Diffusion": "https://github.com/Lipurple/Grounded-Diffusion",
     "DatasetDM": "https://github.com/showlab/DatasetDM",
+    "SAM": "https://huggingface.co/facebook/sam-vit-base",
 }
 
 
@@ -83,6 +92,16 @@ Seed = Annotated[int, Field(title="The seed", ge=0, le=MAX_SEED, description="wh
 
 Uncertain = Annotated[
     float, Field(title="The setting uncertain", ge=0, le=1, description="label pixels this close to the threshold 255")
+]
+MinPresence = Annotated[
+    float | None,
+    Field(
+        title="The min presence",
+        ge=0,
+        le=1,
+        description="leave out of a picture's labels the classes that are probably not in it: whose presence is lower; "
+        "0 only says it of each",
+    ),
 ]
 BatchSize = Annotated[int, Field(title="The batch size", ge=1, le=MAX_BATCH, description="images made together")]
 Threads = Annotated[
@@ -114,9 +133,9 @@ class Settings:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as settings.json holds them; those that came later (LATER) only where they were given."""
-        later = {one.name for one in fields(cast(Any, self)) if "later" in one.metadata}
+        later = {one.name: one.default for one in fields(cast(Any, self)) if "later" in one.metadata}
         values = {name: getattr(self, name) for name in json_names(type(self))}
-        kept = {name: value for name, value in values.items() if name not in later or value is not None}
+        kept = {name: value for name, value in values.items() if name not in later or value != later[name]}
         return {json_names(type(self))[name]: value for name, value in kept.items()}
 
     @classmethod
@@ -186,7 +205,8 @@ class GenerateSettings(Settings):
 
     start: what the run begins from in place of pure noise, cropped about its middle to the size; None for noise.
     strength: the share of the steps that are run then. In files both are there only with a start, which is the picture
-    of START_FILE beside them.
+    of START_FILE beside them. guidance_kind: of GUIDANCE_KINDS: the same strength everywhere, or S-CFG, a strength for
+    each region of the prompt's words, found by GoCA's weights of heads and layers or by plain averages.
     """
 
     KIND: ClassVar[str] = "generation"  # its name in settings.json
@@ -214,6 +234,7 @@ class GenerateSettings(Settings):
             description="how much of the start picture is drawn anew: the share of the steps that are run",
         ),
     ] = 0.6
+    guidance_kind: str = field(default=PLAIN, metadata=LATER)
 
     @property
     def caption(self) -> str:
@@ -238,22 +259,44 @@ class GenerateSettings(Settings):
 
     def validate(self, pipe: Pipeline) -> None:
         """Raises InputError, one sentence, where this model cannot make an image of these settings."""
+        from ovam_core.hooks.guidance import check_guidance
         from ovam_core.models.presets import defaults_for
-        from ovam_core.models.registry import adapter_of, check_draws, check_fits
+        from ovam_core.models.registry import adapter_of, check_draws
         from ovam_core.models.starting import check_start
 
-        check_field(type(self), "prompt", self.prompt)
-        if not self.prompt.strip():
-            raise InputError("The prompt is empty; describe the picture in a few words.")
-        check_field(type(self), "negative_prompt", self.negative_prompt)
-        for name, text in (("prompt", self.prompt), ("negative prompt", self.negative_prompt)):
-            check_fits(pipe, name, text)
+        check_prompt(pipe, self.prompt)
+        check_negative_prompt(pipe, self.negative_prompt)
         check_draws(type(pipe))
         adapter_of(pipe).check_whole()
         self.check_fields()
         check_sides(self.width, self.height, MIN_SIDE, defaults_for(pipe).max_size, adapter_of(pipe).side_multiple)
+        if self.guidance_kind not in GUIDANCE_KINDS:
+            raise InputError(
+                f"The guidance is '{str(self.guidance_kind)[:40]}'; choose {', '.join(GUIDANCE_KINDS[:-1])} or "
+                f"{GUIDANCE_KINDS[-1]}."
+            )
+        if self.guidance_kind != PLAIN:
+            check_guidance(pipe, self.guidance)
         if self.start is not None:
             check_start(pipe, self.steps, self.strength)
+
+
+def check_prompt(pipe: Pipeline, text: str) -> None:
+    """Raises InputError for a prompt that this model cannot draw."""
+    from ovam_core.models.registry import check_fits
+
+    check_field(GenerateSettings, "prompt", text)
+    if not text.strip():
+        raise InputError("The prompt is empty; describe the picture in a few words.")
+    check_fits(pipe, "prompt", text)
+
+
+def check_negative_prompt(pipe: Pipeline, text: str) -> None:
+    """Raises InputError for a negative prompt that this model cannot take."""
+    from ovam_core.models.registry import check_fits
+
+    check_field(GenerateSettings, "negative_prompt", text)
+    check_fits(pipe, "negative prompt", text)
 
 
 @dataclass(frozen=True)
@@ -262,7 +305,8 @@ class PhotoSettings(Settings):
 
     caption: empty, the pass is that of the unconditional half. timesteps: how much noise is added, each from 0 to the
     training schedule's last, 999; one forward pass each. width, height: pixels in which the model sees it, multiples of
-    its adapter's `photo_multiple`; None, both of them, for the size that fits the photograph.
+    its adapter's `photo_multiple`; None, both of them, for the size that fits the photograph. mirror: as many passes
+    see it in a mirror, too, and the maps are means of both.
     """
 
     KIND: ClassVar[str] = "photo"
@@ -273,6 +317,16 @@ class PhotoSettings(Settings):
     seed: Seed = 0
     width: int | None = None
     height: int | None = None
+    mirror: Annotated[
+        bool, Field(title="The mirror", description="see the photograph in a mirror, too, and average the maps")
+    ] = field(default=False, metadata=LATER)
+
+    @classmethod
+    def for_model(cls, pipe: Pipeline, caption: str = "", **given: Any) -> PhotoSettings:
+        """With the model's usual noise (`Adapter.photo_timestep`), where none is given."""
+        from ovam_core.models.registry import adapter_of
+
+        return cls(caption, **{"timesteps": (adapter_of(pipe).photo_timestep,), **given})
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -285,6 +339,7 @@ class PhotoSettings(Settings):
 
         if (self.width is None) != (self.height is None):
             raise InputError("Only one side of the size is given; give width and height, or neither.")
+        check_field(type(self), "mirror", self.mirror)
         check_request(pipe, self.caption, self.timesteps, self.seed, self.size)
 
 

@@ -40,8 +40,9 @@ def segment_settings(
     chosen = method_named(method)
     if chosen.asks == "token":
         words = sentence = ""
-    # All of them is what a method that weighs every layer asks for.
-    resolutions = None if picture is None or chosen.needs_goca else _resolutions(ovam, picture, grids)
+    # All of them is what a method that weighs every layer, or grid, asks for.
+    weighs = chosen.needs_goca or chosen.weighs_grids
+    resolutions = None if picture is None or weighs else _resolutions(ovam, picture, grids)
     settings = settings_of_text(
         words,
         sentence,

@@ -183,11 +183,15 @@ def sure_parts(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # ----------------------------------------------------------------------------------------------- the elements
 
 
-def skeleton() -> str:
-    """The canvas and its tools, as HTML; empty, it says what will appear."""
+def skeleton(with_sam: bool = False) -> str:
+    """The canvas and its tools, as HTML; empty, it says what will appear. with_sam: clicks can be answered by SAM."""
     turbo = base64.b64encode(colormaps["turbo"](np.arange(256), bytes=True)[:, :3].tobytes()).decode("ascii")
-    return CANVAS.replace("TURBO", turbo)
+    return CANVAS.replace("TURBO", turbo).replace("SAM_TOOL", SAM_TOOL if with_sam else "")
 
+
+SAM_TOOL = """
+<button type="button" data-tool="sam" aria-pressed="false"
+title="Click in the picture: what Segment Anything finds there is painted">Click, by SAM</button>"""
 
 CANVAS = f"""<div class="paint empty" data-object="{OBJECT}" data-background="{BACKGROUND}" data-turbo="TURBO">
 <div class="p-tools" role="toolbar" aria-label="Brushes">
@@ -198,7 +202,7 @@ style="background: {OBJECT}"></i>Object</button>
 style="background: {BACKGROUND}"></i>Background</button>
 <button type="button" data-tool="eraser" aria-pressed="false" title="Take paint away"><i class="rub"></i>Eraser</button>
 <button type="button" data-tool="click" aria-pressed="false"
-title="Click in the picture: the region of the word that is strongest there is painted">Click an object</button>
+title="Click in the picture: the region of the word that is strongest there is painted">Click an object</button>SAM_TOOL
 </div>
 <label class="p-size"><span>Size</span><input type="range" min="1" max="25" step="0.5" value="7"
 data-part="size" aria-label="Brush size, in percent of the picture's side"></label>

@@ -25,6 +25,7 @@ from ovam_core.data.export import (
     Timings,
     duration,
     export_dataset,
+    export_methods,
     plan,
 )
 from ovam_core.data.filters import judge
@@ -44,7 +45,7 @@ from ovam_core.data.prompts import (
 )
 from ovam_core.data.voc import VOC_CLASSES
 from ovam_core.errors import InputError, Stopped, out_of_memory_as
-from ovam_core.settings import MAX_STEPS, Filters
+from ovam_core.settings import DEFAULT_METHOD, MAX_STEPS, Filters
 
 from . import report
 from .events import CHECKS, MODEL, QUIET, Inputs, handler
@@ -231,6 +232,9 @@ class ExportTab:
             self.formats,
             self.steps,
             self.crf,
+            self.method,
+            self.uncertain,
+            self.presence,
         }
         self._wire()
 
@@ -304,6 +308,34 @@ class ExportTab:
                 )
                 self.crf = gr.Checkbox(
                     **{"value": True, **crf_switch()}, label="Sharpen edges (dense CRF)", min_width=80
+                )
+            self.method = gr.Dropdown(
+                [method.name for method in export_methods()],
+                value=DEFAULT_METHOD,
+                label="Method",
+                info="each class's map is cut for itself",
+                elem_id="export-method",
+            )
+            with gr.Column(min_width=140):
+                self.uncertain = gr.Slider(
+                    0,
+                    0.5,
+                    0,
+                    step=0.01,
+                    label="Uncertain band",
+                    info="pixels this close to the threshold are 255",
+                    min_width=140,
+                    elem_id="uncertain",
+                )
+                self.presence = gr.Slider(
+                    0,
+                    1,
+                    0,
+                    step=0.01,
+                    label="Least presence",
+                    info="classes that are probably not in a picture are left out of its labels; 0 leaves none out",
+                    min_width=140,
+                    elem_id="least-presence",
                 )
 
     def _lay_out_results(self) -> None:
@@ -395,6 +427,9 @@ class ExportTab:
             crf=given.ticked(self.crf),
             formats=("voc", *given.several(self.formats)),
             filters=Filters(min_coverage=given.number(self.low), max_coverage=given.number(self.high)),
+            method=given.choice(self.method),
+            uncertain=given.number(self.uncertain),
+            min_presence=given.number(self.presence) or None,
         )
         settings.validate(self.ovam)
         work = work_list(prompts, classes, each, seed, check=settings.check(self.ovam))

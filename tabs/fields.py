@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ovam_core.errors import InputError
 from ovam_core.hooks.photograph import check_kind, fitted_size
 from ovam_core.io.pictures import read_photo
 from ovam_core.ovam import OVAM, default_caption
-from ovam_core.settings import TIMESTEPS, PhotoSettings, SegmentSettings, parse_numbers
+from ovam_core.settings import PhotoSettings, SegmentSettings, parse_numbers
 
 from .canvas import check_pixels
 from .events import Inputs
@@ -44,10 +45,10 @@ class PhotoFields:
     """Lays out the photograph's file, its caption, the timesteps and the seed of the noise.
 
     prefix: of the elements' ids. names: what an empty caption is made of, for people. pixels: that a photograph may
-    have.
+    have. timestep: the model's usual noise.
     """
 
-    def __init__(self, prefix: str, names: str, pixels: int):
+    def __init__(self, prefix: str, names: str, pixels: int, timestep: int):
         self.pixels = pixels
         self.photo = gr.Image(
             label="Photograph",
@@ -72,7 +73,7 @@ class PhotoFields:
             )
             with gr.Row():
                 self.timesteps = gr.Textbox(
-                    ", ".join(map(str, TIMESTEPS)),
+                    str(timestep),
                     label="Timesteps",
                     min_width=150,
                     elem_id=f"{prefix}-timesteps",
@@ -88,7 +89,13 @@ class PhotoFields:
                     min_width=110,
                     elem_id=f"{prefix}-seed",
                 )
-        self.all = [self.photo, self.caption, self.timesteps, self.seed]
+            self.mirror = gr.Checkbox(
+                False,
+                label="See it in a mirror, too",
+                info="the maps are means of both; twice the passes",
+                elem_id=f"{prefix}-mirror",
+            )
+        self.all = [self.photo, self.caption, self.timesteps, self.seed, self.mirror]
 
     def read(self, ovam: OVAM, given: Inputs, asked: SegmentSettings) -> tuple[str | None, PhotoSettings]:
         """The photograph's file, of no more pixels than may be decoded, and what it is recorded with; no more of either
@@ -98,7 +105,8 @@ class PhotoFields:
         """
         texts = given.text(self.caption), given.text(self.timesteps)
         file = small_enough(given.file(self.photo), self.pixels)
-        return file, photo_settings(ovam, *texts, given.whole(self.seed), asked)
+        settings = photo_settings(ovam, *texts, given.whole(self.seed), asked)
+        return file, replace(settings, mirror=given.ticked(self.mirror))
 
 
 def small_enough(file: str | None, pixels: int) -> str | None:
@@ -121,7 +129,8 @@ def small_enough(file: str | None, pixels: int) -> str | None:
 def photo_settings(ovam: OVAM, caption: str, timesteps: str, seed: Any, asked: SegmentSettings) -> PhotoSettings:
     """The fields as settings, not validated yet; asked: what an empty caption is made of."""
     steps = parse_numbers(timesteps, "timesteps", ovam.pipe.scheduler.config.num_train_timesteps - 1)
-    return PhotoSettings(" ".join(caption.split()) or default_caption(asked), steps or TIMESTEPS, seed)
+    steps = steps or (ovam.adapter.photo_timestep,)
+    return PhotoSettings(" ".join(caption.split()) or default_caption(asked), steps, seed)
 
 
 def check_photo(ovam: OVAM, file: str | None, settings: PhotoSettings) -> str:

@@ -31,6 +31,9 @@ from ovam_core.settings import (
     MAX_STEPS,
     MAX_TOKENS,
     MIN_SIDE,
+    PLAIN,
+    S_CFG,
+    S_CFG_AVERAGE,
     GenerateSettings,
     PhotoSettings,
     SegmentSettings,
@@ -44,13 +47,16 @@ from .examples import EXAMPLES, buttons
 from .fields import MAX_UPLOAD_MB, PhotoFields, check_photo, crf_switch, small_enough, takes_photographs
 from .link import read, written
 from .model import ANSWER, Model
-from .render import run_facts
+from .render import run_facts, shrunk
 from .session import FIRST, NO_IMAGE, Session
 from .worker import in_thread
 
 # Of which half of the guided batch words are asked; None as the model has it.
 PROMPTS = "the prompt"
 HALVES_OF = {PROMPTS: None, "the negative prompt": "unconditional"}
+
+# How the guidance is spread over the picture.
+KINDS = [("the same everywhere", PLAIN), ("by region", S_CFG), ("by region, plain averages", S_CFG_AVERAGE)]
 
 # Where the picture comes from, and what the button then says.
 MAKE, UPLOAD = "From a prompt", "From a photograph"
@@ -60,6 +66,7 @@ WORK = "generate"  # of this tab, by which Stop finds it
 SHOW_EVERY = 0.2  # seconds between two looks at a running model
 MAX_BESIDE = 3  # methods beside the chosen one
 MAX_CANDIDATES = 24  # of the prompt's words
+SMALL = 64  # pixels of a picture's longer side where only the maps' own grid matters
 SCRIPT = (Path(__file__).parent / "assets" / "generate.js").read_text(encoding="utf-8")
 FETCH = "() => setTimeout(() => document.querySelector('#archive').click(), 150)"  # once the page has its address
 FAILED = "() => window.ovamPage.failed()"  # where a handler of ours fails, nothing may stay dimmed
@@ -134,7 +141,7 @@ class GenerateTab:
                 self._lay_out_end()
         self._lay_out_wires()
         self.of_prompt = [self.prompt, self.negative, self.seed, self.steps, self.guidance, self.width, self.height]
-        self.of_prompt += [self.begin_with, self.strength, self.both]
+        self.of_prompt += [self.guided, self.begin_with, self.strength, self.both]
         self.asked_by = [
             self.words,
             self.sentence,
@@ -156,6 +163,7 @@ class GenerateTab:
             "negative": self.negative,
             "steps": self.steps,
             "guidance": self.guidance,
+            "guided": self.guided,
             "width": self.width,
             "height": self.height,
             "tau": self.tau,
@@ -176,6 +184,7 @@ class GenerateTab:
             "negative": "",
             "steps": preset.steps,
             "guidance": float(preset.guidance),
+            "guided": PLAIN,
             "width": preset.width,
             "height": preset.height,
             "tau": float(preset.tau),
@@ -210,7 +219,8 @@ class GenerateTab:
                 EXAMPLES[0].prompt, label="Prompt", lines=1, max_lines=4, max_length=MAX_PROMPT, elem_id="prompt"
             )
         with gr.Column(visible=False, elem_classes="part") as self.for_photo:
-            self.upload = PhotoFields("photo", "the words below", self.sessions.limits.pixels)
+            noise = self.ovam.adapter.photo_timestep
+            self.upload = PhotoFields("photo", "the words below", self.sessions.limits.pixels, noise)
         self.words = gr.Textbox(
             EXAMPLES[0].words,
             label="Words to look for",
@@ -258,6 +268,14 @@ class GenerateTab:
             )
             self.steps = gr.Slider(1, MAX_STEPS, self.ovam.preset.steps, step=1, label="Steps", elem_id="steps")
             self.guidance = gr.Slider(0, MAX_GUIDANCE, self.ovam.preset.guidance, step=0.1, label="Guidance")
+            self.guided = gr.Radio(
+                KINDS,
+                value=PLAIN,
+                label="Strength of the guidance",
+                info="By region is S-CFG: words weaker than the rest get more of it. Slower by about a quarter.",
+                visible=self.ovam.serves_s_cfg,
+                elem_id="guided",
+            )
             with gr.Row():
                 sides = {
                     "minimum": MIN_SIDE,
@@ -350,9 +368,7 @@ class GenerateTab:
 
     def _lay_out_how(self) -> None:
         names = [
-            (f"{method.name}: {method.about}", method.name)
-            for method in METHODS.values()
-            if self.model.with_goca or not method.needs_goca
+            (f"{method.name}: {method.about}", method.name) for method in METHODS.values() if self.ovam.serves(method)
         ]
         with gr.Accordion(f"Method: {DEFAULT_METHOD}", open=False, elem_id="methods") as self.methods:
             self.method = gr.Radio(
@@ -429,6 +445,7 @@ class GenerateTab:
             seed=given.whole(self.seed),
             steps=given.whole(self.steps),
             guidance=given.number(self.guidance),
+            guidance_kind=given.choice(self.guided),
             width=given.whole(self.width),
             height=given.whole(self.height),
             start=start,
@@ -474,8 +491,13 @@ class GenerateTab:
         file, settings = self.upload.read(self.ovam, given, asked)
         return settings, file, asked
 
-    def answer_of(self, session: Session, key: str, picture: Picture, given: Inputs) -> tuple[dict[str, Any], str]:
-        """The payload of the viewer, and a line of facts. Raises InputError for what cannot be answered."""
+    def answer_of(
+        self, session: Session, key: str, picture: Picture, given: Inputs, with_picture: bool = True
+    ) -> tuple[dict[str, Any], str]:
+        """The payload of the viewer, and a line of facts; with_picture: False where the page has it already.
+
+        Raises InputError for what cannot be answered.
+        """
         asked, whole = self.asked_for(session, picture, given), session.picture(key)
         others, failed = [], []
         with self.model.words_of(session) as before_word:
@@ -499,6 +521,7 @@ class GenerateTab:
             facts=run_facts(whole),
             stem=stem(picture.settings),
             token_names=given.names(self.pick, NO_TOKENS),
+            with_picture=with_picture,
         )
         payload["columns"] += failed
         payload["picture"]["full"] = list(whole.image.size)
@@ -521,6 +544,7 @@ class GenerateTab:
             "negative": made.negative_prompt,
             "steps": made.steps,
             "guidance": float(made.guidance),
+            "guided": made.guidance_kind,
             "width": made.width,
             "height": made.height,
             "words": given.text(self.words),
@@ -539,8 +563,10 @@ class GenerateTab:
     def candidates_of(self, session: Session, key: str, picture: Picture, given: Inputs) -> dict[str, Any]:
         """Maps of words that were not asked for, to point at: the prompt's own, and the classes of the model.
 
-        By the method that takes any word, on the steps and grids that are chosen.
+        By the method that takes any word, on the steps and grids that are chosen. The maps go to the page on their
+        grid, so nothing is made at the picture's size; its own last maps stay, for the next threshold.
         """
+        picture = replace(picture, image=shrunk(picture.image, SMALL))
         asked = self.asked_for(session, picture, given)
         plain = replace(asked, sentence="", tokens=(), crf=False, method=DEFAULT_METHOD)
         own = prompt_words(picture.caption)[:MAX_CANDIDATES]
@@ -629,9 +655,11 @@ class GenerateTab:
             return
         settings, file, asked = self.wanted(session, given)
         caption, half = settings.caption, "all" if given.ticked(self.both) else halves_of(asked)
+        methods = [method_named(name) for name in (asked.method, *self.beside_it(given))]
+        keep = frozenset().union(*(method.keeps for method in methods))
         try:
             for progress, picture in in_thread(
-                lambda report: self._make(session, settings, file, half, number, report), SHOW_EVERY
+                lambda report: self._make(session, settings, file, half, number, keep, report), SHOW_EVERY
             ):
                 if progress and picture is None:
                     done, of = progress[-1]
@@ -652,12 +680,13 @@ class GenerateTab:
         file: str | None,
         half: str,
         number: str,
+        keep: frozenset[str],
         report: Callable[[tuple[int, int]], None],
     ) -> Picture:
         if isinstance(settings, PhotoSettings):
             assert file is not None  # `begin` has seen to it
-            return self.model.look_at(session, file, settings, WORK, number)
-        return self.model.draw(session, settings, WORK, lambda at, **_: report(at), half, number)
+            return self.model.look_at(session, file, settings, WORK, number, keep)
+        return self.model.draw(session, settings, WORK, lambda at, **_: report(at), half, number, keep)
 
     def _show(self, session: Session, key: str, given: Inputs) -> Iterator[tuple]:
         """What the page shows of a picture that is new to it: outputs of `run`."""
@@ -749,11 +778,10 @@ class GenerateTab:
             said = html.escape(NO_IMAGE) if key else ""
             return ({"refused": NO_IMAGE} if key else gr.skip()), said, gr.skip(), gr.skip()
         try:
-            payload, facts = self.answer_of(session, key, picture, given)
+            payload, facts = self.answer_of(session, key, picture, given, with_picture=False)
         except InputError as error:
             return {"refused": str(error)}, shown(str(error)), gr.skip(), gr.skip()
         hint = unknown_words_hint(self.ovam, picture.caption, given.text(self.words))
-        payload["picture"]["src"] = None  # which the page has
         return payload, "", hint, html.escape(facts)
 
     @handler

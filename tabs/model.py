@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import gradio as gr
@@ -19,6 +19,7 @@ from .turns import Turns
 NO_MEMORY = "The device has too little memory for this: choose a smaller size, or fewer steps."
 ANSWER = "answer"  # the work of words, by which Stop finds it
 MAX_LABELS = 80  # words and classes of tokens in one answer: CLIP's longest sentence has 75, COCO 80
+CHEAP = 32 * 32  # pixels of a finest grid whose self-attention matrix is always kept: 4 MB
 SHORT = 0.5  # seconds that a turn lasts at least, where units are shorter than that: an epoch, a word
 ANSWER_STOPPED = "Stopped before all words were answered; ask again."
 
@@ -43,9 +44,10 @@ class Model:
         progress: gr.Progress,
         branch: str = "conditional",
         number: str = "",
+        keep: Collection[str] = (),
     ) -> Picture:
-        """Generates as a part of `work`, whose stop flag ends it; number: of `Session.replace`. Raises Stopped,
-        InputError.
+        """Generates as a part of `work`, whose stop flag ends it; number: of `Session.replace`; keep: of `OVAM.draw`.
+        Raises Stopped, InputError.
         """
         with session.run(work, number) as stop:
             progress((0, settings.steps), desc="Waiting for the model", unit="steps")
@@ -59,18 +61,35 @@ class Model:
                     should_stop=stop.is_set,
                     branch=branch,
                     with_goca=self.with_goca,
+                    keep=self.kept(keep, (settings.height, settings.width)),
                 ),
             )
 
-    def look_at(self, session: Session, file: str, settings: PhotoSettings, work: str, number: str = "") -> Picture:
-        """Records a photograph. Raises Stopped, InputError."""
+    def look_at(
+        self,
+        session: Session,
+        file: str,
+        settings: PhotoSettings,
+        work: str,
+        number: str = "",
+        keep: Collection[str] = (),
+    ) -> Picture:
+        """Records a photograph; keep: as in `draw`. Raises Stopped, InputError."""
+        size = settings.size or (self.ovam.preset.height, self.ovam.preset.width)
+        kept = self.kept(keep, size)
         with session.run(work, number) as stop:
             return self._drive(
                 session,
                 stop,
                 len(settings.timesteps),
-                lambda: self.ovam.look_at(file, settings, should_stop=stop.is_set, with_goca=self.with_goca),
+                lambda: self.ovam.look_at(file, settings, should_stop=stop.is_set, with_goca=self.with_goca, keep=kept),
             )
+
+    def kept(self, keep: Collection[str], size: tuple[int, int]) -> frozenset[str]:
+        """What to keep on request, of an image of (height, width): what is cheap, too, for methods chosen later."""
+        finest = min(self.ovam.adapter.strides)
+        cheap = {"matrix"} if (size[0] // finest) * (size[1] // finest) <= CHEAP else set()
+        return frozenset(keep) | cheap
 
     def _drive(self, session: Session, stop: StopFlag, steps: int, run: Callable[[], Picture]) -> Picture:
         """Runs the model in a turn; where memory is short, once more without the recordings of everybody."""

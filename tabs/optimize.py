@@ -36,6 +36,7 @@ from ovam_core.query import MAX_WORDS, branch_of, parse_words
 from ovam_core.settings import GenerateSettings, PhotoSettings, SegmentSettings
 from ovam_core.tokens import Token
 
+from .annotator import Annotator
 from .asked import prompt_words
 from .canvas import (
     LIVE,
@@ -316,6 +317,7 @@ class OptimizeTab:
     ):
         self.model, self.sessions, self.ovam = model, model.sessions, model.ovam
         self.tab, self.from_generate, self.pick = tab, from_generate, pick
+        self.annotator = Annotator.at_hand()
         self.key, self.token_name, self.number = gr.State(None), gr.State(None), gr.State("")
         with gr.Row(elem_classes="learn"):
             with gr.Column(min_width=280, elem_classes="learn-picture"):
@@ -366,7 +368,8 @@ class OptimizeTab:
                 self.draw = gr.Button("New picture", min_width=130, elem_id="learn-draw")
                 self.take = gr.Button("Use the one from Generate", min_width=130, elem_id="learn-take")
         with gr.Column(visible=False, elem_classes="part") as self.for_photo:
-            self.upload = PhotoFields("learn-photo", "the class", self.sessions.limits.pixels)
+            noise = self.ovam.adapter.photo_timestep
+            self.upload = PhotoFields("learn-photo", "the class", self.sessions.limits.pixels, noise)
             with gr.Row(elem_classes="buttons"):
                 self.use = gr.Button("Use this photograph", elem_id="learn-use")
         gr.HTML(
@@ -389,7 +392,7 @@ class OptimizeTab:
             with gr.Column(scale=1, min_width=130, elem_id="mask-file"):
                 self.file = gr.UploadButton(UPLOAD, file_types=["image"], elem_id="mask-upload")
         gr.HTML(
-            skeleton(),
+            skeleton(with_sam=self.annotator is not None),
             js_on_load=f"{SCRIPT}\nwindow.ovamLearn = ovamLearn(element, {{paint: '{PAINT}', strokes: '{STROKES}'}});",
             elem_id="canvas",
         )
@@ -463,6 +466,7 @@ class OptimizeTab:
         self.spot = gr.Textbox("", label="The place clicked", visible="hidden")
         self.no_words = gr.Textbox("", label="Words", visible="hidden")
         self.clicked = gr.Button("A click in the picture", visible="hidden", elem_id="learn-clicked")
+        self.clicked_sam = gr.Button("A click, for SAM", visible="hidden", elem_id="learn-clicked-sam")
         self.halt_picture = gr.Button("Stop the picture", visible="hidden", elem_id="learn-halt-picture")
 
     # ---- the picture
@@ -599,13 +603,17 @@ class OptimizeTab:
         for event in (self.fill.click, self.word.submit):
             event(None, js="() => window.ovamLearn?.busy('Looking for the word', true)", **QUIET)
             event(self.take_word, {self.key, self.way, self.word, self.name}, self.to_canvas, **MAPS, **QUIET)
-        self.clicked.click(None, None, self.spot, js="() => window.ovamLearn?.spot() ?? ''", **QUIET).then(
-            self.take_spot,
-            {self.key, self.way, self.spot, self.word, self.name},
-            [self.to_canvas, self.name],
-            **MAPS,
-            **QUIET,
-        )
+        clicks = [(self.clicked, self.take_spot)]
+        if self.annotator is not None:
+            clicks.append((self.clicked_sam, self.take_region))
+        for clicked, answer in clicks:
+            clicked.click(None, None, self.spot, js="() => window.ovamLearn?.spot() ?? ''", **QUIET).then(
+                answer,
+                {self.key, self.way, self.spot, self.word, self.name},
+                [self.to_canvas, self.name],
+                **MAPS,
+                **QUIET,
+            )
 
     @handler
     def usual(self, recipe):
@@ -649,8 +657,7 @@ class OptimizeTab:
         session, given = self.sessions.of(request), Inputs(values)
         picture = self.seen(session, values[self.key])
         x, y = spot_of(given.text(self.spot), (picture.image.height, picture.image.width))
-        own = [name for field in (self.name, self.word) if (name := " ".join(given.text(field).split()))]
-        word, value = self.strongest(session, picture, x, y, own)
+        word, value = self.strongest(session, picture, x, y, self.own_words(given))
         found = self.segmented(session, picture, word)
         seed = np.zeros_like(found.masks[0])
         seed[y, x] = True
@@ -662,6 +669,23 @@ class OptimizeTab:
         line = f"“{word}” is strongest here ({value:.2f}): {what} is painted, {region.mean():.0%} of the picture."
         name = given.text(self.name).strip() or word
         return paint_mail(line, region, add=True), name
+
+    @told("canvas", gr.skip())
+    def take_region(self, values: dict, request: gr.Request):
+        """What SAM finds at a pixel, painted in addition; without a class yet, the word that is strongest there."""
+        assert self.annotator is not None
+        session, given = self.sessions.of(request), Inputs(values)
+        picture = self.seen(session, values[self.key])
+        x, y = spot_of(given.text(self.spot), (picture.image.height, picture.image.width))
+        with self.model.words_of(session):
+            region = self.annotator.mask(picture.image, x, y, self.ovam.device)
+        name = given.text(self.name).strip() or self.strongest(session, picture, x, y, self.own_words(given))[0]
+        line = f"What SAM finds at the click is painted, {region.mean():.0%} of the picture."
+        return paint_mail(line, region, add=True), name
+
+    def own_words(self, given: Inputs) -> list[str]:
+        """The class and the word beside the canvas, as far as they are written."""
+        return [name for field in (self.name, self.word) if (name := " ".join(given.text(field).split()))]
 
     def strongest(self, session: Session, picture: Picture, x: int, y: int, own: Sequence[str]) -> tuple[str, float]:
         """The word whose map is largest at a pixel, and how large: of `own`, the picture's and the shipped classes."""

@@ -34,7 +34,14 @@ from ovam_core.methods import METHODS
 from ovam_core.optimization import RECIPES
 from ovam_core.picture import Picture, Segmentation
 from ovam_core.query import MAX_WORDS, parse_words
-from ovam_core.settings import DEFAULT_METHOD, MAX_TOKENS, TIMESTEPS, GenerateSettings, SegmentSettings
+from ovam_core.settings import (
+    DEFAULT_METHOD,
+    GUIDANCE_KINDS,
+    MAX_TOKENS,
+    PLAIN,
+    GenerateSettings,
+    SegmentSettings,
+)
 from ovam_core.tokens import Token
 
 from .asked import NO_TOKENS, prompt_words, recommended_grid_names, segment_settings
@@ -51,6 +58,7 @@ WORK = "program"  # of these calls, by which Stop finds it
 File = gr.FileData
 Method = Literal[tuple(METHODS)]
 Recipe = Literal[tuple(RECIPES)]
+GuidanceKind = Literal[GUIDANCE_KINDS]
 LABELS = {"tau": "Threshold", "alpha": "Self-attention", "crf": "Dense CRF", "rate": "Learning rate", "name": "Class"}
 
 
@@ -130,6 +138,7 @@ class Programs:
         guidance: float | None = None,
         width: int | None = None,
         height: int | None = None,
+        guidance_kind: GuidanceKind = PLAIN,
     ) -> tuple[str, File, str]:
         """Makes an image of a prompt and records the model's attention; any words can then be looked for in it.
 
@@ -141,6 +150,7 @@ class Programs:
             guidance: Guidance scale, 0 to 30; without it the model's own.
             width: In pixels; without it the model's own.
             height: In pixels; without it the model's own.
+            guidance_kind: The guidance's strength is the same everywhere, or (S-CFG) each region's own.
         Returns:
             picture: its id, by which the other calls know it
             image: PNG
@@ -155,6 +165,7 @@ class Programs:
             guidance=_given(_number, "Guidance", guidance),
             width=_given(_whole, "Width", width),
             height=_given(_whole, "Height", height),
+            guidance_kind=_text("Guidance kind", guidance_kind),
         )
         settings.validate(self.ovam.pipe)
         session = self._session(request)
@@ -167,7 +178,7 @@ class Programs:
         request: gr.Request,
         photo: File,
         caption: str = "",
-        timesteps: str = ", ".join(map(str, TIMESTEPS)),
+        timesteps: str = "",
         seed: int = 0,
         words: str = "",
     ) -> tuple[str, File, str]:
@@ -176,7 +187,7 @@ class Programs:
         Parameters:
             photo: A JPEG or PNG file; for tools a data: URL, or the address of an image that another tool gave.
             caption: What it shows, such as "A photograph of a cat and a car"; without it, one is made of the words.
-            timesteps: How much noise is added, 0 to 999, one pass each, such as "50, 100".
+            timesteps: How much noise is added, 0 to 999, one pass each, such as "50, 100"; empty for the model's own.
             seed: Of the noise, 0 to 4294967295.
             words: What a missing caption is made of, such as "cat, car".
         Returns:
@@ -210,7 +221,7 @@ class Programs:
         Returns:
             heatmaps: over the picture, one a word, all on one scale
             masks: at the picture's size, white where the word is, in the same order
-            measures: the words, the peak of each heatmap, the share of the picture that each mask covers
+            measures: the words, peaks of their heatmaps, presence (is it there at all, 0 to 1), their masks' shares
             facts: a line
         """
         begun = time.perf_counter()
@@ -232,7 +243,7 @@ class Programs:
             label map: at the picture's size, pixels are the numbers of the words, 0 for none
             overview: the picture with each word's pixels in its colour
             masks: at the picture's size, white where the word is, in the order of the words
-            words: of each its number, colour, peak, and its mask's pixels, share and box (left, top, right, bottom)
+            words: of each its number, colour, peak, presence (is it there, 0 to 1), its mask's pixels, share and box
             facts: a line
         """
         begun = time.perf_counter()
@@ -491,19 +502,23 @@ def _measures(found: Segmentation) -> dict[str, Any]:
     return {
         "words": found.labels,
         "peaks": [round(peak, 4) for peak in found.peaks],
+        "presence": [None if there is None else round(there, 4) for there in found.presence],
         "mask_shares": [round(float(mask.mean()), 4) for mask in found.masks],
     }
 
 
 def _rows(found: Segmentation, colors: dict[str, str]) -> Iterator[dict[str, Any]]:
     """The numbers of each mask."""
-    for number, (label, peak, mask) in enumerate(zip(found.labels, found.peaks, found.masks, strict=True), start=1):
+    known = found.presence or [None] * len(found.labels)
+    rows = zip(found.labels, found.peaks, known, found.masks, strict=True)
+    for number, (label, peak, there, mask) in enumerate(rows, start=1):
         ys, xs = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
         yield {
             "word": label,
             "label": number,
             "color": colors[label],
             "peak": round(peak, 4),
+            "presence": None if there is None else round(there, 4),
             "pixels": int(mask.sum()),
             "share": round(float(mask.mean()), 4),
             "box": [int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1] if xs.size else None,

@@ -8,7 +8,7 @@ from PIL import Image
 
 from ovam_core import plot
 from ovam_core.picture import Picture
-from ovam_core.settings import PhotoSettings
+from ovam_core.settings import PLAIN, PhotoSettings
 
 MAX_SHOWN = 1024  # pixels of a side on the page; a photograph may have many more
 
@@ -49,8 +49,9 @@ def _how(picture: Picture) -> str:
             f"{picture.image.width} × {picture.image.height} px, seen as {width} × {height}"
         )
     assert settings is not None  # the page makes no other pictures
+    kind = "" if settings.guidance_kind == PLAIN else f" {settings.guidance_kind.upper()}"
     half = "" if picture.recording.branch == "conditional" else f" · {picture.recording.branch} half"
     return (
-        f"seed {settings.seed} · {settings.steps} steps · guidance {settings.guidance:g} · "
+        f"seed {settings.seed} · {settings.steps} steps · guidance {settings.guidance:g}{kind} · "
         f"{settings.width} × {settings.height} px{half}"
     )

@@ -21,6 +21,7 @@ from ovam_core.attention.heatmap import claims
 from ovam_core.methods import method_named
 from ovam_core.models.presets import ModelDefaults
 from ovam_core.picture import Picture, Segmentation
+from ovam_core.presence import UNLIKELY
 
 from .render import MAX_SHOWN, shrunk
 
@@ -101,13 +102,14 @@ def answer(
     attention = [received] if isinstance(received, Mapping) else list(received)
     first = several[0]
     asked = first.settings
+    unlikely = None if preset.presence is None else UNLIKELY  # a raw score has no such point
     columns = [_column(one, weights, token_names) for one, weights in zip(several, attention, strict=True)]
     return {
         "key": key,
         "picture": _picture(first.picture, stem, with_picture),
         "prompt": first.picture.caption,
         "facts": facts,
-        "preset": {"tau": preset.tau, "alpha": preset.alpha},
+        "preset": {"tau": preset.tau, "alpha": preset.alpha, "unlikely": unlikely},
         "asked": {"tau": asked.tau, "alpha": asked.alpha, "crf": asked.crf},
         "columns": columns,
     }
@@ -187,17 +189,19 @@ def _words(found: Segmentation, token_names: Sequence[str], by_server: bool) -> 
     colors = plot.word_colors(found.labels)
     maps = found.heatmaps if found.grid_maps is None else found.grid_maps
     size = screen_size(found.picture.image.size)
-    rows = zip(found.labels, _asked_for(found, token_names), maps, found.peaks, found.masks, strict=True)
+    presence = found.presence or [None] * len(found.labels)
+    rows = zip(found.labels, _asked_for(found, token_names), maps, found.peaks, presence, found.masks, strict=True)
     return [
         {
             "label": label,
             "color": colors[label],
             "peak": peak,
+            "presence": None if there is None else round(there, 4),
             "map": fine_grid(values),
             "mask": mask_url(plot.resize_mask(mask, size)) if by_server else None,
         }
         | asked
-        for label, asked, values, peak, mask in rows
+        for label, asked, values, peak, there, mask in rows
     ]
 
 

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -118,6 +118,7 @@ class Draw(Job):
     settings: GenerateSettings
     branch: Branch
     with_goca: bool
+    keep: tuple[str, ...] = ()
 
     def run(self, ovam: OVAM, report: Report, should_stop: Asked) -> str:
         made = ovam.draw(
@@ -126,6 +127,7 @@ class Draw(Job):
             should_stop=should_stop,
             branch=self.branch,
             with_goca=self.with_goca,
+            keep=self.keep,
         )
         return _written(ovam, made, self.folder)
 
@@ -140,13 +142,20 @@ class Look(Job):
     photo: Image.Image
     settings: PhotoSettings
     with_goca: bool
+    keep: tuple[str, ...] = ()
 
     def run(self, ovam: OVAM, _report: Report, should_stop: Asked) -> str:
-        made = ovam.look_at(self.photo, self.settings, should_stop=should_stop, with_goca=self.with_goca)
+        made = ovam.look_at(
+            self.photo, self.settings, should_stop=should_stop, with_goca=self.with_goca, keep=self.keep
+        )
         return _written(ovam, made, self.folder)
 
     def seconds(self, ovam: OVAM) -> float:
-        return len(self.settings.timesteps) * _step(ovam, ovam.preset.width, ovam.preset.height)
+        return (
+            (1 + self.settings.mirror)
+            * len(self.settings.timesteps)
+            * _step(ovam, ovam.preset.width, ovam.preset.height)
+        )
 
 
 @dataclass(frozen=True)
@@ -253,6 +262,7 @@ class OnZeroGPU(OVAM):
         branch: Branch = "conditional",
         with_goca: bool = False,
         with_features: bool = False,
+        keep: Collection[str] = (),
     ) -> Picture:
         if with_features:
             raise InputError("On ZeroGPU no features are recorded; choose a method without weights of its own.")
@@ -268,7 +278,9 @@ class OnZeroGPU(OVAM):
                 on_step(*steps)
 
         with _folder() as folder:
-            return self.load_recording(self._done(Draw(folder, settings, branch, with_goca), report, should_stop))
+            return self.load_recording(
+                self._done(Draw(folder, settings, branch, with_goca, tuple(keep)), report, should_stop)
+            )
 
     def look_at(
         self,
@@ -277,13 +289,16 @@ class OnZeroGPU(OVAM):
         *,
         should_stop: Asked | None = None,
         with_goca: bool = False,
+        keep: Collection[str] = (),
     ) -> Picture:
         settings.validate(self.pipe)
         photo = read_photo(photo)
         if should_stop is not None and should_stop():
             raise Stopped(0, len(settings.timesteps))
         with _folder() as folder:
-            return self.load_recording(self._done(Look(folder, photo, settings, with_goca), _ignored, should_stop))
+            return self.load_recording(
+                self._done(Look(folder, photo, settings, with_goca, tuple(keep)), _ignored, should_stop)
+            )
 
     def learn(
         self,

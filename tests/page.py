@@ -64,19 +64,28 @@ def browser():
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def window(browser):
+    """One for all visits of a module, so that the page's scripts are fetched and compiled once."""
+    context = browser.new_context()
+    yield context
+    context.close()
+
+
 @pytest.fixture
-def visit(browser, address):
-    """Opens the page in a window; at the end nothing may have been asked of another machine, nor gone wrong."""
-    contexts, faults = [], []
+def visit(window, address):
+    """Opens the page in a tab; at the end nothing may have been asked of another machine, nor gone wrong."""
+    pages, faults = [], []
 
     def heard(request):
         if not request.url.startswith((address, "data:", "blob:")):
             faults.append(f"outside: {request.url}")
 
     def open_page(width=1280, height=900, scheme="light"):
-        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
-        contexts.append(context)
-        page = context.new_page()
+        page = window.new_page()
+        pages.append(page)
+        page.set_viewport_size({"width": width, "height": height})
+        page.emulate_media(color_scheme=scheme)
         page.set_default_timeout(120_000)  # CI may have half of a core
         page.on("request", heard)
         page.on("pageerror", lambda error: faults.append(f"script: {error}"))
@@ -86,8 +95,11 @@ def visit(browser, address):
         return page
 
     yield open_page
-    for context in contexts:
-        context.close()
+    for page in pages:
+        if not page.is_closed():
+            page.evaluate("localStorage.clear()")  # the next visitor is a stranger
+            page.close()
+    window.clear_cookies()
     assert not faults
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import string
 
 import torch
@@ -189,17 +190,17 @@ def make_clip(tokenizer, width: int, kind=CLIPTextModel):
     return kind(config).eval()
 
 
-def make_sdxl():
+def make_sdxl(layers: int = 1, depths: tuple[int, ...] = (1, 1, 2)):
     unet = UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(8, 16, 32),
-        layers_per_block=1,
+        layers_per_block=layers,
         norm_num_groups=8,
         cross_attention_dim=32 + 24,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=(2, 2, 4),
-        transformer_layers_per_block=(1, 1, 2),
+        transformer_layers_per_block=depths,
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
@@ -219,11 +220,25 @@ def make_sdxl():
     )
 
 
-def make_pixart(kind):
+def make_sd15() -> StableDiffusionPipeline:
+    """Four levels, attention in three of them and in the middle."""
+    parts = make_pipe().components
+    parts["unet"] = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(8, 8, 16, 16),
+        layers_per_block=2,
+        norm_num_groups=4,
+        cross_attention_dim=EMBED,
+        attention_head_dim=2,
+    ).eval()
+    return StableDiffusionPipeline(**parts, requires_safety_checker=False)
+
+
+def make_pixart(kind, layers: int = 2):
     tokenizer, encoder = make_t5(24)
     transformer = PixArtTransformer2DModel(
         sample_size=32,
-        num_layers=2,
+        num_layers=layers,
         patch_size=2,
         attention_head_dim=8,
         num_attention_heads=3,
@@ -292,7 +307,7 @@ def make_sana(qk_norm: str | None, timestep_scale: float):
     return SanaPipeline(tokenizer, Gemma2Model(config).eval(), vae.eval(), transformer.eval(), scheduler)
 
 
-def make_hunyuan():
+def make_hunyuan(layers: int = 4):
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     pieces += [mark + x for x in string.ascii_lowercase for mark in ("", "##") if mark + x not in pieces]
     bert = BertConfig(
@@ -305,7 +320,7 @@ def make_hunyuan():
     tokenizer_2, t5 = make_t5(16)
     transformer = HunyuanDiT2DModel(
         sample_size=16,
-        num_layers=4,
+        num_layers=layers,
         patch_size=2,
         attention_head_dim=8,
         num_attention_heads=3,
@@ -378,11 +393,26 @@ def make_sd3(qk_norm=None, dual=(), with_t5=True):
     )
 
 
-def make_flux(guidance_embeds):
+class ShortFlux(FluxPipeline):
+    """Flux that pads prompts to 32 tokens: of its 512 most would be padding."""
+
+    @functools.wraps(FluxPipeline.__call__)
+    def __call__(self, *args, **more):
+        return super().__call__(*args, **{"max_sequence_length": 32} | more)
+
+    __call__.__signature__ = inspect.signature(FluxPipeline.__call__).replace(
+        parameters=[
+            x.replace(default=32) if x.name == "max_sequence_length" else x
+            for x in inspect.signature(FluxPipeline.__call__).parameters.values()
+        ]
+    )
+
+
+def make_flux(guidance_embeds, layers: int = 3, singles: int = 1, kind=FluxPipeline):
     transformer = FluxTransformer2DModel(
         in_channels=16,
-        num_layers=3,
-        num_single_layers=1,
+        num_layers=layers,
+        num_single_layers=singles,
         attention_head_dim=8,
         num_attention_heads=2,
         joint_attention_dim=24,
@@ -391,7 +421,7 @@ def make_flux(guidance_embeds):
         axes_dims_rope=(2, 2, 4),
     )
     clip, (tokenizer, t5) = make_tokenizer(), make_t5(24)
-    return FluxPipeline(
+    return kind(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=make_vae(shift_factor=0.1),
         text_encoder=make_clip(clip, 32),
@@ -495,11 +525,29 @@ JOINT = {
 }
 
 
+def loud(pipe):
+    """With self-attention that looks at few pixels: five products with an even one leave nothing to compare."""
+    for name, weight in pipe.transformer.named_parameters():
+        if name.endswith(("attn1.to_q.weight", "attn1.to_k.weight")):
+            weight.data *= 6
+    return pipe
+
+
+BUILDS = {  # the published models' own numbers of levels and blocks; and one with several single-stream blocks
+    "sd-1.5": make_sd15,
+    "sdxl-1.0": lambda: make_sdxl(2, (1, 2, 10)),
+    "pixart-28": lambda: loud(make_pixart(PixArtSigmaPipeline, 28)),
+    "hunyuan-40": lambda: make_hunyuan(40),
+    "flux-57": lambda: make_flux(True, 19, 38, ShortFlux),
+    "flux-singles": lambda: make_flux(True, 2, 3, ShortFlux),
+}
+
+
 @functools.cache
 def pipe_of(name: str):
-    """A pipeline of CROSS or JOINT, shared by the tests: they leave it as it is."""
+    """A pipeline of CROSS, JOINT or BUILDS, shared by the tests: they leave it as it is."""
     torch.manual_seed(0)
-    pipe = (CROSS | JOINT)[name]()
+    pipe = (CROSS | JOINT | BUILDS)[name]()
     model = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     # Random weights attend almost evenly and hardly change the text: louder ones make the maps differ among pixels.
     for key, weight in model.named_parameters():

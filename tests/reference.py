@@ -32,13 +32,16 @@ def generate(pipe, prompt="a photograph of the cat", steps=3, guidance=4.0, heig
 
 
 class Spy:
-    """What each attention module of the down and up blocks was given: name -> [(pixels, text or None)] a step."""
+    """What each attention module of the down and up blocks was given: name -> [(pixels, text or None)] a step.
 
-    def __init__(self, pipe, kind="attn2"):
+    middle: and of the middle block.
+    """
+
+    def __init__(self, pipe, kind="attn2", middle=False):
         self.modules = {
             name: module
             for name, module in pipe.unet.named_modules()
-            if name.endswith(kind) and name.startswith(("down_blocks", "up_blocks"))
+            if name.endswith(kind) and name.startswith(("down_blocks", "up_blocks", "mid_block")[: 2 + middle])
         }
         self.seen = {name: [] for name in self.modules}
 

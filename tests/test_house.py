@@ -28,7 +28,7 @@ LAYERS = (
     ("settings", "query", "tokens", "published", "optimization"),
     ("picture",),
     ("methods",),
-    ("downstream",),
+    ("downstream", "presence"),
     ("ovam",),
     ("data",),
     ("cli", "__main__"),

@@ -22,7 +22,7 @@ from ovam_core.attention.heatmap import attribute
 from ovam_core.attention.mask import self_attention_map
 from ovam_core.cli import main
 from ovam_core.errors import InputError
-from ovam_core.hooks.goca_recorder import record_goca
+from ovam_core.models.binding import bound
 from ovam_core.models.load import load_pipeline
 from ovam_core.models.presets import defaults_for
 from ovam_core.models.registry import adapter_of
@@ -37,6 +37,7 @@ IMAGE, GRID = (32, 48), (8, 12)
 SD3 = ["sd3", "sd3.5", "sd3-without-t5"]
 FLUX = ["flux-dev", "flux-schnell", "flux-2"]
 ALL = SD3 + FLUX
+SINGLES = "flux-singles"
 
 
 def generate(name, prompt=PROMPT, steps=2, guidance=4.0, size=IMAGE, **more):
@@ -65,9 +66,10 @@ class Spy:
     """What each block of a pipeline was given, and its joint attention after norms and rotation: name -> one a step."""
 
     def __init__(self, name, monkeypatch):
-        self.name, self.model, self.text_first = name, pipe_of(name).transformer, name in FLUX
-        self.blocks = dict(self.model.named_children())["transformer_blocks"]
-        self.names = [f"transformer_blocks.{i}.attn" for i in range(len(self.blocks))]
+        self.name, self.model, self.text_first = name, pipe_of(name).transformer, name.startswith("flux")
+        parts = ["transformer_blocks", *(["single_transformer_blocks"] if name == SINGLES else [])]
+        named = {f"{part}.{i}.attn": x for part in parts for i, x in enumerate(getattr(self.model, part))}
+        self.names, self.blocks = list(named), list(named.values())
         self.given = {x: [] for x in self.names}
         self.attended = {x: [] for x in self.names}
         self._inside, self._handles, self._ids = None, [], None
@@ -237,6 +239,30 @@ def test_other_words_are_carried_as_the_models_blocks_carry_them(name, count, mo
     torch.testing.assert_close(maps, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(maps.sum(dim=0), torch.ones(GRID), atol=1e-5, rtol=0)
     assert count == 1 or maps.std(dim=(1, 2)).max() > 1e-3
+
+
+def test_single_stream_blocks_that_are_named(monkeypatch):
+    layers = ["transformer_blocks", "single_transformer_blocks"]
+    (recording,), spy = recorded(SINGLES, monkeypatch, {"layers": layers})
+    assert [x.name for x in recording.layers] == spy.names
+    assert len(spy.names) == 5
+    assert [x.name for x in recording.column_sums] == spy.names[:2]  # the self-attention map stays what it was
+    prompt = encode_padded(pipe_of(SINGLES), PROMPT)
+    torch.testing.assert_close(heatmaps(recording, prompt), spy.model_maps(0), atol=2e-6, rtol=1e-3)
+    words = words_of(SINGLES, 3)
+    with torch.no_grad():
+        every, one = spy.maps_of(0, words), spy.maps_of(0, words, names=[spy.names[3]], steps=[1])
+        keys = list(recording.stream.keys(prompt, [len(prompt)], spy.names))
+    torch.testing.assert_close(heatmaps(recording, words), every, atol=1e-5, rtol=0)
+    assert (keys[4] - keys[2]).abs().max() > 0.1  # the text goes on changing
+    part = recording.select(steps=[1], layers=["single_transformer_blocks.1"])
+    torch.testing.assert_close(heatmaps(part, words), one, atol=1e-5, rtol=0)
+    assert len(recording.select(steps=[1]).layers) == 5
+    again = bound(pipe_of(SINGLES), recording.detached())
+    assert torch.equal(heatmaps(again, words), heatmaps(recording, words))
+    with record(pipe_of(SINGLES)) as recorder:
+        generate(SINGLES)
+    assert [x.name for x in recorder.recordings[0].layers] == spy.names[:2]
 
 
 @pytest.mark.parametrize("name", SD3)
@@ -586,12 +612,6 @@ def test_a_folder_is_loaded_and_known_by_its_family(name, tmp_path, monkeypatch)
     assert (defaults.steps, defaults.guidance) == (family.steps, family.guidance)
     assert defaults.height == (32 if name in SD3 else 128) * 2
     torch.testing.assert_close(encode_padded(pipe, PROMPT), encode_padded(pipe_of(name), PROMPT))
-
-
-@pytest.mark.parametrize("name", ["sd3", "flux-dev", "flux-2"])
-def test_goca_is_not_there_for_these_models(name):
-    with pytest.raises(InputError, match="GoCA is not there for"):
-        record_goca(pipe_of(name))
 
 
 def test_the_command_line_and_the_page_say_what_the_map_is(tmp_path, monkeypatch, capsys):

@@ -66,7 +66,7 @@ def test_the_package_needs_what_the_app_needs(project, extras):
 
 def test_extras_take_the_versions_that_are_tested(extras):
     tested = requirements(ROOT / "tests" / "requirements.txt")
-    assert extras.keys() == {"crf", "app", "data", "dev"}
+    assert extras.keys() == {"crf", "app", "sam", "data", "dev"}
     for name, versions in (extras["data"] | extras["dev"]).items():
         assert versions == tested.get(name, versions), name
 
@@ -151,7 +151,7 @@ def test_the_wheel_says_what_it_is(wheel):
         (name,) = [name for name in archive.namelist() if name.endswith("METADATA")]
         about = Parser().parsestr(archive.read(name).decode())
     assert (about["Name"], about["Version"]) == ("ovam", ovam_core.__version__)
-    assert set(about.get_all("Provides-Extra")) == {"crf", "app", "data", "dev"}
+    assert set(about.get_all("Provides-Extra")) == {"crf", "app", "sam", "data", "dev"}
     assert "## Five lines of Python" in about.get_payload()
 
 

@@ -7,7 +7,6 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 
 from ovam_core.errors import InputError
 from ovam_core.models import load as pipeline
@@ -101,7 +100,7 @@ def test_a_hub_model_that_does_not_exist(monkeypatch):
     def missing(*_, **__):
         raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)
 
-    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", missing)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", missing)
     with pytest.raises(InputError, match="There is no model nobody/nothing on the hub"):
         load_pipeline("nobody/nothing")
 

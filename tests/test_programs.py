@@ -54,7 +54,7 @@ IMAGE = {
 }
 ASKED = "words picture sentence tau alpha crf steps grids tokens token_files method".split()
 ENDPOINTS = {
-    "/generate": ["prompt", "negative_prompt", "seed", "steps", "guidance", "width", "height"],
+    "/generate": ["prompt", "negative_prompt", "seed", "steps", "guidance", "width", "height", "guidance_kind"],
     "/photograph": ["photo", "caption", "timesteps", "seed", "words"],
     "/attribute": ASKED,
     "/masks": ASKED,
@@ -136,7 +136,11 @@ def test_the_texts_of_an_endpoint(client):
         "facts": "str",
     }
     defaults = {one["parameter_name"]: one["parameter_default"] for one in about["/generate"]["parameters"]}
-    assert defaults == dict.fromkeys(ENDPOINTS["/generate"]) | {"negative_prompt": "", "seed": 0}
+    assert defaults == dict.fromkeys(ENDPOINTS["/generate"]) | {
+        "negative_prompt": "",
+        "seed": 0,
+        "guidance_kind": "plain",
+    }
     needed = [one["parameter_name"] for one in about["/point"]["parameters"] if not one["parameter_has_default"]]
     assert needed == ["x", "y"]
 
@@ -263,6 +267,7 @@ def test_attribute_says_what_the_library_says(client, generated, picture, ovam):
     found = ovam.segment(picture, ["cat", "the red bus"])
     assert measures["words"] == found.labels
     assert measures["peaks"] == [round(peak, 4) for peak in found.peaks]
+    assert measures["presence"] == pytest.approx(found.presence, abs=1e-3)
     assert measures["mask_shares"] == [round(float(mask.mean()), 4) for mask in found.masks]
     for file, mask in zip(masks, found.masks, strict=True):
         assert np.array_equal(np.asarray(Image.open(file)) == 255, mask)

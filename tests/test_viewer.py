@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -111,6 +112,7 @@ def test_a_method_says_what_the_browser_can_do(ovam, picture, method, live, crf,
     assert [word["mask"] is not None for word in column["words"]] == [masks, masks]
     assert list(column["attention"]) == (["conditional"] if has_alpha else [])
     assert [word["peak"] for word in column["words"]] == found.peaks
+    assert [word["presence"] for word in column["words"]] == [round(there, 4) for there in found.presence]
 
 
 def test_an_answer_names_its_picture_and_what_was_asked(ovam, found):
@@ -410,7 +412,11 @@ def test_one_scale_for_all_words(ovam, found, view):
 
 
 def test_chips_show_hide_add_and_remove(ovam, picture, found, view):
-    page = view(sent(ovam, found), offers(ovam, picture))
+    page = view(sent(ovam, replace(found, presence=[0.93, None, 0.03])), offers(ovam, picture))
+    titles = [page.get_attribute(f".v-word >> nth={number}", "title") for number in range(3)]
+    assert titles[:2] == ["Show its map · presence 0.93 of 1", "Show its map"]
+    assert titles[2].startswith("Probably not in the picture: presence 0.03 of 1.")
+    assert page.locator(".v-chip.absent").all_text_contents() == [f"pet {found.peaks[2]:.2f}probably not there×"]
     assert [one.strip() for one in page.locator(".v-word").all_text_contents()] == [
         f"{word} {peak:.2f}" for word, peak in zip(WORDS, found.peaks, strict=True)
     ]

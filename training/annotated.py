@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,15 +47,16 @@ def generations(
     steps: int | None = None,
     batch: int = 4,
     only: int | None = None,
+    keep: Collection[str] = (),
 ) -> Iterator[tuple[Image.Image, Recording]]:
     """Images with their recordings, made `batch` at a time: faster on a CPU too, and the noise is that of each seed.
 
-    steps: None for the model's own. only: the one step to record.
+    steps: None for the model's own. only: the one step to record. keep: as in `record`.
     """
     for first in range(0, len(prompts), batch):
         part = slice(first, first + batch)
         one = GenerateSettings.for_model(pipe, prompts[first], steps=steps)
-        with record(pipe, steps=None if only is None else [only]) as recorder:
+        with record(pipe, steps=None if only is None else [only], keep=keep) as recorder:
             images = pipe(
                 list(prompts[part]),
                 num_inference_steps=one.steps,

@@ -13,10 +13,13 @@ from benchmarks.speed import __doc__ as about
 from benchmarks.speed.common import Bench, Measurement, run
 from benchmarks.speed.growth import growth_images, growth_sides, growth_steps, growth_tokens
 from benchmarks.speed.heatmap import heatmap
+from benchmarks.speed.many_prompts import many_prompts
 from benchmarks.speed.page import page_start, page_words
+from benchmarks.speed.question import dense_crf, epoch, layout, question
 from benchmarks.speed.recording import recording_embedded, recording_sd15, recording_sdxl
 from benchmarks.speed.self_attention import self_attention
 from benchmarks.speed.sizes import CPU, CUDA, SMOKE
+from benchmarks.speed.starting import starting_commands, starting_page
 from benchmarks.speed.token import token
 
 ROWS: dict[int, tuple[Measurement, ...]] = {
@@ -24,8 +27,10 @@ ROWS: dict[int, tuple[Measurement, ...]] = {
     2: (heatmap,),
     3: (token,),
     4: (self_attention,),
-    5: (page_start, page_words),
+    5: (page_start, starting_page, starting_commands, page_words),
     6: (growth_tokens, growth_steps, growth_sides, growth_images),
+    7: (many_prompts,),
+    8: (question, epoch, layout, dense_crf),
 }
 
 

@@ -17,6 +17,7 @@ class Sizes:
     rounds: int
     few_rounds: int
     embedded_steps: int
+    question_steps: int
     sd15_steps: int
     sd15_side: int
     sdxl_steps: int
@@ -41,6 +42,7 @@ CUDA = Sizes(
     rounds=7,
     few_rounds=3,
     embedded_steps=25,
+    question_steps=25,
     sd15_steps=30,
     sd15_side=512,
     sdxl_steps=15,
@@ -73,6 +75,7 @@ SMOKE = Sizes(
     rounds=2,
     few_rounds=1,
     embedded_steps=1,
+    question_steps=2,
     sd15_steps=1,
     sd15_side=64,
     sdxl_steps=1,

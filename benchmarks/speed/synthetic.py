@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from benchmarks.speed.common import Bench
-from ovam_core.attention.recording import LayerQueries, Recording
+from ovam_core.attention.recording import LayerQueries, Recording, empty_queries
 
 PIXELS = 8  # of the image to one of the latents
 EMBED = 768
@@ -32,7 +32,7 @@ def synthetic_recording(bench: Bench, steps: int, side: int) -> tuple[Recording,
         pixels = rearrange(F.interpolate(fields, size=(grid, grid), mode="bicubic"), "1 f h w -> 1 (h w) f")
         for number in range(5):
             mixed = rearrange(pixels @ draw(12, heads * d) / 4, "1 n (h d) -> h n d", h=heads)
-            queries = torch.empty(steps, heads, grid * grid, d, device=bench.device, dtype=bench.dtype)
+            queries = empty_queries((steps, heads, grid * grid, d), device=bench.device, dtype=bench.dtype)
             for step in range(steps):
                 queries[step] = mixed + draw(heads, grid * grid, d)
             keys = torch.nn.Linear(EMBED, heads * d, bias=False, device=bench.device, dtype=bench.dtype)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks.speed.common import Bench, Line, megabytes, peak_bytes, race, ratio_line
 from benchmarks.speed.heatmap import plain_heatmaps
+from benchmarks.speed.published import as_published
 from benchmarks.speed.synthetic import random_embedding, synthetic_recording
 from ovam_core.attention.recording import Recording
 from ovam_core.optimization import EDGE, RECIPES, Epoch, Optimized, OptimizeSettings, optimize
@@ -25,7 +26,7 @@ def token(bench: Bench) -> list[Line]:
     start, epochs = random_embedding(bench, 2), sizes.plain_epochs
     few = replace(RECIPES["paper"], epochs=epochs)
     ours = partial(optimize, [recording], [labels], start, few)
-    plain = partial(plain_losses, recording, labels, start, epochs, few)
+    plain = partial(plain_losses, as_published(recording), labels, start, epochs, few)
     np.testing.assert_allclose(ours().losses, plain(), rtol=1e-3)
 
     times = race(bench, {"plain loop": plain, "optimize": ours}, sizes.few_rounds + 2)

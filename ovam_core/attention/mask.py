@@ -12,17 +12,13 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from ovam_core.attention.crf import NO_CRF as NO_CRF
+from ovam_core.attention.crf import crf_available as crf_available
+from ovam_core.attention.crf import densecrf as densecrf
+from ovam_core.attention.crf import densecrf_each
 from ovam_core.attention.heatmap import resize, summed
 from ovam_core.attention.recording import Recording
 from ovam_core.errors import InputError
-
-# SimpleCRF's documented defaults: weight, position and colour widths of the appearance kernel, weight and
-# width of the smoothness kernel, iterations.
-CRF_PARAMETERS = (10.0, 80.0, 13.0, 3.0, 3.0, 5.0)
-NO_CRF = (
-    "The dense CRF needs SimpleCRF, which is not installed here: install it with `pip install 'ovam[crf]'`, "
-    "or switch the dense CRF off."
-)
 
 
 def self_attention_map(recording: Recording, alpha: float) -> Tensor:
@@ -62,36 +58,6 @@ def binary_masks(maps: Tensor, tau: float, attention: Tensor | None = None) -> T
     return (weighted >= tau * peak) & (peak > 0)
 
 
-def crf_available() -> bool:
-    """Whether `densecrf` can run: SimpleCRF is an extra, since it needs a C++ compiler."""
-    try:
-        import denseCRF  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def densecrf(mask: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """Refine a mask along the edges of its image by a fully connected CRF (SimpleCRF, its documented defaults).
-
-    mask: bool `[H, W]`; image: uint8 RGB `[H, W, 3]`. Returns bool `[H, W]`; a mask of all or nothing stays as it is.
-    Raises InputError for shapes that do not go together, and where SimpleCRF is not installed.
-    """
-    if mask.ndim != 2 or image.shape != (*mask.shape, 3):
-        raise InputError(
-            f"The mask is {list(mask.shape)} and the image {list(image.shape)}: give [H, W] and [H, W, 3]."
-        )
-    try:
-        import denseCRF
-    except ImportError:
-        raise InputError(NO_CRF) from None
-    if mask.all() or not mask.any():
-        return mask.astype(bool)
-    inside = mask.astype(np.float32)
-    unary = np.stack([1 - inside, inside], axis=-1)
-    return denseCRF.densecrf(np.ascontiguousarray(image, dtype=np.uint8), unary, CRF_PARAMETERS).astype(bool)
-
-
 def make_masks(
     recording: Recording,
     maps: Tensor,
@@ -111,7 +77,7 @@ def make_masks(
     if not crf:
         return masks
     pixels = np.asarray(image.convert("RGB"))
-    return np.stack([densecrf(mask, pixels) for mask in masks])
+    return densecrf_each(masks, pixels)
 
 
 def label_map(maps: np.ndarray, masks: np.ndarray, ids: Sequence[int] | None = None) -> np.ndarray:

@@ -7,12 +7,15 @@ themselves afterwards (a LoRA fused into them, others loaded over them) is notic
 from __future__ import annotations
 
 import copy
+import functools
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovam_core.errors import InputError
@@ -33,6 +36,8 @@ def call_frozen(module: nn.Module, *inputs: Any, dtype: torch.dtype | None = Non
     weights that are stored in another one (float8, packed); None leaves the inputs as they are there. Its own forward
     is called, with the hooks on it. Raises InputError for weights that are gone (on the device "meta").
     """
+    if isinstance(module, nn.Linear) and is_projection(module, inputs[0].device):
+        return F.linear(inputs[0].to(module.weight.dtype), module.weight.detach())
     own: Iterable[tuple[str, Tensor]] = module.named_parameters()
     parameters = dict(own)
     weights = parameters or dict(module.named_buffers())
@@ -56,6 +61,15 @@ def call_frozen(module: nn.Module, *inputs: Any, dtype: torch.dtype | None = Non
     kept = nullcontext() if computed else torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda x: x)
     with kept if torch.is_grad_enabled() else nullcontext():
         return torch.func.functional_call(module, replaced, arguments) if replaced else module(*arguments)
+
+
+def is_projection(module: Any, device: torch.device) -> bool:
+    """Whether it is no more than a matrix on this device, which no one listens to: what most keys are made by."""
+    if type(module) is not nn.Linear or module.bias is not None or "forward" in vars(module) or is_heard(module):
+        return False
+    weight = module.weight
+    known = type(weight) is nn.Parameter and weight.dtype in COMPUTED and not weight.is_inference()
+    return known and weight.device == device and not hasattr(module, "_diffusers_hook")
 
 
 def _is_computed_as_stored(module: nn.Module, parameters: Collection[Tensor]) -> bool:
@@ -106,6 +120,11 @@ def _twin(module: nn.Module, settings: LoraSettings) -> nn.Module:
     return twin
 
 
+def is_heard(module: nn.Module) -> bool:
+    """Whether someone listens to a module or one within it."""
+    return any(x._forward_hooks or x._forward_pre_hooks for x in module.modules())
+
+
 def without_hooks(module: nn.Module) -> nn.Module:
     """One like it, of the same weights, that no one listens to; what offloads and casts weights goes on."""
     twin = _twin(module, {})
@@ -152,9 +171,11 @@ def _has_adapters(layer: Any, settings: dict[str, Any]) -> bool:
     return wanted <= there and not (there - wanted) & ({active} if isinstance(active, str) else set(active))
 
 
+@functools.lru_cache(maxsize=64)
 def probe(*shape: int, seed: int = 0) -> Tensor:
-    """Numbers to try a module with, the same ones each time: float32 of this shape."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    """Numbers to try a module with, the same ones each time: float32 of this shape, not to be changed."""
+    with torch.inference_mode(False):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def check_same(tried: Iterable[tuple[str, Tensor, Tensor]]) -> None:
@@ -162,17 +183,19 @@ def check_same(tried: Iterable[tuple[str, Tensor, Tensor]]) -> None:
 
     tried: name of the layer, then and now. Waits for the device once.
     """
-    names, changes, allowed = [], [], []
-    for name, then, now in tried:
-        before, after = then.to(now.device, torch.float32), now.float()
-        names.append(name)
-        changes.append((after - before).norm() / before.norm().clamp_min(1e-30))
-        allowed.append(max(MAX_CHANGE, *(4 * torch.finfo(x.dtype).eps for x in (then, now))))
-    if not names:
+    found = [(name, then.detach(), now.detach()) for name, then, now in tried]
+    if not found:
         return
-    measured = torch.stack([x.to(changes[0].device) for x in changes]).tolist()
-    for name, change, most in zip(names, measured, allowed, strict=True):
-        if change > most:
+    names, before, after = zip(*found, strict=True)
+    starts = np.cumsum([0, *(x.numel() for x in before[:-1])])
+    then, now = (
+        torch.cat([x.to(one[0].device).float().flatten() for x in one]).cpu().double().numpy()
+        for one in (before, after)
+    )
+    lengths = np.sqrt(np.add.reduceat(then**2, starts)).clip(1e-30)
+    changes = np.sqrt(np.add.reduceat((now - then) ** 2, starts)) / lengths
+    for name, change, *pair in zip(names, changes, before, after, strict=True):
+        if change > max(MAX_CHANGE, *(4 * torch.finfo(x.dtype).eps for x in pair)):
             raise InputError(
                 f"The weights of the layer {name} are no longer those that made this picture (a LoRA was fused or "
                 "unfused, or others were loaded over them): put them back, or make the picture again."

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
+from ovam_core.attention.affinity import Affinity
 from ovam_core.attention.modules import unbound
 from ovam_core.attention.reading import Reading
 from ovam_core.attention.rows import common, rows_of
@@ -18,6 +19,8 @@ from ovam_core.errors import InputError
 
 Branch = Literal["conditional", "unconditional", "all"]
 BRANCHES = get_args(Branch)
+# Layers that are left out unless they are named: of a UNet as in the paper, of Flux for their number.
+UNASKED = ("mid_block", "single_transformer_blocks")
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +28,7 @@ class LayerQueries:
     """What one cross-attention layer asked, for one image.
 
     queries: `[T, heads, n, d]`, n = height * width, row-major, in the storage dtype; normalised and rotated where the
-    model does so.
+    model does so. On a CPU they are asked fastest where they are `laid_out`.
     keys: the model's own way from embedding to keys, `[L, embed_dim]` -> `[L, heads * d]` (`to_k` in a UNet); None
     where they come from the recording's text stream.
     scale: factor of the products before the softmax, 1 / sqrt(d) (Eq. 3).
@@ -59,6 +62,74 @@ class LayerQueries:
         return replace(self, queries=self.queries.cpu(), keys=keys, made=None if self.made is None else self.made.cpu())
 
 
+def empty_queries(shape: Sequence[int], **options: Any) -> Tensor:
+    """`torch.empty` of `[T, heads, n, d]`; on a CPU (pinned memory is another device's) in the order of `laid_out`."""
+    if torch.device(options["device"]).type != "cpu" or options.get("pin_memory"):
+        return torch.empty(tuple(shape), **options)
+    steps, heads, n, d = shape
+    return torch.empty(heads, d, steps, n, **options).permute(2, 0, 3, 1)
+
+
+def is_laid_out(queries: Tensor) -> bool:
+    """Whether all pixels of all steps lie in a row, for each channel of a head."""
+    steps, _, n, _ = queries.shape
+    return queries.stride(2) == 1 and (steps == 1 or queries.stride(0) == n)
+
+
+def laid_out(queries: Tensor) -> Tensor:
+    """Queries `[T, heads, n, d]` in the order in memory in which a CPU multiplies them fastest: one product a head, in
+    place of one a head and step, along pixels. On another device as they are.
+    """
+    if queries.device.type != "cpu" or is_laid_out(queries):
+        return queries
+    return empty_queries(queries.shape, dtype=queries.dtype, device=queries.device).copy_(queries)
+
+
+# Values of a recording's queries, 64 MiB, up to which layers are laid side by side, which copies them.
+SMALL = 1 << 24
+
+
+def alike(layers: Iterable[LayerQueries]) -> list[list[LayerQueries]]:
+    """Layers of one grid, width of a head, dtype and scale, with as many steps, together."""
+    found: dict[Any, list[LayerQueries]] = {}
+    for x in layers:
+        steps, _, n, width = x.queries.shape
+        found.setdefault((x.height, x.width, n, steps, width, x.queries.dtype, x.scale), []).append(x)
+    return list(found.values())
+
+
+def side_by_side(layers: Sequence[LayerQueries]) -> tuple[LayerQueries, ...]:
+    """Layers with their queries `laid_out`, those that are `alike` behind each other in memory: a CPU asks them as one
+    (`joint`), as of small grids what surrounds a product takes longer than it does. More than SMALL each on its own.
+    """
+    laid = {x.name: replace(x, queries=laid_out(x.queries)) for x in layers}
+    if sum(x.queries.numel() for x in layers) > SMALL or any(x.queries.device.type != "cpu" for x in layers):
+        return tuple(laid.values())
+    for ones in alike(layers):
+        if joint(ones) is not None:
+            continue
+        (steps, _, n, width), heads = ones[0].queries.shape, [x.queries.shape[1] for x in ones]
+        store = empty_queries((steps, sum(heads), n, width), dtype=ones[0].queries.dtype, device=torch.device("cpu"))
+        for part, x in zip(store.split(heads, dim=1), ones, strict=True):
+            laid[x.name] = replace(x, queries=part.copy_(x.queries))
+    return tuple(laid.values())
+
+
+def joint(layers: Sequence[LayerQueries]) -> Tensor | None:
+    """The queries of layers that are `alike` as those of one layer, `[T, all heads, n, d]`, a view; None where they do
+    not lie behind each other.
+    """
+    first, heads = layers[0].queries, 0
+    for x in layers:
+        place = first.storage_offset() + heads * first.stride(1)
+        same = x.queries.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (same and x.queries.stride() == first.stride() and x.queries.storage_offset() == place):
+            return None
+        heads += x.queries.shape[1]
+    steps, _, n, width = first.shape
+    return first.as_strided((steps, heads, n, width), first.stride()) if is_laid_out(first) else None
+
+
 @dataclass(frozen=True, eq=False)
 class LayerColumnSums:
     """How much attention each pixel received in one self-attention layer: float32 `[T, height * width]`.
@@ -78,7 +149,25 @@ class LayerColumnSums:
         return replace(self, sums=rows_of(self.sums, steps, kept), steps=kept)
 
 
-AnyLayer = TypeVar("AnyLayer", LayerQueries, LayerColumnSums)
+@dataclass(frozen=True, eq=False)
+class LayerOutputs:
+    """What each pixel read in one joint attention, before the output projection: `[T, height * width, heads * d]`.
+
+    In the storage dtype. steps: of the rows, as in LayerQueries.
+    """
+
+    name: str
+    height: int
+    width: int
+    outputs: Tensor
+    steps: tuple[int, ...] | None = None
+
+    def at(self, kept: tuple[int, ...], steps: tuple[int, ...]) -> LayerOutputs:
+        """As `LayerQueries.at`."""
+        return replace(self, outputs=rows_of(self.outputs, steps, kept), steps=kept)
+
+
+AnyLayer = TypeVar("AnyLayer", LayerQueries, LayerColumnSums, LayerOutputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +182,9 @@ class Recording:
     `steps` are fewer, and all means are over the attention maps that there are.
     stream: with joint attention, what carries words to their keys; None with cross-attention. Its tensors are up to
     twice the size of the queries. reading: how the run's prompt was read, which is how words are to be; None where that
-    is not known.
+    is not known. affinities: on request, the self-attention of each grid as a matrix, the finest first: a mean over the
+    recorded steps that the model recommends, whichever are selected. outputs: on request, what the pixels read in some
+    joint attentions.
     The keys come from the pipeline's own layers as they were set in the run: the scale of a LoRA then, and not what is
     set, loaded or unloaded afterwards. Weights that have themselves changed are refused (`check_same`).
     """
@@ -109,11 +200,14 @@ class Recording:
     branch: Branch
     stream: TextStream | None = None
     reading: Reading | None = None
+    affinities: tuple[Affinity, ...] = ()
+    outputs: tuple[LayerOutputs, ...] = ()
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by the queries, the column sums and the text stream."""
+        """Bytes held by the queries, the column sums, the text stream, and what was kept on request."""
         tensors = [x.queries for x in self.layers] + [x.sums for x in self.column_sums]
+        tensors += [x.matrix for x in self.affinities] + [x.outputs for x in self.outputs]
         held = sum(x.numel() * x.element_size() for x in tensors)
         return held if self.stream is None else held + self.stream.nbytes
 
@@ -135,7 +229,7 @@ class Recording:
         are copied. Column sums follow `steps` only. The heatmap size stays. A layer that a cache skipped at all of
         these steps is left out, with a warning. Raises InputError when nothing is left.
         """
-        kept = named(self.layers, layers, lambda x: x.name)
+        kept = list(self.layers) if layers is None else named(self.layers, layers, lambda x: x.name)
         if resolutions is not None:
             wanted = set(resolutions)
             kept = [x for x in kept if x.resolution in wanted]
@@ -144,7 +238,8 @@ class Recording:
             if layers is not None:
                 choice += f" and the layers {', '.join(x.name for x in self.layers)}"
             raise InputError(f"No recorded layer matches: choose among {choice}.")
-        stream = None if self.stream is None else self.stream.up_to([x.name for x in kept])
+        read = [x.name for x in self.outputs]
+        stream = None if self.stream is None else self.stream.up_to([x.name for x in kept], read)
         if steps is None:
             return replace(self, layers=tuple(kept), stream=stream)
 
@@ -169,12 +264,13 @@ class Recording:
             self,
             layers=tuple(there),
             column_sums=tuple(self._at(self.column_sums, chosen)),
+            outputs=tuple(self._at(self.outputs, chosen)),
             timesteps=tuple(at for at, number in zip(self.timesteps, numbers, strict=True) if number in chosen),
             step_indices=chosen,
             stream=None if stream is None else stream.at(chosen),
         )
 
-    def _steps_of(self, layer: LayerQueries | LayerColumnSums) -> tuple[int, ...]:
+    def _steps_of(self, layer: LayerQueries | LayerColumnSums | LayerOutputs) -> tuple[int, ...]:
         return self.step_indices if layer.steps is None else layer.steps
 
     def _at(self, layers: Sequence[AnyLayer], chosen: tuple[int, ...]) -> list[AnyLayer]:
@@ -189,6 +285,8 @@ class Recording:
             layers=tuple(replace(x, queries=x.queries.to(device)) for x in self.layers),
             column_sums=tuple(replace(x, sums=x.sums.to(device)) for x in self.column_sums),
             stream=None if self.stream is None else self.stream.each(lambda x: x.to(device)),
+            affinities=tuple(x.to(device) for x in self.affinities),
+            outputs=tuple(replace(x, outputs=x.outputs.to(device)) for x in self.outputs),
         )
 
     def detached(self) -> Recording:
@@ -205,12 +303,12 @@ class Recording:
 
 
 def named(items: Iterable, parts: Iterable[str] | str | None, name_of: Callable[[Any], str]) -> list:
-    """Those of `items` whose name contains one of `parts` (None: any); the mid block only when a part says so."""
+    """Those of `items` whose name contains one of `parts` (None: any); UNASKED ones only when a part says so."""
     # A lone string is one name, not an iterable of letters.
     parts = [parts] if isinstance(parts, str) else [""] if parts is None else list(parts)
 
     def wanted(name: str) -> bool:
-        return any(part in name and ("mid_block" in part or "mid_block" not in name) for part in parts)
+        return any(part in name and all(x in part or x not in name for x in UNASKED) for part in parts)
 
     return [x for x in items if wanted(name_of(x))]
 

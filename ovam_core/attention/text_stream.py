@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,16 @@ class JointBlock(Protocol):
     ff_context: nn.Module
 
 
+class SingleBlock(Protocol):
+    """A block of Flux in which text and image, one behind the other, go through the same modules."""
+
+    attn: Attention
+    norm: nn.Module
+    proj_mlp: nn.Module
+    act_mlp: nn.Module
+    proj_out: nn.Module
+
+
 @dataclass(frozen=True, eq=False)
 class StreamBlock:
     """One block of the text stream, and what its image stream showed to the text, for one image.
@@ -78,6 +88,13 @@ class StreamBlock:
         mask = _prompt_mask(sizes, self.image_keys.shape[2], text.device)
         shown = self.image_keys, self.image_values
         return call_frozen(self.carry, text, modulation, turn, *shown, mask, dtype=dtype)
+
+    def read(self, text: Tensor, modulation: Tensor, turn: Turn | None, dtype: torch.dtype | None) -> Tensor:
+        """What the text of one prompt, `[T, L, C]`, reads here before the output projection: `[T, L, heads * d]`."""
+        if not isinstance(self.carry, TextStep):
+            raise ValueError(f"Nothing is read in the block {self.name}.")
+        shown = self.image_keys, self.image_values
+        return call_frozen(TextRead(self.carry), text, modulation, turn, *shown, dtype=dtype)
 
     def tried(self, text: Tensor, modulation: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
         """Keys, and what is carried on before one pixel of probes, of one text `[1, 1, C]` and modulation `[1, C]`."""
@@ -135,6 +152,23 @@ class TextStream:
         embedding: `[L, E]`, attribution prompts of `sizes` rows one after the other; each is carried as if it were
         alone. Differentiable with respect to it; of every block the inputs alone are kept for the gradient.
         """
+        for block, text, modulation, turn in self._carried(embedding, sizes):
+            if block.name in names:
+                yield call_frozen(block.to_keys, text, modulation, turn, dtype=self.dtype)
+
+    def outputs(self, embedding: Tensor, names: Collection[str]) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """What the tokens read in each block of `names`, before its output projection: steps, and `[T, L, heads * d]`.
+
+        embedding: `[L, E]`, one prompt. The blocks must hold what their image showed.
+        """
+        for block, text, modulation, turn in self._carried(embedding, [len(embedding)]):
+            if block.name in names:
+                yield block.steps, block.read(text, modulation, turn, self.dtype)
+
+    def _carried(
+        self, embedding: Tensor, sizes: Sequence[int]
+    ) -> Iterator[tuple[StreamBlock, Tensor, Tensor, Turn | None]]:
+        """Each block with the text `[T, L, C]` that comes to it, the modulation, and what turns the text."""
         # Tensors of a run under inference_mode: autograd refuses to save even what is cut from them.
         modulation = self.modulation.clone() if self.modulation.is_inference() else self.modulation
         text = repeat(call_frozen(self.embed, embedding, dtype=self.dtype), "l c -> t l c", t=len(modulation))
@@ -145,17 +179,18 @@ class TextStream:
             if block.steps != steps:
                 text, modulation = (rows_of(x, steps, block.steps) for x in (text, modulation))
                 steps = block.steps
-            if block.name in names:
-                yield call_frozen(block.to_keys, text, modulation, turn, dtype=self.dtype)
+            yield block, text, modulation, turn
             if block.carry is not None:
                 # Text is its only argument: autograd refuses to save tensors of a run under inference_mode.
                 onwards = partial(block.onwards, modulation=modulation, turn=turn, sizes=sizes, dtype=self.dtype)
                 text = checkpoint(onwards, text, use_reentrant=False, preserve_rng_state=False)
 
-    def up_to(self, names: Collection[str]) -> TextStream:
-        """The stream as far as the last block of `names`."""
-        last = max(i for i, block in enumerate(self.blocks) if block.name in names)
-        end = replace(self.blocks[last], carry=None, image_keys=None, image_values=None)
+    def up_to(self, names: Collection[str], read: Collection[str] = ()) -> TextStream:
+        """The stream as far as the last block of `names`, or of `read`, whose outputs are asked."""
+        last = max(i for i, block in enumerate(self.blocks) if block.name in {*names, *read})
+        end = self.blocks[last]
+        if end.name not in read:
+            end = replace(end, carry=None, image_keys=None, image_values=None)
         return replace(self, blocks=(*self.blocks[:last], end))
 
     def each(self, change: Callable[[Tensor], Tensor]) -> TextStream:
@@ -199,33 +234,39 @@ class TextStream:
 
 def text_stream(
     embed: nn.Module,
-    blocks: Mapping[str, JointBlock],
+    blocks: Mapping[str, JointBlock | SingleBlock],
     kept: Mapping[str, Rows | None],
     rotary: Callable[[Tensor], Turn] | None = None,
 ) -> TextStream:
     """A stream of the model's own modules.
 
     blocks: those of diffusers by the name of their attention, up to the last one that is asked for. kept:
-    "modulation", and for every block but the last "<name>.keys" and "<name>.values". Ends before a block that none of
-    the steps went through.
+    "modulation", and for every block "<name>.keys" and "<name>.values", which the last one may lack. Ends before a
+    block that none of the steps went through.
     """
     modulation = kept["modulation"]
     assert modulation is not None, "every call of the denoiser has one"
-    *before, last = blocks
+    *_, last = blocks
     steps, stream = modulation.steps, []
-    for name in before:
+    for name in blocks:
         keys, values = (kept.get(f"{name}.{x}") for x in ("keys", "values"))
         if keys is None or values is None:
+            if name == last:
+                stream.append(StreamBlock(last, _modules(blocks[last])[0], None, None, None, steps))
             break
         steps = common(common(steps, keys.steps), values.steps)
         if not steps:
             break
         shown_keys, shown_values = (rows_of(x.values, x.steps, steps) for x in (keys, values))
-        block = blocks[name]
-        stream.append(StreamBlock(name, TextKeys(block), TextStep(block), shown_keys, shown_values, steps))
-    else:
-        stream.append(StreamBlock(last, TextKeys(blocks[last]), None, None, None, steps))
+        stream.append(StreamBlock(name, *_modules(blocks[name]), shown_keys, shown_values, steps))
     return TextStream(embed, tuple(stream), modulation.values, rotary, modulation.steps)
+
+
+def _modules(block: Any) -> tuple[nn.Module, nn.Module]:
+    """What makes keys of the text in a block, and what carries it through."""
+    if hasattr(block, "norm1_context"):
+        return TextKeys(block), TextStep(block)
+    return SingleKeys(block), SingleStep(block)
 
 
 class TextKeys(nn.Module):
@@ -267,16 +308,87 @@ class TextStep(nn.Module):
         image_values: Tensor,
         mask: Tensor | None,
     ) -> Tensor:
-        normed, gate, shift, scale, gate_2 = self.norm(text, modulation)
+        read, (gate, shift, scale, gate_2) = self.read(text, modulation, turn, image_keys, image_values, mask)
+        text = text + gate * self.to_out(read)
+        text = text + gate_2 * self.feed_forward(self.norm_2(text) * (1 + scale) + shift)
+        # Where float16 ends, Flux goes on with its largest number.
+        return text.clip(-65504, 65504) if text.dtype == torch.float16 else text
+
+    def read(
+        self,
+        text: Tensor,
+        modulation: Tensor,
+        turn: Turn | None,
+        image_keys: Tensor,
+        image_values: Tensor,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """What the text reads, `[T, L, heads * d]`, and the gate, shift, scale and gate for what follows."""
+        normed, *rest = self.norm(text, modulation)
         query = rotated(by_head(self.to_query(normed), self.heads, self.norm_query), turn)
         key = rotated(by_head(self.to_key(normed), self.heads, self.norm_key), turn)
         value = by_head(self.to_value(normed), self.heads)
         keys, values = torch.cat([key, image_keys], dim=2), torch.cat([value, image_values], dim=2)
         read = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
-        text = text + gate * self.to_out(rearrange(read, "t h l d -> t l (h d)"))
-        text = text + gate_2 * self.feed_forward(self.norm_2(text) * (1 + scale) + shift)
-        # Where float16 ends, Flux goes on with its largest number.
+        return rearrange(read, "t h l d -> t l (h d)"), rest
+
+
+class SingleKeys(nn.Module):
+    """`TextKeys` of a single-stream block."""
+
+    def __init__(self, block: SingleBlock):
+        super().__init__()
+        attention = block.attn
+        self.norm, self.to_key, self.norm_key = block.norm, attention.to_k, attention.norm_k
+        self.heads = attention.heads
+
+    def forward(self, text: Tensor, modulation: Tensor, turn: Turn | None) -> Tensor:
+        normed, _ = self.norm(text, emb=modulation)
+        return rotated(by_head(self.to_key(normed), self.heads, self.norm_key), turn)
+
+
+class SingleStep(nn.Module):
+    """`TextStep` of a single-stream block: attention and feed-forward beside each other, then one projection."""
+
+    def __init__(self, block: SingleBlock):
+        super().__init__()
+        attention = block.attn
+        self.norm, self.heads = block.norm, attention.heads
+        self.to_query, self.to_key, self.to_value = attention.to_q, attention.to_k, attention.to_v
+        self.norm_query, self.norm_key = attention.norm_q, attention.norm_k
+        self.widen, self.activate, self.to_out = block.proj_mlp, block.act_mlp, block.proj_out
+
+    def forward(
+        self,
+        text: Tensor,
+        modulation: Tensor,
+        turn: Turn | None,
+        image_keys: Tensor,
+        image_values: Tensor,
+        mask: Tensor | None,
+    ) -> Tensor:
+        normed, gate = self.norm(text, emb=modulation)
+        query = rotated(by_head(self.to_query(normed), self.heads, self.norm_query), turn)
+        key = rotated(by_head(self.to_key(normed), self.heads, self.norm_key), turn)
+        value = by_head(self.to_value(normed), self.heads)
+        keys, values = torch.cat([key, image_keys], dim=2), torch.cat([value, image_values], dim=2)
+        read = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+        both = torch.cat([rearrange(read, "t h l d -> t l (h d)"), self.activate(self.widen(normed))], dim=2)
+        text = text + gate[:, None] * self.to_out(both)
         return text.clip(-65504, 65504) if text.dtype == torch.float16 else text
+
+
+class TextRead(nn.Module):
+    """The first half of a step: what one prompt's tokens read, `[T, L, heads * d]`, before the output projection."""
+
+    def __init__(self, step: TextStep):
+        super().__init__()
+        self.step = step
+
+    def forward(
+        self, text: Tensor, modulation: Tensor, turn: Turn | None, image_keys: Tensor, image_values: Tensor
+    ) -> Tensor:
+        return self.step.read(text, modulation, turn, image_keys, image_values, None)[0]
 
 
 class _ModulatedNorm(nn.Module):

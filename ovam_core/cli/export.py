@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import typer
@@ -15,6 +16,7 @@ from ovam_core.cli.options import (
     BatchOptions,
     CutOptions,
     GridOptions,
+    MethodOptions,
     ModelOptions,
     SamplingOptions,
     SizeOptions,
@@ -28,7 +30,7 @@ from ovam_core.cli.options import (
 )
 from ovam_core.cli.progress import image_bar, move, prompt_bar
 from ovam_core.errors import InputError
-from ovam_core.settings import FORMATS, BatchSize, Filters, Uncertain
+from ovam_core.settings import FORMATS, BatchSize, Filters, MinPresence, Uncertain
 
 if TYPE_CHECKING:
     from ovam_core.data.prompts import Prompt
@@ -37,7 +39,9 @@ FILTERS = "Filters"
 
 
 @dataclass(kw_only=True)
-class Options(BatchOptions, ModelOptions, GridOptions, StepOptions, CutOptions, SizeOptions, SamplingOptions):
+class Options(
+    BatchOptions, ModelOptions, GridOptions, StepOptions, CutOptions, MethodOptions, SizeOptions, SamplingOptions
+):
     """Prompts to a segmentation data set on disk.
 
     Makes a data set of images and label maps: VOC layout, metadata.jsonl, more on request. Stopped at any instant and
@@ -56,6 +60,7 @@ class Options(BatchOptions, ModelOptions, GridOptions, StepOptions, CutOptions, 
     dry_run: bool = option("say what would be made, how long and how large", "--dry-run", default=False)
     seed: int = option("of the first image; the next has the next", default=0, panel=PICTURE)
     uncertain: float | None = of_type(Uncertain, said="0", panel=MASKS, metavar="U")
+    min_presence: float | None = of_type(MinPresence, said="none is", panel=FILTERS, metavar="SHARE")
     clip: str | None = option(
         "a CLIP model, such as openai/clip-vit-base-patch32, for its filter", panel=FILTERS, metavar="MODEL"
     )
@@ -96,6 +101,7 @@ def run(options: Options) -> None:
         alpha=options.alpha,
         crf=options.crf(),
         uncertain=options.uncertain,
+        min_presence=options.min_presence,
         step_indices=options.step_indices(),
         resolutions=options.grids(),
         tokens=options.tokens,
@@ -105,6 +111,7 @@ def run(options: Options) -> None:
         threads=options.threads,
         clip=options.clip,
         filters=filters,
+        method=options.method,
     )
     settings.validate(ovam)
     first = process.rank == 0
@@ -117,6 +124,7 @@ def run(options: Options) -> None:
             options.limit,
             settings.check(ovam),
             lambda done, total: move(looked, done, total),
+            options.negative_prompt or "",
         )
     planned = plan(ovam, work, settings, options.out)
     clip = None if settings.clip is None else ClipScorer(settings.clip, ovam.device)
@@ -152,16 +160,12 @@ def run(options: Options) -> None:
         typer.echo(f"{summary.timings.total:.1f} s: {options.out}, to look at: {sheet}")
 
 
-def read(options: Options) -> tuple[list[Prompt], tuple[str, ...] | None]:
+def read(options: Options) -> tuple[Collection[Prompt], tuple[str, ...] | None]:
     """The prompts, and the classes where they are named."""
-    from ovam_core.data.prompts import class_list, read_prompts, template_prompts
+    from ovam_core.data.prompts import PromptFile, class_list, template_prompts
 
     classes = None if options.classes is None else class_list(options.classes)
     if options.template is not None:
         classes = classes or class_list("voc")
-        prompts = template_prompts(options.template, classes)
-    else:
-        prompts = read_prompts(options.prompts or "")
-    if options.negative_prompt is not None:
-        prompts = [replace(one, negative=one.negative or options.negative_prompt) for one in prompts]
-    return prompts, classes
+        return template_prompts(options.template, classes), classes
+    return PromptFile(options.prompts or ""), classes

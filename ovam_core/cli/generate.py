@@ -20,7 +20,7 @@ from ovam_core.cli.options import (
 from ovam_core.cli.progress import counter
 from ovam_core.cli.segment import HalfOptions, RecordingOptions, SegmentOptions, answer, check_asked, read_asked
 from ovam_core.errors import InputError
-from ovam_core.settings import GenerateSettings
+from ovam_core.settings import GUIDANCE_KINDS, PLAIN, GenerateSettings
 
 
 @dataclass(kw_only=True)
@@ -32,6 +32,12 @@ class Options(SegmentOptions, HalfOptions, RecordingOptions, StepOptions, SizeOp
 
     prompt: str | None = argument("what the picture shows", required=False)
     seed: int | None = setting(GenerateSettings, "seed", said="0", panel=PICTURE)
+    guidance_kind: str | None = option(
+        "how the guidance is spread: s-cfg gives every region of the prompt's words a strength of its own",
+        said=PLAIN,
+        choices=GUIDANCE_KINDS,
+        panel=PICTURE,
+    )
     start: str | None = option("a picture to begin from in place of noise", panel=PICTURE, metavar="FILE")
     strength: float | None = setting(GenerateSettings, "strength", panel=PICTURE)
 
@@ -50,6 +56,7 @@ def run(options: Options) -> None:
             seed=options.seed,
             steps=options.steps,
             guidance=options.guidance,
+            guidance_kind=options.guidance_kind,
             start=start,
             strength=options.strength,
         )
@@ -74,6 +81,7 @@ def run(options: Options) -> None:
             branch=halves_of(asked),
             with_goca=ovam.serves_goca if options.recording else method_named(asked.method).needs_goca,
             with_features=method_named(asked.method).needs_features,
+            keep=method_named(asked.method).keeps,
         )
     options.keep(picture)
     answer(ovam, picture, asked, options.out)

@@ -139,8 +139,10 @@ def check_options(options: Options) -> dict[str, Any]:
     elif options.mask is not None:
         if options.prompt is None or options.classes is None:
             raise InputError("With --mask the prompt and the class are needed; add --prompt and --class.")
-        if options.timesteps is not None or options.caption is not None:
-            raise InputError("--timesteps and --caption belong to a photograph; add --photo, or leave them out.")
+        if options.timesteps is not None or options.caption is not None or options.mirror:
+            raise InputError(
+                "--timesteps, --mirror and --caption belong to a photograph; add --photo, or leave them out."
+            )
     return about_image
 
 

@@ -21,6 +21,7 @@ from ovam_core.settings import (
     MAX_TIMESTEP,
     METHOD_NAMES,
     GenerateSettings,
+    PhotoSettings,
     SegmentSettings,
     Settings,
     Threads,
@@ -177,7 +178,7 @@ class NoiseOptions(SizeOptions):
 
     timesteps: str | None = option(
         f"noise on a photograph, 0 to {MAX_TIMESTEP}, one pass each: 100 or 100,200",
-        said="100",
+        said="the model's: 100, or 150 of flow matching",
         panel=PHOTO,
         metavar="LIST",
     )
@@ -185,10 +186,12 @@ class NoiseOptions(SizeOptions):
         "pixels in which the model sees it", said="its own area, the photograph's shape", panel=PHOTO, metavar="WxH"
     )
 
+    mirror: bool = option(help_of(setting_info(PhotoSettings, "mirror")), "--mirror", default=False, panel=PHOTO)
+
     def noise(self) -> dict[str, Any]:
         """What was given, as fields of PhotoSettings."""
         timesteps = None if self.timesteps is None else parse_numbers(self.timesteps, "timesteps", MAX_TIMESTEP)
-        return given(timesteps=timesteps) | self.width_and_height()
+        return given(timesteps=timesteps, mirror=self.mirror or None) | self.width_and_height()
 
 
 @dataclass(kw_only=True)

@@ -33,12 +33,13 @@ def run(options: Options) -> None:
     about_photo = given(caption=options.caption, seed=options.seed) | options.noise()
     photo = read_photo(options.image)
     before, asked, model, device = read_asked(options, options.about_maps(), PhotoSettings)
-    wanted = replace(PhotoSettings(caption=default_caption(asked)) if before is None else before, **about_photo)
     ovam = open_model(model, device)
+    caption = default_caption(asked)
+    wanted = replace(PhotoSettings.for_model(ovam.pipe, caption) if before is None else before, **about_photo)
     asked = check_asked(ovam, wanted, asked, options)
     options.check_recording()
     with_goca = ovam.serves_goca if options.recording else method_named(asked.method).needs_goca
-    picture = ovam.look_at(photo, wanted, with_goca=with_goca)
+    picture = ovam.look_at(photo, wanted, with_goca=with_goca, keep=method_named(asked.method).keeps)
     options.keep(picture)
     answer(ovam, picture, asked, options.out)
     height, width = picture.recording.image_size

@@ -43,7 +43,8 @@ class SegmentOptions(ModelOptions, GridOptions, CutOptions, MethodOptions):
     token: list[str] | None = option("token files whose classes to look for", metavar="FILE...")  # noqa: RUF009
     out: str = option("folder for the files", required=True, metavar="DIR", check=named)
     weights: str | None = option(
-        "weights of a method with trained modules, a .pth file, yours to bring from where its authors publish it: "
+        "weights of a method with trained modules, a .pth file (SAM's: a folder, or a hub id), yours to bring from "
+        "where its authors publish them: "
         + "; ".join(f"{name.lower().replace(' ', '-')}, {source}" for name, source in SYSTEMS.items()),
         panel=MASKS,
         metavar="FILE",
@@ -70,7 +71,9 @@ class SegmentOptions(ModelOptions, GridOptions, CutOptions, MethodOptions):
     def _system(self, name: str) -> Any:
         """The system of this name with its weights, where it was not made yet."""
         from ovam_core.downstream.registry import with_weights
+        from ovam_core.models.load import quiet
 
+        quiet()
         return with_weights(name, self.weights or "") if isinstance(name, str) else name
 
     def with_system(self, asked: SegmentSettings) -> SegmentSettings:
@@ -154,7 +157,9 @@ def answer(ovam: OVAM, picture: Picture, asked: SegmentSettings, folder: str) ->
     """Heatmaps and masks, written and listed."""
     found = ovam.answer(picture, asked)
     found.save(folder)
-    for label, peak in zip(found.labels, found.peaks, strict=True):
-        typer.echo(f"{label}: peak {peak:.2f}")
+    for label, peak, presence in zip(found.labels, found.peaks, found.presence, strict=True):
+        said = "" if presence is None else f", presence {presence:.2f}"
+        missing = " (probably not in the picture)" if ovam.is_absent(presence) else ""
+        typer.echo(f"{label}: peak {peak:.2f}{said}{missing}")
     if about := ovam.adapter.about:
         typer.echo(about)

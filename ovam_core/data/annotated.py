@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ MAX_METADATA = 64 << 20
 
 SAME_IMAGE = 8.0  # mean difference of 255: JPEG and other devices stay below, another picture does not
 
-IMAGE_SETTINGS = ("negative_prompt", "steps", "guidance", "width", "height")
+IMAGE_SETTINGS = ("negative_prompt", "steps", "guidance", "guidance_kind", "width", "height")
 
 PHOTO_SETTINGS = ("caption", "timesteps", "seed", "width", "height")
 
@@ -173,9 +173,11 @@ class AnnotatedSet:
     def _label(self, name: str) -> int:
         return self.work.ids([match_class(name, self.work.classes) or name])[0]
 
-    def picture(self, ovam: OVAM, item: Item, branch: Branch, with_goca: bool = False) -> Picture:
+    def picture(
+        self, ovam: OVAM, item: Item, branch: Branch, with_goca: bool = False, keep: Collection[str] = ()
+    ) -> Picture:
         """The image of an item, made again or recorded. Raises InputError as `check_same` does."""
-        return _make(ovam, self.examples[item.index], branch, with_goca)
+        return _make(ovam, self.examples[item.index], branch, with_goca, keep)
 
     def fingerprint(self) -> str:
         """Changes with the images, the classes and the sizes of the masks."""
@@ -350,11 +352,11 @@ def _target(ovam: OVAM, example: Example) -> np.ndarray:
     return np.asarray(Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST))
 
 
-def _make(ovam: OVAM, example: Example, branch: Branch, with_goca: bool = False) -> Picture:
+def _make(ovam: OVAM, example: Example, branch: Branch, with_goca: bool = False, keep: Collection[str] = ()) -> Picture:
     if isinstance(example.image, PhotoSettings):
         settings = example.image if branch == "conditional" else replace(example.image, caption="")
-        return ovam.look_at(example.photo, settings, with_goca=with_goca)
-    picture = ovam.draw(example.image, branch=branch, with_goca=with_goca)
+        return ovam.look_at(example.photo, settings, with_goca=with_goca, keep=keep)
+    picture = ovam.draw(example.image, branch=branch, with_goca=with_goca, keep=keep)
     if example.file is not None:
         check_same(picture, example.file)
     return picture

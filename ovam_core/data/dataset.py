@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import unicodedata
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from PIL import Image
 
 from ovam_core import plot
 from ovam_core.attention.mask import densecrf, label_map
-from ovam_core.data.filters import judge
+from ovam_core.data.filters import judged
 from ovam_core.data.formats import coco_instances, contact_sheet, write_parquet
 from ovam_core.data.layout import (
     ABOUT,
@@ -40,6 +41,7 @@ from ovam_core.errors import InputError
 from ovam_core.io.files import write_atomically
 from ovam_core.io.masks import IGNORE
 from ovam_core.io.names import hyphenated
+from ovam_core.io.stored import Stored
 from ovam_core.settings import Filters
 
 # ------------------------------------------------------------------------------------------------ one image
@@ -50,7 +52,8 @@ class Job:
     """What a worker needs to write one image. Plain arrays, so that it travels between processes.
 
     image: uint8 [H, W, 3]. scaled: float32 [L, H, W], A_alpha * D over its own maximum. masks: bool [L, H, W] of Eq. 9.
-    taus: the threshold of each; ids: the label of each. uncertain: half-width of the band about tau that gets 255.
+    taus: the threshold of each; ids: the label of each; L may be fewer than the image's classes (min_presence).
+    uncertain: half-width of the band about tau that gets 255.
     heatmaps: float16 [L, h, w] to keep, or None. row: what the metadata says of the image so far.
     """
 
@@ -81,6 +84,8 @@ def labels_of(job: Job) -> np.ndarray:
     """The label map of a job, uint8 [H, W]: the class whose scaled map is largest among the masks there, 0 elsewhere;
     255 where the strongest class lies within `uncertain` of its threshold.
     """
+    if len(job.masks) == 0:  # no class is in the image
+        return np.zeros(job.image.shape[:2], np.uint8)
     masks = np.stack([densecrf(mask, job.image) for mask in job.masks]) if job.crf else job.masks
     labels = label_map(job.scaled, masks, job.ids)
     if job.uncertain > 0:
@@ -103,7 +108,7 @@ def encode(job: Job) -> tuple[dict[str, bytes], dict[str, Any]]:
         buffer = io.BytesIO()
         np.savez_compressed(buffer, maps=job.heatmaps, classes=np.array(job.item.classes, dtype=np.str_))
         files[f"{HEATMAPS}/{name}.npz"] = buffer.getvalue()
-    coverages = [round(float((labels == label).mean()), 6) for label in job.ids]
+    coverages = [round(float((labels == label).mean()), 6) for label in job.row["class_ids"]]
     row = {
         "file_name": f"{IMAGES}/{name}.jpg",
         "mask_file_name": f"{LABEL_MAPS}/{name}.png",  # `datasets` loads columns of this ending as pictures
@@ -148,30 +153,30 @@ def prepare(folder: Path, settings: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------ the whole
 
 
-def finished(folder: Path, work: Work, filters: Filters) -> list[dict[str, Any]]:
+def finished(folder: Path, work: Work, filters: Filters) -> Stored[dict[str, Any]]:
     """The rows of all images that are done, in the order of their index, `kept` and `reason` included."""
-    return judge([row for item in work.items if (row := read_done(folder, item)) is not None], filters)
+    there = Stored(row for item in work.items if (row := read_done(folder, item)) is not None)
+    return Stored(judged(there, filters))
 
 
-def assemble(folder: Path, settings: dict[str, Any], work: Work) -> list[dict[str, Any]]:
+def assemble(folder: Path, settings: dict[str, Any], work: Work) -> Stored[dict[str, Any]]:
     """Puts the data set together from all images that are done; returns their rows, `kept` and `reason` included.
 
-    The same images give the same bytes, by whatever way they came. Raises OSError.
+    However many they are, one row at a time is in memory, and for Parquet those of a shard. The same images give the
+    same bytes, by whatever way they came. Raises OSError.
     """
     rows = finished(folder, work, Filters(**settings["filters"]))
-    kept = [row for row in rows if row["kept"]]
+    kept = rows.chosen(array("Q", (number for number, row in enumerate(rows) if row["kept"])))
     clear_parts(folder)
 
     names = ("background", *work.classes)
     write_atomically(folder / CLASSES, "".join(f"{name}\n" for name in names).encode())
-    write_atomically(folder / SETS / "train.txt", "".join(f"{Path(row['file_name']).stem}\n" for row in kept).encode())
+    write_atomically(folder / SETS / "train.txt", (f"{Path(row['file_name']).stem}\n".encode() for row in kept))
     if work.skipped:
-        write_atomically(folder / SKIPPED, b"".join(_json(vars(one)) for one in work.skipped))
+        write_atomically(folder / SKIPPED, (_json(vars(one)) for one in work.skipped))
     if "coco" in settings["format"]:
         (folder / ANNOTATIONS).mkdir(exist_ok=True)
-        write_atomically(
-            folder / ANNOTATIONS / "instances_train.json", _json(coco_instances(folder, kept, work.classes))
-        )
+        write_atomically(folder / ANNOTATIONS / "instances_train.json", coco_instances(folder, kept, work.classes))
     if "parquet" in settings["format"]:
         write_parquet(folder, kept)
     write_atomically(folder / SHEET, _encoded(contact_sheet(folder, kept or rows), "PNG"))  # all dropped: show those
@@ -179,5 +184,5 @@ def assemble(folder: Path, settings: dict[str, Any], work: Work) -> list[dict[st
     write_atomically(folder / ABOUT, _json(about, indent=1))
     card = CARD_TEXT.format(model=settings["model"], images=len(rows), kept=len(kept))
     write_atomically(folder / CARD, card.encode())
-    write_atomically(folder / METADATA, b"".join(map(_json, rows)))
+    write_atomically(folder / METADATA, map(_json, rows))
     return rows

@@ -55,14 +55,14 @@ from ovam_core.io.pictures import read_photo
 from ovam_core.methods import (
     Cut,
     GocaMethod,
+    HeatmapMethod,
     Method,
-    attribute_queries,
     cut_maps,
+    looked_at,
     method_named,
     over_peak,
     weighted_maps,
 )
-from ovam_core.models.presets import recommended_part
 from ovam_core.models.registry import check_fits
 from ovam_core.ovam import OVAM
 from ovam_core.picture import Picture
@@ -103,7 +103,7 @@ class EvaluateSettings(Settings):
     prompt around a name. threads: of the CPU, where that does the work; see ExportSettings. token_tau, token_alpha: for
     tokens, None for tau and alpha. branch: half of the guided batch that names are asked of, None for the conditional
     one. offsets: of the background's score, for a method that compares words; the result itself is that without any.
-    table: of TABLES, whose settings these are.
+    table: of TABLES, whose settings these are. mirror: photographs are seen in a mirror, too.
     """
 
     method: str
@@ -122,6 +122,7 @@ class EvaluateSettings(Settings):
     branch: str | None = field(default=None, metadata=LATER)
     offsets: tuple[float, ...] | None = field(default=None, metadata=LATER)
     table: str | None = field(default=None, metadata=LATER)
+    mirror: bool = field(default=False, metadata=LATER)
 
     @classmethod
     def for_model(cls, ovam: OVAM, method: str, **given: Any) -> EvaluateSettings:
@@ -129,7 +130,9 @@ class EvaluateSettings(Settings):
         found = method_named(method)
         table = table_settings(given.get("table"), found)
         own = {
-            "timesteps": timesteps_of(found, ovam.pipe.scheduler.config.num_train_timesteps),
+            "timesteps": timesteps_of(
+                found, ovam.pipe.scheduler.config.num_train_timesteps, ovam.adapter.photo_timestep
+            ),
             "threads": cores() if ovam.device.type == "cpu" else None,
         }
         return cls(found.name, **{**own, **table, **{name: x for name, x in given.items() if x is not None}})
@@ -156,7 +159,7 @@ class EvaluateSettings(Settings):
         """How a photograph of the set is recorded; any, if none is given."""
         index, caption = (0, "") if item is None else (item.index, item.prompt)
         seed = self.seed if index == 0 else (self.seed + index) % (MAX_SEED + 1)
-        return PhotoSettings(caption, self.timesteps, seed, self.width, self.height)
+        return PhotoSettings(caption, self.timesteps, seed, self.width, self.height, self.mirror)
 
 
 def table_settings(name: str | None, method: Method) -> dict[str, Any]:
@@ -174,10 +177,10 @@ def table_settings(name: str | None, method: Method) -> dict[str, Any]:
     return {key: value for key, value in own.items() if value is not None}
 
 
-def timesteps_of(method: Method, last: int) -> tuple[int, ...]:
-    """The noise at which a method looks at photographs: TIMESTEPS, or that of the one step of a run that it takes."""
+def timesteps_of(method: Method, last: int, usual: int = TIMESTEPS[0]) -> tuple[int, ...]:
+    """The noise at which a method looks at photographs: the usual, or that of the one step of a run that it takes."""
     return (
-        TIMESTEPS
+        (usual,)
         if method.step is None or method.run_steps is None
         else (round(last * (1 - method.step / method.run_steps)),)
     )
@@ -305,8 +308,9 @@ def answer(
     """
     size = (picture.image.height, picture.image.width)
     photograph = not isinstance(picture.settings, GenerateSettings)
-    if photograph and not method.needs_goca:  # the steps that a method looks at are the timesteps here
-        weighted = weighted_maps(picture, attribute_queries(picture, queries), queries, size)
+    if photograph and method.cuts_each and not method.needs_goca:
+        maps = _of_timesteps(method).heatmaps(ovam.pipe, picture, queries)
+        weighted = weighted_maps(picture, maps, queries, size)
         return over_peak(weighted).float().cpu().numpy(), cut_maps(weighted, queries).cpu().numpy(), []
     maps = method.heatmaps(ovam.pipe, picture, queries)
     scaled = resize(maps[: len(queries)], size)
@@ -320,6 +324,11 @@ def answer(
     return scaled.float().cpu().numpy(), masks, swept
 
 
+def _of_timesteps(method: Method) -> Method:
+    """The method on photographs: the step of a run that it looks at is their timestep."""
+    return method if method.step is None else replace(cast(HeatmapMethod, method), step=None)
+
+
 def annotated_picture(ovam: OVAM, method: Method, data: AnnotatedSet, item: Item, queries: Sequence[Query]) -> Picture:
     """The image of an item, with the parts of its recording that the method looks at."""
     image = data.examples[item.index].image
@@ -328,10 +337,10 @@ def annotated_picture(ovam: OVAM, method: Method, data: AnnotatedSet, item: Item
             f"{method.name} is defined on runs of {method.run_steps} steps, and '{data.names[item.index]}' has "
             f"{image.steps}; annotate images of such runs."
         )
-    picture = data.picture(ovam, item, queries[0].branch, method.needs_goca)
+    picture = data.picture(ovam, item, queries[0].branch, method.needs_goca, method.keeps)
     if method.step is not None:
         return picture
-    return replace(picture, recording=recommended_part(ovam.pipe, picture.recording))
+    return replace(picture, recording=looked_at(ovam.pipe, method, picture.recording))
 
 
 def record_picture(
@@ -343,14 +352,10 @@ def record_picture(
     branches = sorted({query.branch for query in queries})
     captions = {"conditional": photo.caption, "unconditional": ""}
     if not method.needs_goca:
-        keep = {"self_attention": any(query.alpha < 1 for query in queries)}
-        recordings = {
-            branch: recommended_part(
-                ovam.pipe,
-                record_image(ovam.pipe, image, captions[branch], photo.timesteps, photo.seed, photo.size, **keep),
-            )
-            for branch in branches
-        }
+        about = (photo.timesteps, photo.seed, photo.size, photo.mirror)
+        keep: dict[str, Any] = {"self_attention": any(query.alpha < 1 for query in queries), "keep": method.keeps}
+        made = {branch: record_image(ovam.pipe, image, captions[branch], *about, **keep) for branch in branches}
+        recordings = {branch: looked_at(ovam.pipe, _of_timesteps(method), one) for branch, one in made.items()}
         first, *others = branches
         return Picture(image, recordings[first], photo, others={branch: recordings[branch] for branch in others})
     if len(branches) > 1:

@@ -16,13 +16,13 @@ import hashlib
 import json
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from itertools import groupby
+from functools import lru_cache, partial
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -36,30 +36,45 @@ from ovam_core.attention.reading import Reading
 from ovam_core.attention.recording import Branch, Recording
 from ovam_core.data import runs
 from ovam_core.data.dataset import Job, assemble, encode, prepare, write_job
-from ovam_core.data.filters import ClipScorer, Reason, reasons
+from ovam_core.data.filters import ClipScorer, each_reasons
 from ovam_core.data.formats import SHEET_COLUMNS, SHEET_ROWS, SHEET_TILE, check_formats
 from ovam_core.data.layout import EXPORT_FORMAT, SKIPPED
 from ovam_core.data.prompts import Item, Skipped, Work, match_class
 from ovam_core.data.runs import QUEUE, Process, cores, digest, process_pool, repeatable, worker_count
 from ovam_core.errors import InputError, Stopped, is_out_of_memory
 from ovam_core.hooks.recorder import record
-from ovam_core.methods import METHODS, NOTHING_GIVEN, Cut, Method, attribute_queries, cut_maps, over_peak, weighted_maps
-from ovam_core.models.presets import ModelDefaults, recommended_grids, recommended_steps
+from ovam_core.methods import (
+    METHODS,
+    NOTHING_GIVEN,
+    Cut,
+    Method,
+    cut_maps,
+    looked_at,
+    method_named,
+    over_peak,
+    weighted_maps,
+)
+from ovam_core.models.presets import ModelDefaults
 from ovam_core.models.reading import read_as
 from ovam_core.ovam import OVAM
 from ovam_core.picture import Picture
 from ovam_core.query import Query, token_query, word_queries
 from ovam_core.settings import (
     DEFAULT_METHOD,
+    LATER,
     LIBRARY,
     Alpha,
     BatchSize,
     Filters,
     GenerateSettings,
+    MinPresence,
+    SegmentSettings,
     Settings,
     Tau,
     Threads,
     Uncertain,
+    check_negative_prompt,
+    check_prompt,
 )
 from ovam_core.tokens import folder_for, library
 
@@ -76,7 +91,9 @@ class ExportSettings(Settings):
     by name. formats: of FORMATS, "voc" always there. heatmaps: keep them as float16 [classes, h, w] at latent size.
     batch_size: images made together. threads: of the CPU, where that makes the images: sums over two threads round
     otherwise than over one, so several processes must not each choose for themselves; None leaves them. clip: hub id or
-    folder of a CLIP model for its filter, None for no such filter.
+    folder of a CLIP model for its filter, None for no such filter. method: a name of METHODS, one of `export_methods`.
+    min_presence: a class whose presence in an image (docs/methods.md) is lower is left out of its labels, and
+    metadata.jsonl says the presence of each; 0 says it and leaves none out, None does neither.
     """
 
     steps: int
@@ -96,11 +113,15 @@ class ExportSettings(Settings):
     threads: Threads = None
     clip: str | None = None
     filters: Filters = field(default_factory=Filters)
+    method: str = field(default=DEFAULT_METHOD, metadata=LATER)
+    min_presence: MinPresence = field(default=None, metadata=LATER)
 
     @classmethod
     def for_model(cls, ovam: OVAM, **given: Any) -> ExportSettings:
         """Settings with the model's defaults for what is not given or None. Batches of 4 on a GPU, of 1 elsewhere."""
         given = {name: value for name, value in given.items() if value is not None}
+        if "method" in given:
+            given["method"] = method_named(given["method"]).name
         kind = ovam.device.type
         usual = {name: getattr(ovam.preset, name) for name in ("steps", "guidance", "width", "height")}
         usual |= {"batch_size": 4 if kind == "cuda" else 1, "threads": cores() if kind == "cpu" else None}
@@ -122,19 +143,39 @@ class ExportSettings(Settings):
             raise InputError(NO_CRF)
         check_formats(self.formats)
         self.filters.validate()
+        self._check_method(ovam)
+
+    def _check_method(self, ovam: OVAM) -> None:
+        method = method_named(self.method)
+        if method not in export_methods():
+            names = ", ".join(one.name for one in export_methods())
+            raise InputError(f"{method.name} is not there for data sets; choose among {names}.")
+        asked = SegmentSettings(words=("any",), method=self.method)
+        method.check(replace(asked, step_indices=self.step_indices, resolutions=self.resolutions))
+        ovam.check_answerable(asked, self.image())
 
     def queries(self, ovam: OVAM, work: Work) -> dict[str, Query]:
         """How each class is asked for; see `class_queries`. tau and alpha, where given, hold for words and tokens."""
         given = Cut(self.tau, self.alpha, self.tau, self.alpha)
-        return class_queries(ovam, work, self.tokens, given, preset=ovam.preset)
+        return class_queries(ovam, work, self.tokens, given, method_named(self.method), preset=ovam.preset)
 
     def check(self, ovam: OVAM) -> Callable[[str, str], None]:
-        """What `work_list` takes as `check`: refuses prompts that this model cannot take."""
+        """What `work_list` takes as `check`: refuses prompts that this model cannot take.
+
+        What else `validate` refuses does not hang on them, nor is a negative prompt that many share read for each.
+        """
+        check_negative = lru_cache(maxsize=16)(partial(check_negative_prompt, ovam.pipe))
 
         def check(prompt: str, negative: str) -> None:
-            replace(self.image(), prompt=prompt, negative_prompt=negative).validate(ovam.pipe)
+            check_prompt(ovam.pipe, prompt)
+            check_negative(negative)
 
         return check
+
+
+def export_methods() -> list[Method]:
+    """Those that cut each map for itself, of what a batch's recordings hold."""
+    return [one for one in METHODS.values() if one.cuts_each and one.asks == "words" and not one.needs_goca]
 
 
 @dataclass(frozen=True)
@@ -183,7 +224,7 @@ class Plan:
     done: int
     classes: dict[str, int]
     by: Mapping[str, str]
-    skipped: tuple[Skipped, ...]
+    skipped: Sequence[Skipped]
     largest_bytes: int
     settings: ExportSettings
 
@@ -324,7 +365,6 @@ def fingerprint(ovam: OVAM, work: Work, settings: ExportSettings, queries: dict[
     """What the bytes of a data set depend on, as it is kept in its folder; nothing of it names the machine."""
     own = settings.to_json() | {"filters": asdict(settings.filters)}
     formats = own.pop("formats")
-    items = [[item.index, item.prompt, item.negative_prompt, item.seed, *item.classes] for item in work.items]
     values = {
         "program": EXPORT_FORMAT,
         **own,
@@ -332,10 +372,20 @@ def fingerprint(ovam: OVAM, work: Work, settings: ExportSettings, queries: dict[
         "format": sorted({"voc", *formats}),
         "classes": list(work.classes),
         "images": len(work.items),
-        "prompts": digest(json.dumps(items).encode()),
+        "prompts": _digest_of_items(work),
         **about_model(ovam, queries),
     }
     return json.loads(json.dumps(values))  # as it will be read again: tuples are lists
+
+
+def _digest_of_items(work: Work) -> str:
+    """`digest` of the items as one list of JSON, which need not be in memory."""
+    found = hashlib.sha256(b"[")
+    for number, item in enumerate(work.items):
+        row = [item.index, item.prompt, item.negative_prompt, item.seed, *item.classes]
+        found.update((", " if number else "").encode() + json.dumps(row).encode())
+    found.update(b"]")
+    return found.hexdigest()[:16]
 
 
 def about_model(ovam: OVAM, queries: dict[str, Query]) -> dict[str, str]:
@@ -385,6 +435,7 @@ def make_jobs(
         scores = clip.scores(images, [item.classes for item in items]) if clip else [None] * len(items)
         return [
             _job(
+                ovam,
                 folder,
                 item,
                 image,
@@ -411,6 +462,7 @@ def _generate(
         if should_stop is not None and should_stop():
             raise Stopped(done, settings.steps)
 
+    method = method_named(settings.method)
     wanted = [queries[name] for item in items for name in item.classes]
     keep = partial(
         record,
@@ -418,6 +470,7 @@ def _generate(
         steps=settings.step_indices,
         resolutions=settings.resolutions,
         self_attention=any(query.alpha < 1 for query in wanted),
+        keep=method.keeps,
     )
     with ExitStack() as stack:
         recorders = {
@@ -433,19 +486,16 @@ def _generate(
             generator=[torch.Generator("cpu").manual_seed(item.seed) for item in items],
             **ovam.adapter.arguments([item.negative_prompt for item in items], after_step),
         ).images
-    made = {branch: recorder.recordings for branch, recorder in recorders.items()}
-    if settings.resolutions is None:
-        made = {
-            branch: [recommended_grids(ovam.pipe, one) for one in recordings] for branch, recordings in made.items()
-        }
-    if settings.step_indices is None:
-        made = {
-            branch: [recommended_steps(ovam.pipe, one) for one in recordings] for branch, recordings in made.items()
-        }
+    named = (settings.step_indices, settings.resolutions)
+    made = {
+        branch: [looked_at(ovam.pipe, method, one, *named) for one in recorder.recordings]
+        for branch, recorder in recorders.items()
+    }
     return images, made
 
 
 def _job(
+    ovam: OVAM,
     folder: str | Path,
     item: Item,
     image: Image.Image,
@@ -458,10 +508,13 @@ def _job(
     own = [queries[name] for name in item.classes]
     first, *others = recordings
     picture = Picture(image, recordings[first], others={branch: recordings[branch] for branch in others})
-    maps = attribute_queries(picture, own)
+    method = method_named(settings.method)
+    maps = method.heatmaps(ovam.pipe, picture, own)
     weighted = weighted_maps(picture, maps, own, (image.height, image.width))
     kept = maps.to(torch.float16).cpu().numpy() if settings.heatmaps else None
     ids = work.ids(item.classes)
+    presences = _presences(ovam, picture, own, item.prompt) if settings.min_presence is not None else None
+    shown = [n for n in range(len(own)) if presences is None or not _is_lower(presences[n], settings.min_presence)]
     row = {
         "prompt": item.prompt,
         "negative_prompt": item.negative_prompt,
@@ -469,20 +522,32 @@ def _job(
         "classes": list(item.classes),
         "class_ids": ids,
         "clip_scores": scores,
+        **({} if presences is None else {"presences": presences}),
     }
     return Job(
         folder=str(folder),
         item=item,
-        ids=tuple(ids),
+        ids=tuple(ids[n] for n in shown),
         image=np.asarray(image.convert("RGB")),
-        scaled=over_peak(weighted).float().cpu().numpy(),
-        masks=cut_maps(weighted, own).cpu().numpy(),
-        taus=tuple(one.tau for one in own),
-        crf=settings.crf,
+        scaled=over_peak(weighted).float().cpu().numpy()[shown],
+        masks=cut_maps(weighted, own).cpu().numpy()[shown],
+        taus=tuple(own[n].tau for n in shown),
+        crf=settings.crf and method.crf,
         uncertain=settings.uncertain,
         heatmaps=kept,
         row=row,
     )
+
+
+def _presences(ovam: OVAM, picture: Picture, queries: Sequence[Query], prompt: str) -> list[float | None]:
+    """Of each class, as metadata.jsonl holds it."""
+    with read_as(picture.recording.reading):
+        scores = ovam.presence.scores(picture.of_branch, queries, prompt)
+    return [None if score is None else round(score, 4) for score in scores]
+
+
+def _is_lower(presence: float | None, least: float | None) -> bool:
+    return presence is not None and least is not None and presence < least
 
 
 @dataclass
@@ -491,12 +556,12 @@ class Summary:
     that is not the first. stopped: `should_stop` said so. made: images of this run and process.
     """
 
-    rows: list[dict[str, Any]] | None
+    rows: Sequence[dict[str, Any]] | None
     total: int
     made: int
     stopped: bool
     timings: Timings
-    skipped: tuple[Skipped, ...] = ()
+    skipped: Sequence[Skipped] = ()
     notes: tuple[str, ...] = ()
     filters: Filters = field(default_factory=Filters)
 
@@ -507,8 +572,7 @@ class Summary:
     @property
     def mean_coverage(self) -> float:
         """Of the kept images, 0 to 1; 0 for none."""
-        own = [row["coverage"] for row in self.rows or () if row["kept"]]
-        return sum(own) / len(own) if own else 0.0
+        return sum(row["coverage"] for row in self.rows or () if row["kept"]) / max(self.kept, 1)
 
     def by_class(self) -> list[dict[str, Any]]:
         """For each class: class, images, kept, small, large, clip (dropped for that reason), coverage (mean of the
@@ -517,18 +581,15 @@ class Summary:
         An image of several classes counts in each of them; one with several reasons counts in each of these.
         """
         rows = self.rows or []
-        groups: dict[str, list[tuple[list[Reason], float]]] = {}
-        for row, why in zip(rows, reasons(rows, self.filters), strict=True):
+        table: dict[str, dict[str, Any]] = {}
+        counted = {"images": 0, "kept": 0, "small": 0, "large": 0, "clip": 0, "coverage": 0.0}
+        for row, why in zip(rows, each_reasons(rows, self.filters), strict=True):
             for name, share in zip(row["classes"], row["coverages"], strict=True):
-                groups.setdefault(name, []).append((why, share))
-        table = []
-        for name, members in groups.items():
-            kinds = Counter(kind for why, _ in members for kind in {reason.kind for reason in why})
-            shares = [share for why, share in members if not why]
-            dropped: dict[str, int] = {"small": kinds["small"], "large": kinds["large"], "clip": kinds["clip"]}
-            coverage = sum(shares) / len(shares) if shares else 0.0
-            table.append({"class": name, "images": len(members), "kept": len(shares), **dropped, "coverage": coverage})
-        return table
+                of_class = table.setdefault(name, {"class": name, **counted})
+                for kind in ("images", *{reason.kind for reason in why}, *(() if why else ("kept",))):
+                    of_class[kind] += 1
+                of_class["coverage"] += 0.0 if why else share
+        return [one | {"coverage": one["coverage"] / max(one["kept"], 1)} for one in table.values()]
 
     def text(self) -> str:
         """A table for a terminal."""
@@ -610,7 +671,7 @@ def export_dataset(
     return Summary(rows, len(work.items), run.made, stopped, timings, work.skipped, tuple(run.notes), settings.filters)
 
 
-def _assemble(folder: Path, about: dict[str, Any], work: Work, complete: bool) -> list[dict[str, Any]]:
+def _assemble(folder: Path, about: dict[str, Any], work: Work, complete: bool) -> Sequence[dict[str, Any]]:
     try:
         rows = assemble(folder, about, work)
     except OSError as error:
@@ -646,17 +707,17 @@ class _Run:
 
     def make(self, process: Process, workers: int) -> bool:
         """Makes what is missing of this process's share; returns whether it was stopped."""
-        size = self.settings.batch_size
-        batches = list(batches_of(self.work.items, size))
-        share = batches[process.rank :: process.ranks]
-        there = {item.index for batch in share for item in batch if runs.read_done(self.folder, item) is not None}
-        self.done, self.total = len(there), sum(map(len, share))
-        share = [batch for batch in share if any(item.index not in there for item in batch)]
-        if not share:
+        there: set[int] = set()
+        for batch in self._share(process):
+            self.total += len(batch)
+            there |= {item.index for item in batch if runs.read_done(self.folder, item) is not None}
+        self.done = len(there)
+        if self.done == self.total:
             return False
+        left = (batch for batch in self._share(process) if any(item.index not in there for item in batch))
         try:
             with process_pool(workers) as pool:
-                return self._batches(share, there, pool, QUEUE * max(workers, 1))
+                return self._batches(left, there, pool, QUEUE * max(workers, 1))
         except BrokenProcessPool:
             raise InputError(
                 "A process that writes the files died, perhaps for want of memory; start the same export again, it "
@@ -665,7 +726,11 @@ class _Run:
         except OSError as error:
             raise InputError(runs.disk_sentence(error, self.folder)) from None
 
-    def _batches(self, share: Sequence[Sequence[Item]], there: set[int], pool: Executor, queue: int) -> bool:
+    def _share(self, process: Process) -> Iterator[Sequence[Item]]:
+        """The batches of this process, made when they are asked for."""
+        return islice(batches_of(self.work.items, self.settings.batch_size), process.rank, None, process.ranks)
+
+    def _batches(self, share: Iterable[Sequence[Item]], there: set[int], pool: Executor, queue: int) -> bool:
         pending: deque[Future] = deque()
         stopped = False
         try:
@@ -740,11 +805,11 @@ class _Run:
             return None
 
 
-def batches_of(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+def batches_of(items: Iterable[Item], size: int) -> Iterator[Sequence[Item]]:
     """The items in their order, `size` at a time; those without a negative prompt apart from those with one.
 
     SDXL embeds no negative prompt otherwise than an empty one beside others, and an image must not depend on its batch.
     """
     for _, run in groupby(items, key=lambda item: bool(item.negative_prompt)):
-        alike = list(run)
-        yield from (alike[start : start + size] for start in range(0, len(alike), size))
+        while batch := list(islice(run, size)):
+            yield batch

@@ -7,11 +7,13 @@ the images. Only `ClipScorer` needs a model.
 from __future__ import annotations
 
 import math
+from array import array
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -30,44 +32,57 @@ class Reason:
 
 
 def reasons(rows: Sequence[dict[str, Any]], filters: Filters) -> list[list[Reason]]:
-    """Why each row is dropped; an empty list for one that is kept.
+    """Why each row is dropped, as of `each_reasons`."""
+    return list(each_reasons(rows, filters))
+
+
+def each_reasons(rows: Iterable[dict[str, Any]], filters: Filters) -> Iterator[list[Reason]]:
+    """Why each row is dropped, row by row; an empty list for one that is kept. rows are gone through twice.
 
     rows: with `classes`, `coverage` (share of labelled pixels of the image, 0 to 1) and `clip_scores` (one a class, or
     None where there was no CLIP). An image of several classes is judged by the coverage of them all together, and
     dropped if it is among the lowest `clip_drop` of any of its classes.
     """
-    found = []
-    for row, lowest in zip(rows, lowest_of_classes(rows, filters.clip_drop), strict=True):
+    lowest_of = lowest_of_classes(rows, filters.clip_drop)
+    for number, row in enumerate(rows):
         of_row = []
         if row["coverage"] < filters.min_coverage:
             of_row.append(Reason("small", f"coverage under {filters.min_coverage:.3g}"))
         if row["coverage"] > filters.max_coverage:
             of_row.append(Reason("large", f"coverage over {filters.max_coverage:.3g}"))
         share = f"{filters.clip_drop:.3g}"
+        lowest = lowest_of.get(number, ())
         of_row += [Reason("clip", f"CLIP similarity in the lowest {share} of {name}") for name in lowest]
-        found.append(of_row)
-    return found
+        yield of_row
 
 
 def judge(rows: Sequence[dict[str, Any]], filters: Filters) -> list[dict[str, Any]]:
-    """The rows with `kept` (bool) and `reason` (text, "" for kept) set, in the same order; see `reasons`."""
-    return [
-        {**row, "kept": not why, "reason": "; ".join(reason.text for reason in why)}
-        for row, why in zip(rows, reasons(rows, filters), strict=True)
-    ]
+    """The rows as of `judged`."""
+    return list(judged(rows, filters))
 
 
-def lowest_of_classes(rows: Sequence[dict[str, Any]], share: float) -> list[list[str]]:
-    """For each row the classes of which it is among the lowest `share` by CLIP score; of equals the later one goes."""
-    by_class: dict[str, list[tuple[float, int]]] = defaultdict(list)
+def judged(rows: Iterable[dict[str, Any]], filters: Filters) -> Iterator[dict[str, Any]]:
+    """The rows with `kept` (bool) and `reason` (text, "" for kept) set, in the same order; see `each_reasons`."""
+    for row, why in zip(rows, each_reasons(rows, filters), strict=True):
+        yield {**row, "kept": not why, "reason": "; ".join(reason.text for reason in why)}
+
+
+def lowest_of_classes(rows: Iterable[dict[str, Any]], share: float) -> dict[int, list[str]]:
+    """By the number of a row the classes of which it is among the lowest `share` by CLIP score; of equals the later one
+    goes.
+    """
+    scores: dict[str, array[float]] = defaultdict(lambda: array("d"))
+    numbers: dict[str, array[int]] = defaultdict(lambda: array("q"))
     for number, row in enumerate(rows):
         for name, score in zip(row["classes"], row["clip_scores"] or (), strict=False):
-            by_class[name].append((score, -number))
-    lowest: list[list[str]] = [[] for _ in rows]
-    for name, scores in by_class.items():
+            scores[name].append(score)
+            numbers[name].append(number)
+    lowest: dict[int, list[str]] = defaultdict(list)
+    for name, own in scores.items():
+        later_first = np.lexsort((-np.asarray(numbers[name]), np.asarray(own)))
         # 0.3 * 10 is a hair under 3 in binary.
-        for _, number in sorted(scores)[: math.floor(share * len(scores) + 1e-9)]:
-            lowest[-number].append(name)
+        for place in later_first[: math.floor(share * len(own) + 1e-9)]:
+            lowest[numbers[name][place]].append(name)
     return lowest
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image, ImageDraw
 from ovam_core import plot
 from ovam_core.data.layout import PARQUET, STATE
 from ovam_core.errors import InputError
-from ovam_core.io.files import atomic_path, write_atomically
+from ovam_core.io.files import atomic_path
 from ovam_core.io.masks import IGNORE
 from ovam_core.settings import FORMATS
 
@@ -30,23 +31,26 @@ def read_labels(path: Path) -> np.ndarray:
         return np.array(picture)
 
 
-def coco_instances(folder: Path, rows: Sequence[dict[str, Any]], classes: Sequence[str]) -> dict[str, Any]:
-    """COCO instances of the rows: one annotation a class and image, its pixels as compressed RLE."""
+def coco_instances(folder: Path, rows: Iterable[dict[str, Any]], classes: Sequence[str]) -> Iterator[bytes]:
+    """COCO instances of the rows as JSON, piece by piece: one annotation a class and image, its pixels as compressed
+    RLE. Annotations, which stand behind all images, wait in a file.
+    """
     try:
         from pycocotools import mask as rle
     except ImportError:
         raise InputError(NEEDS["coco"]) from None
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for number, row in enumerate(rows, start=1):
-        labels = read_labels(folder / row["mask_file_name"])
-        height, width = labels.shape
-        images.append({"id": number, "file_name": Path(row["file_name"]).name, "width": width, "height": height})
-        for label in [int(label) for label in np.unique(labels) if label not in (0, IGNORE)]:
-            encoded = rle.encode(np.asfortranarray(labels == label, dtype=np.uint8))
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
+    ids = count(1)
+    with TemporaryFile() as annotations:
+        yield b'{"images": ['
+        for number, row in enumerate(rows, start=1):
+            labels = read_labels(folder / row["mask_file_name"])
+            height, width = labels.shape
+            image = {"id": number, "file_name": Path(row["file_name"]).name, "width": width, "height": height}
+            yield _entry(image, first=number == 1)
+            for label in [int(label) for label in np.unique(labels) if label not in (0, IGNORE)]:
+                encoded = rle.encode(np.asfortranarray(labels == label, dtype=np.uint8))
+                annotation = {
+                    "id": next(ids),
                     "image_id": number,
                     "category_id": label,
                     "iscrowd": 0,
@@ -54,9 +58,18 @@ def coco_instances(folder: Path, rows: Sequence[dict[str, Any]], classes: Sequen
                     "bbox": [float(side) for side in rle.toBbox(encoded)],
                     "segmentation": {"size": [height, width], "counts": encoded["counts"].decode("ascii")},
                 }
-            )
+                annotations.write(_entry(annotation, first=annotation["id"] == 1))
+        yield b'], "annotations": ['
+        annotations.seek(0)
+        while block := annotations.read(1 << 20):
+            yield block
     categories = [{"id": label, "name": name} for label, name in enumerate(classes, start=1)]
-    return {"images": images, "annotations": annotations, "categories": categories}
+    yield b'], "categories": ' + json.dumps(categories, ensure_ascii=False).encode() + b"}\n"
+
+
+def _entry(value: dict[str, Any], first: bool) -> bytes:
+    """An entry of a list, as `json.dumps` writes lists."""
+    return (b"" if first else b", ") + json.dumps(value, ensure_ascii=False).encode()
 
 
 NEEDS = {
@@ -99,6 +112,8 @@ def write_parquet(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
         "coverages": pa.list_(pa.float64()),
         "coverage": pa.float64(),
     }
+    if len(rows) and "presences" in rows[0]:
+        numbers["presences"] = pa.list_(pa.float64())
     columns = {"image": picture, "mask": picture, **texts, **numbers}
     # What `datasets` reads its features from; other readers pass over it.
     features: dict[str, dict[str, Any]] = {"image": {"_type": "Image"}, "mask": {"_type": "Image"}}
@@ -128,9 +143,8 @@ def write_parquet(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
             }
             for row in shard
         ]
-        buffer = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(filled, schema=schema), buffer)
-        write_atomically(out / name, buffer.getvalue())
+        with atomic_path(out / name) as part:
+            pq.write_table(pa.Table.from_pylist(filled, schema=schema), part)
 
 
 def _picture(folder: Path, path: str) -> dict[str, Any]:

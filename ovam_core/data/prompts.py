@@ -6,10 +6,9 @@ Nothing here knows a model: `work_list` takes a `check` that says which prompts 
 from __future__ import annotations
 
 import csv
-import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from itertools import islice, takewhile, zip_longest
@@ -23,7 +22,8 @@ from pluralizer import Pluralizer
 from ovam_core.checks import MAX_PROMPT, MAX_SEED, check_text, check_whole
 from ovam_core.data.voc import VOC_CLASSES
 from ovam_core.errors import InputError
-from ovam_core.io.texts import LARGEST_TEXT, read_text
+from ovam_core.io.stored import Stored
+from ovam_core.io.texts import LARGEST_TEXT, Opened, text_file, text_in_memory
 from ovam_core.io.token_files import BACKGROUND
 from ovam_core.models.words import Vocabulary, listed, units
 
@@ -156,11 +156,14 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Work:
-    """All of an export: items in the order of their index; classes: name number i has the label i + 1."""
+    """All of an export: items in the order of their index; classes: name number i has the label i + 1.
 
-    items: tuple[Item, ...]
+    Of `work_list` items and skipped are kept on the disk, where they are many.
+    """
+
+    items: Sequence[Item]
     classes: tuple[str, ...]
-    skipped: tuple[Skipped, ...] = ()
+    skipped: Sequence[Skipped] = ()
 
     def ids(self, names: Iterable[str]) -> list[int]:
         """The labels, 1 to 254, of classes."""
@@ -178,16 +181,33 @@ class Bounds:
     rows: int = MAX_IMAGES
 
 
-def read_prompts(path: str | Path, bounds: Bounds = Bounds()) -> list[Prompt]:
-    """The prompts of a file; what it is, its ending says: .csv, .tsv, .jsonl, .json (a list, or COCO captions), else
-    lines.
+class PromptFile(Collection[Prompt]):
+    """The prompts of a file, read anew whenever they are gone through: a list of them would fill the memory.
 
+    What the file is, its ending says: .csv, .tsv, .jsonl, .json (a list, or COCO captions: read whole), else lines.
     Raises InputError for a file that cannot be read, that is no text, that is malformed, empty or out of bounds.
     """
-    path = Path(path)
-    text = read_text(path, f"The prompt file '{path}'", bounds.bytes)
-    kind = path.suffix.lower().lstrip(".")
-    return parse_prompts(text, kind if kind in KINDS else "txt", str(path.name), bounds)
+
+    def __init__(self, path: str | Path, bounds: Bounds = Bounds()):
+        path = Path(path)
+        kind = path.suffix.lower().lstrip(".")
+        text = text_file(path, f"The prompt file '{path}'", bounds.bytes)
+        self._read = partial(_prompts_of, text, kind if kind in KINDS else "txt", path.name, bounds)
+        self._length = sum(1 for _ in self)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return self._read()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __contains__(self, prompt: object) -> bool:
+        return any(one == prompt for one in self)
+
+
+def read_prompts(path: str | Path, bounds: Bounds = Bounds()) -> list[Prompt]:
+    """The prompts of a `PromptFile`. Raises InputError as it does."""
+    return list(PromptFile(path, bounds))
 
 
 def parse_prompts(text: str, kind: str = "txt", name: str = "The prompts", bounds: Bounds = Bounds()) -> list[Prompt]:
@@ -198,62 +218,83 @@ def parse_prompts(text: str, kind: str = "txt", name: str = "The prompts", bound
         raise InputError(
             f"{name}: {len(text):,} characters are more than the {bounds.bytes:,} that are read; split it."
         )
-    readers: dict[str, Callable[[str, str], Iterator[Prompt]]] = {
+    return list(_prompts_of(text_in_memory(text.removeprefix("\ufeff")), kind, name, bounds))
+
+
+def _prompts_of(text: Opened, kind: str, name: str, bounds: Bounds) -> Iterator[Prompt]:
+    readers: dict[str, Callable[[Opened, str], Iterator[Prompt]]] = {
         "txt": _lines,
         "csv": partial(_table, ","),
         "tsv": partial(_table, "\t"),
         "jsonl": _json_lines,
         "json": _json,
     }
-    prompts = list(islice(readers[kind](text.removeprefix("\ufeff"), name), bounds.rows + 1))
-    if len(prompts) > bounds.rows:
-        raise InputError(f"{name}: there are more than the {bounds.rows:,} prompts that are read; split it.")
-    if not prompts:
+    count = 0
+    for count, prompt in enumerate(readers[kind](text, name), start=1):
+        if count > bounds.rows:
+            raise InputError(f"{name}: there are more than the {bounds.rows:,} prompts that are read; split it.")
+        yield prompt
+    if not count:
         raise InputError(f"{name} holds no prompt; write one a line.")
-    return prompts
 
 
-def _numbered(text: str) -> Iterator[tuple[int, str]]:
+def _numbered(text: Opened) -> Iterator[tuple[int, str]]:
     """The lines of a text that are not empty, with their numbers.
 
     Only line feeds end a line: str.splitlines would also cut at U+2028 and form feeds inside a prompt.
     """
-    lines = (line.strip() for line in io.StringIO(text, newline=None))
-    return ((number, line) for number, line in enumerate(lines, start=1) if line)
+    with text(None) as lines:
+        for number, line in enumerate(lines, start=1):
+            if written := line.strip():
+                yield number, written
 
 
-def _lines(text: str, _name: str) -> Iterator[Prompt]:
+def _lines(text: Opened, _name: str) -> Iterator[Prompt]:
     return (Prompt(line, source=f"line {number}") for number, line in _numbered(text))
 
 
-def _table(delimiter: str, text: str, name: str) -> Iterator[Prompt]:
+def _table(delimiter: str, text: Opened, name: str) -> Iterator[Prompt]:
     offset, first = next(_numbered(text), (0, ""))
     if separated := re.fullmatch(r"sep=(.)", first):  # Excel's own hint
-        delimiter, text = separated[1], text.lstrip().partition("\n")[2]
+        delimiter = separated[1]
     else:
         delimiter, offset = next((x for x in (delimiter, *",;\t|") if "prompt" in _head(first, x)), delimiter), 0
     csv.field_size_limit(1 << 24)
-    # Some write a space before a quote, which is then none.
-    spaced = re.search(r'[,;] +"', text[:1000]) is not None
-    lines = list(io.StringIO(text, newline=""))
-    reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=spaced)
-    table: _Table | None = None
-    end = 0
-    try:
-        for row in reader:
-            begin, end = end, reader.line_num
-            if not any(cell.strip() for cell in row):
-                continue
-            number = reader.line_num + offset
-            if table is None:
-                table = _Table(name, delimiter, row)
-            else:
-                cells = table.cells(row, number, "".join(lines[begin:end]))
-                yield _from_row(cells, f"line {number}", name)
-    except csv.Error as error:
-        raise InputError(f"{name} is malformed at line {reader.line_num + offset}: {error}.") from None
+    with text("") as begin:  # some write a space before a quote, which is then none
+        spaced = re.search(r'[,;] +"', begin.read(1000)) is not None
+    with text("") as file:
+        lines = _Remembered(islice(file, offset, None))
+        reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=spaced)
+        table: _Table | None = None
+        try:
+            for row in reader:
+                number, raw = reader.line_num + offset, lines.taken()
+                if not any(cell.strip() for cell in row):
+                    continue
+                if table is None:
+                    table = _Table(name, delimiter, row)
+                else:
+                    yield _from_row(table.cells(row, number, raw), f"line {number}", name)
+        except csv.Error as error:
+            raise InputError(f"{name} is malformed at line {reader.line_num + offset}: {error}.") from None
     if table is None and first:
         raise InputError(f"{name} {NO_COLUMN}")
+
+
+class _Remembered(Iterator[str]):
+    """Lines, and those that were read since `taken` was last called."""
+
+    def __init__(self, lines: Iterator[str]):
+        self._lines, self._read = lines, list[str]()
+
+    def __next__(self) -> str:
+        self._read.append(next(self._lines))
+        return self._read[-1]
+
+    def taken(self) -> str:
+        text = "".join(self._read)
+        self._read.clear()
+        return text
 
 
 def _head(line: str, delimiter: str) -> list[str]:
@@ -315,7 +356,7 @@ def _is_quoted(cell: str, raw: str) -> bool:
     return '"{}"'.format(cell.replace('"', '""')) in raw
 
 
-def _json_lines(text: str, name: str) -> Iterator[Prompt]:
+def _json_lines(text: Opened, name: str) -> Iterator[Prompt]:
     for number, line in _numbered(text):
         try:
             row = json.loads(line)
@@ -324,12 +365,14 @@ def _json_lines(text: str, name: str) -> Iterator[Prompt]:
         yield _from_row(row, f"line {number}", name)
 
 
-def _json(text: str, name: str) -> Iterator[Prompt]:
+def _json(text: Opened, name: str) -> Iterator[Prompt]:
     """A list of prompts, texts or objects as in JSON lines; or COCO captions: {"annotations": [{"caption": ...}]}."""
-    if not text.strip():
+    with text("") as file:
+        whole = file.read()
+    if not whole.strip():
         return
     try:
-        value = json.loads(text)
+        value = json.loads(whole)
     except (ValueError, RecursionError):
         raise InputError(f"{name} is not JSON.") from None
     if isinstance(value, list):
@@ -527,40 +570,44 @@ def _add(known: Vocabulary, word: str, meaning: str | None) -> None:
 
 
 def work_list(
-    prompts: Sequence[Prompt],
+    prompts: Collection[Prompt],
     classes: Sequence[str] | None = None,
     images_per_prompt: int = 1,
     seed: int = 0,
     limit: int | None = None,
     check: Callable[[str, str], None] | None = None,
     on_prompt: Callable[[int, int], None] | None = None,
+    negative: str = "",
 ) -> Work:
     """Every image to make. The same arguments give the same list, whatever the machine.
 
+    prompts: gone through once, and before that for the classes that they state where none are given.
     classes: the class list; None takes the classes that the prompts state, VOC's order and labels if all are VOC's
         or none is stated. A prompt without stated classes has those that it names (`find_classes`).
     seed: image i has seed + i; in a prompt with a seed of its own, image j of the prompt has that seed + j.
     limit: at most this many prompts. check: raises InputError for a prompt and negative prompt no image can be made of.
     Such prompts, and those that name no class, are skipped and listed. on_prompt: called with (prompts looked at,
-    prompts in all); it may raise to end the work. Raises InputError where nothing is left, where the first MAX_REFUSED
-    prompts are all refused by `check`, and for a stated class that is not in the list.
+    prompts in all); it may raise to end the work. negative: of prompts without one of their own. Raises InputError
+    where nothing is left, where the first MAX_REFUSED prompts are all refused by `check`, and for a stated class that
+    is not in the list.
     """
     check_whole("The number of images a prompt", images_per_prompt, 1, 100_000)
     check_whole("The seed", seed, 0, MAX_SEED)
     check_whole("The limit", 1 if limit is None else limit, 1, MAX_IMAGES)
-    prompts = prompts[:limit]
-    if len(prompts) * images_per_prompt > MAX_IMAGES:
-        raise InputError(
-            f"{len(prompts) * images_per_prompt:,} images are too many for one export; at most {MAX_IMAGES:,}."
-        )
-    names = _stated(prompts) if classes is None else check_classes(classes)
+    total = len(prompts) if limit is None else min(limit, len(prompts))
+    if total * images_per_prompt > MAX_IMAGES:
+        raise InputError(f"{total * images_per_prompt:,} images are too many for one export; at most {MAX_IMAGES:,}.")
+    names = _stated(islice(prompts, total)) if classes is None else check_classes(classes)
 
-    items: list[Item] = []
-    skipped: list[Skipped] = []
+    items: Stored[Item] = Stored(pack=_values, unpack=_item)
+    skipped: Stored[Skipped] = Stored(pack=_values, unpack=lambda values: Skipped(*values))
     refused = 0
-    for done, prompt in enumerate(prompts, start=1):
+    asked = (
+        replace(one, negative=negative) if negative and not one.negative else one for one in islice(prompts, total)
+    )
+    for done, prompt in enumerate(asked, start=1):
         if on_prompt is not None:
-            on_prompt(done, len(prompts))
+            on_prompt(done, total)
         stated = _stated_in(prompt, names)
         try:
             _check_texts(prompt)
@@ -582,13 +629,22 @@ def work_list(
     if not items:
         first, which = (
             skipped[0],
-            "any prompt" if len(skipped) == len(prompts) else f"the first {len(skipped):,} prompts",
+            "any prompt" if len(skipped) == total else f"the first {len(skipped):,} prompts",
         )
         raise InputError(f"No image can be made of {which}; {first.source}: {first.reason}")
-    return Work(tuple(items), names, tuple(skipped))
+    return Work(items, names, skipped)
 
 
-def _stated(prompts: Sequence[Prompt]) -> tuple[str, ...]:
+def _values(record: Item | Skipped) -> list[Any]:
+    return list(vars(record).values())
+
+
+def _item(values: list[Any]) -> Item:
+    index, prompt, negative, seed, classes = values
+    return Item(index, prompt, negative, seed, tuple(classes))
+
+
+def _stated(prompts: Iterable[Prompt]) -> tuple[str, ...]:
     names = [x for x in dict.fromkeys(name for prompt in prompts for name in prompt.classes) if not _is_background(x)]
     if all(match_class(name, VOC_CLASSES) for name in names):
         return VOC_CLASSES

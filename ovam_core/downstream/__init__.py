@@ -1,4 +1,5 @@
-"""Systems of others that carry trained modules of their own, as methods: Grounded Diffusion and DatasetDM.
+"""Systems of others that carry trained modules of their own, as methods: Grounded Diffusion and DatasetDM; and Segment
+Anything, which refines the masks of any method (sam.py).
 
 Their weights are their authors' and are brought by who uses them:
 

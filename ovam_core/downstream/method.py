@@ -51,6 +51,8 @@ class SystemMethod(ABC, Generic[Net]):
     step: ClassVar[int | None] = None
     needs_goca: ClassVar[bool] = False
     needs_features: ClassVar[bool] = True
+    keeps: ClassVar[frozenset[str]] = frozenset()
+    weighs_grids: ClassVar[bool] = False
     crf: ClassVar[bool] = False
     has_alpha: ClassVar[bool] = False
 

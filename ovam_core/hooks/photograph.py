@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ovam_core.attention.reading import Reading
 from ovam_core.attention.recording import Branch, Recording
-from ovam_core.checks import MAX_PROMPT, MAX_SEED, TIMESTEPS, check_text, check_whole
+from ovam_core.checks import MAX_PROMPT, MAX_SEED, check_text, check_whole
 from ovam_core.errors import InputError, Stopped
 from ovam_core.hooks.recorder import record
 from ovam_core.io.pictures import read_photo
@@ -45,9 +45,10 @@ def record_image(
     pipe: Pipeline,
     image: Image.Image | str | Path,
     caption: str,
-    timesteps: Sequence[int] = TIMESTEPS,
+    timesteps: Sequence[int] | None = None,
     seed: int = 0,
     size: tuple[int, int] | None = None,
+    mirror: bool = False,
     **kept: Any,
 ) -> Recording:
     """One photograph as a `Recording` whose T steps are the timesteps, in the order given.
@@ -56,25 +57,29 @@ def record_image(
     passes; the words asked for later need not be in it. Empty, the pass is the unconditional half's (with Flux, which
     has none, the empty prompt's), and `branch` says so.
     timesteps: 0 to 999, noise by the training schedule, whatever the sampler: DDPM's Eq. 4; in flow matching (Sana,
-    Stable Diffusion 3, Flux) the share of noise, sigma, is the timestep / 1000. seed: of the noise, which is drawn on
+    Stable Diffusion 3, Flux) the share of noise, sigma, is the timestep / 1000. None: the model's usual one
+    (`Adapter.photo_timestep`). seed: of the noise, which is drawn on
     the CPU for all timesteps at once.
     size: (height, width) in pixels that the model sees, multiples of the adapter's `photo_multiple`; None:
     `fitted_size`.
+    mirror: the photograph is seen in a mirror, too (FA-Seg): T more steps, of the same timesteps, whose pixels are
+    turned back to their places, so that every map is the mean of both.
     kept: keywords of `record`, such as resolutions, self_attention or offload.
 
     For masks at the photograph's own size, give `make_masks` the picture of `read_photo`. Raises InputError, one
     sentence, for what is no picture, too small, too long for its width, and for settings that PhotoSettings refuses.
     """
-    return record_images(pipe, [image], [caption], timesteps, seed, size, **kept)[0]
+    return record_images(pipe, [image], [caption], timesteps, seed, size, mirror, **kept)[0]
 
 
 def record_images(
     pipe: Pipeline,
     images: Sequence[Image.Image | str | Path],
     captions: Sequence[str],
-    timesteps: Sequence[int] = TIMESTEPS,
+    timesteps: Sequence[int] | None = None,
     seed: int = 0,
     size: tuple[int, int] | None = None,
+    mirror: bool = False,
     **kept: Any,
 ) -> list[Recording]:
     """`record_image` for several photographs in one batch: one caption and one recording each.
@@ -82,8 +87,8 @@ def record_images(
     Photograph n has the noise of seed + n. Raises InputError where they do not share a size, given or fitted, where
     some captions are empty and some are not, and as `record_image` does.
     """
-    noisy = prepare(pipe, images, captions, timesteps, seed, size)
-    with read_as(Reading()), record(pipe, branch="all", **kept) as recorder:
+    noisy = prepare(pipe, images, captions, timesteps, seed, size, mirror)
+    with read_as(Reading()), record(pipe, branch="all", mirrored=noisy.mirrored, **kept) as recorder:
         denoise(pipe, noisy)
     return [with_run_facts(recording, noisy) for recording in recorder.recordings]
 
@@ -94,13 +99,14 @@ class Noisy:
 
     latents: `[T, B, C, h, w]`, or packed as the denoiser takes them (`Adapter.packed`), in its dtype; timesteps: T of
     them; condition: the captions and all else that the denoiser gets, by its argument names (`Adapter.condition`).
-    branch: which half of a guided batch the passes are like.
+    branch: which half of a guided batch the passes are like. mirrored: numbers of the passes that see a mirror image.
     """
 
     latents: Tensor
     timesteps: tuple[int, ...]
     condition: dict[str, Any]
     branch: Branch
+    mirrored: tuple[int, ...] = ()
 
 
 @torch.no_grad()
@@ -108,31 +114,40 @@ def prepare(
     pipe: Pipeline,
     images: Sequence[Image.Image | str | Path],
     captions: Sequence[str],
-    timesteps: Sequence[int] = TIMESTEPS,
+    timesteps: Sequence[int] | None = None,
     seed: int = 0,
     size: tuple[int, int] | None = None,
+    mirror: bool = False,
 ) -> Noisy:
     """Everything before the forward passes; arguments and refusals as in `record_images`."""
     if not images or len(images) != len(captions):
         raise InputError(f"There are {len(images)} photographs and {len(captions)} captions: give each a caption.")
     if len({bool(caption.strip()) for caption in captions}) > 1:
         raise InputError("Some captions are empty and others are not: record those photographs apart.")
+    adapter = adapter_of(pipe)
+    timesteps = (adapter.photo_timestep,) if timesteps is None else timesteps
     for caption in captions:
         check_request(pipe, caption, timesteps, seed, size)
     photos = [read_photo(image) for image in images]
     sizes = {size or fitted_size(pipe, photo) for photo in photos}
     if len(sizes) > 1:
         raise InputError("The photographs differ in shape: record them apart, or give one size for all.")
-    (shared,), adapter = sizes, adapter_of(pipe)
-    clean = encode(pipe, photos, shared)
-    latents = torch.stack([noised(pipe, photo, timesteps, seed + n) for n, photo in enumerate(clean)], dim=1)
+    (shared,) = sizes
+    sides = [photos, [ImageOps.mirror(photo) for photo in photos]] if mirror else [photos]
+    latents = torch.cat(
+        [
+            torch.stack([noised(pipe, photo, timesteps, seed + n) for n, photo in enumerate(clean)], dim=1)
+            for clean in (encode(pipe, side, shared) for side in sides)
+        ]
+    )
     with read_as(Reading()):  # and not as the pipeline's last call read its prompt
         condition = adapter.condition(captions, shared)
     return Noisy(
         latents=torch.stack([adapter.packed(batch) for batch in latents]).to(adapter.denoiser.dtype),
-        timesteps=tuple(timesteps),
+        timesteps=tuple(timesteps) * len(sides),
         condition=condition,
         branch="conditional" if captions[0].strip() else "unconditional",
+        mirrored=tuple(range(len(timesteps), len(timesteps) * len(sides))),
     )
 
 

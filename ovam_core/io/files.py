@@ -7,7 +7,7 @@ import re
 import secrets
 import tempfile
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -35,10 +35,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file that others see whole, or as it was before. Raises OSError."""
-    with atomic_path(path) as part:
-        part.write_bytes(data)
+def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Writes a file, whole or piece by piece, that others see whole, or as it was before. Raises OSError."""
+    with atomic_path(path) as part, part.open("wb") as file:
+        file.writelines([data] if isinstance(data, bytes) else data)
 
 
 def clear_parts(folder: Path) -> None:

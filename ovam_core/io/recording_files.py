@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ovam_core.attention.affinity import MAX_MATRIX_PIXELS
 from ovam_core.attention.features import Features
 from ovam_core.attention.goca import GocaRecording
 from ovam_core.attention.modules import Unbound
@@ -201,7 +202,28 @@ def _check_recording(x: Recording) -> None:
         _must(_is_finite(sums.sums) and bool((sums.sums >= 0).all()))
     if x.stream is not None:
         _check_stream(x.stream, {one.name: one.steps or steps for one in x.layers})
+    _check_kept(x)
     _check_reading(x.reading)
+
+
+def _check_kept(x: Recording) -> None:
+    """What is there on request: matrices of self-attention, outputs of joint attention."""
+    for one in x.affinities:
+        n = one.height * one.width
+        _must(min(one.height, one.width) >= 1 and n <= MAX_MATRIX_PIXELS)
+        _must(tuple(one.matrix.shape) == (n, n) and one.matrix.dtype == torch.float32)
+        _must(_is_finite(one.matrix) and bool((one.matrix >= 0).all()))
+    carried = {} if x.stream is None else {block.name: block for block in x.stream.blocks if block.carry is not None}
+    _must(len({one.name for one in x.outputs}) == len(x.outputs))
+    for layer in x.outputs:
+        own = x.step_indices if layer.steps is None else layer.steps
+        _check_steps(own)
+        _must(set(own) <= set(x.step_indices) and layer.name in carried)
+        _must(1 <= layer.height <= MAX_SIDE and 1 <= layer.width <= MAX_SIDE)
+        _check_numbers(layer.outputs, 3)
+        _, heads, pixels, width = carried[layer.name].tensors[0].shape
+        _must(tuple(layer.outputs.shape) == (len(own), pixels, heads * width))
+        _must(pixels == layer.height * layer.width and set(own) & set(carried[layer.name].steps) != set())
 
 
 def _check_half(branch: str, x: Recording, first: Recording) -> None:
@@ -251,18 +273,32 @@ def _check_stream(stream: TextStream, layers: Mapping[str, Sequence[int]]) -> No
 
 def _check_goca(x: GocaRecording) -> None:
     _must(1 <= len(x.layers) <= MAX_LAYERS and 1 <= len(x.finest) <= MAX_LAYERS)
+    _must(len({weighted.layer.name for weighted in x.layers}) == len(x.layers))
+    joint = x.stream is not None
     for weighted in x.layers:
         layer = weighted.layer
-        _check_layer(layer, True, (0,))
-        _, heads, pixels, _ = layer.queries.shape
-        _must(tuple(weighted.heads.shape) == (heads, pixels) and weighted.heads.dtype == torch.float32)
-        _must(_is_finite(weighted.heads))
+        _check_layer(layer, not joint, (0,))
+        _must((weighted.heads is None) == joint == (weighted.others is not None))
+        for part in (weighted.heads, weighted.others):
+            _check_by_head(part, layer.queries[0])
     for own in x.finest:
         for part in (own.queries, own.keys):
             _check_numbers(part, 3)
         _must(own.queries.shape == own.keys.shape and own.queries.shape[1] == x.height * x.width)
         _must((own.height, own.width) == (x.height, x.width))
+        _check_by_head(own.others, own.queries)
+    if x.stream is not None:
+        _check_stream(x.stream, {one.layer.name: (0,) for one in x.layers})
+    _must(None not in (x.options.heads, x.options.layers, x.options.rescale, x.options.even_rows))
+    _must(x.options.blur is not None and 0 <= x.options.blur <= MAX_SIDE)
+    _must(x.options.propagations is not None and 0 <= x.options.propagations <= MAX_LAYERS)
     _check_reading(x.reading)
+
+
+def _check_by_head(x: Tensor | None, queries: Tensor) -> None:
+    """A number a head and pixel of queries `[heads, n, d]`, where there is one."""
+    if x is not None:
+        _must(x.shape == queries.shape[:2] and x.dtype == torch.float32 and _is_finite(x))
 
 
 def _check_features(x: Features, first: Recording) -> None:

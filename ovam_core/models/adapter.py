@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from ovam_core.attention.affinity import add_attention
 from ovam_core.attention.heads import Attention, Turn, by_head
 from ovam_core.attention.reading import Reading
 from ovam_core.attention.rows import Rows
@@ -30,8 +31,9 @@ from ovam_core.models.reading import (
     check_same_cut,
     check_unicode,
     check_written,
+    device_of,
     has_vectors,
-    read_tokens,
+    read_each,
     reader_of,
     reading_of,
 )
@@ -62,6 +64,11 @@ class Call:
 Form = Callable[[Tensor, Call], Tensor]
 Take = Callable[[Tensor], Tensor]  # a projection out of the output of the module that makes it
 
+# Texts that a text encoder reads in one call: some families read a long instruction with each.
+ENCODED_TOGETHER = 8
+# Tokens of a text of which so many cost little more than one: reading the weights takes the time.
+SHORT = 5
+
 # Weights that attention processors have beside the attention's own: Custom Diffusion's projections, which take the
 # place of those, and an IP-Adapter's, which are of the image alone.
 CUSTOM_DIFFUSION = tuple(f"to_{x}_custom_diffusion" for x in ("q", "k", "v", "out"))
@@ -72,12 +79,15 @@ class Adapter(ABC):
     """A family of models. An embedding is `[L, embed_dim]`, a row a token.
 
     A family must say: `fits`, `denoiser`, `embed_dim`, `strides`, `side_multiple`, `attentions`, `call`, `grid`,
-    `encode`, `encode_padded` and `condition`. All else has the answer of most families.
+    `encode_batch`, `encode_padded` and `condition`. All else has the answer of most families.
 
     name: as messages call it. pipelines: diffusers' classes that draw from a text alone. about: what a word's map is,
     where it is not the cross-attention to the word in place of the prompt. steps, guidance: usual settings of models
-    that are not known by name (presets.py). pack: latents that `packed` makes one of. starts: diffusers' class that
-    starts from a picture, by that of `pipelines` which has the same modules (starting.py).
+    that are not known by name (presets.py). pack: latents that `packed` makes one of. remembers: whether text
+    encoders and tokenizers are all that reads a word, none of them long at a word, so that what was read can be kept
+    (remembered.py). starts: diffusers' class that starts from a picture, by that of `pipelines` which has the same
+    modules (starting.py). photo_timestep: the usual noise on a photograph, of 1000: GoCA's published t. linear: whether
+    self-attention is linear, without a softmax.
     """
 
     name: ClassVar[str]
@@ -86,7 +96,10 @@ class Adapter(ABC):
     steps: ClassVar[int]
     guidance: ClassVar[float]
     pack: ClassVar[int] = 1
+    remembers: ClassVar[bool] = False
     starts: ClassVar[Mapping[str, str]] = {}
+    photo_timestep: ClassVar[int] = 100
+    linear: ClassVar[bool] = False
 
     def __init__(self, pipe: Pipeline):
         """pipe: one that `fits`."""
@@ -153,6 +166,10 @@ class Adapter(ABC):
     def grid(self, n: int, call: Call) -> tuple[int, int]:
         """(height, width) of an attention of `n` pixels. Raises InputError for an `n` that does not fit the latents."""
 
+    def image_part(self, projected: Tensor, _call: Call) -> Tensor:
+        """The pixels' rows of what an attention projects, `[b, n, ...]`, where the text has rows among them."""
+        return projected
+
     def queries(self, attention: Attention, projected: Tensor, _call: Call) -> Tensor:
         """`to_q`'s output `[b, n, heads * d]` to the queries of the product (Eq. 3), `[b, heads, n, d]`."""
         return by_head(projected, attention.heads)
@@ -165,6 +182,10 @@ class Adapter(ABC):
         """Self-attention received by each pixel (Eq. 8), `[heads, n, d]` to float32 `[n]`."""
         return column_sums(query, key, scale)
 
+    def add_attention(self, total: Tensor, query: Tensor, key: Tensor, scale: float) -> None:
+        """Adds the self-attention, the mean of the heads, to `total` float32 `[n, n]`; query, key: `[heads, n, d]`."""
+        add_attention(total, query, key, scale)
+
     def scale(self, attention: Attention) -> float:
         """Factor of the products before the softmax, 1 / sqrt(d)."""
         return float(attention.scale)
@@ -176,12 +197,18 @@ class Adapter(ABC):
         """
         return projection_of(attention, "to_k")
 
-    def beside_queries(self, _names: Collection[str]) -> dict[str, list[tuple[nn.Module, Form]]]:
+    def beside_queries(self, _names: Collection[str], _whole: bool = False) -> dict[str, list[tuple[nn.Module, Form]]]:
         """What to keep of each step beside the queries of the attentions of these names.
 
-        By a name of its own: the modules whose output it may be, of which one runs, and its form.
+        By a name of its own: the modules whose output it may be, of which one runs, and its form. whole: what the last
+        of the names showed to the text, too.
         """
         return {}
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """The joint attentions whose outputs tell concepts apart (attention/outputs.py); none with cross-attention."""
+        return ()
 
     def stream(self, _kept: dict[str, Rows | None]) -> TextStream | None:
         """The text stream of one image, of what `beside_queries` named; None with cross-attention.
@@ -224,7 +251,13 @@ class Adapter(ABC):
         return reading_of(self.pipe, [encoder for _, encoder in self.word_encoders])
 
     def tokenize(self, text: str) -> Tokens:
-        """Raises InputError for an empty text, one that is not Unicode, one that the pipeline would cut, and where the
+        """As `tokenize_all`, of one text."""
+        return self.tokenize_all([text])[0]
+
+    def tokenize_all(self, texts: Sequence[str]) -> list[Tokens]:
+        """The tokens of each text, in one call of each tokenizer.
+
+        Raises InputError for an empty text, one that is not Unicode, one that the pipeline would cut, and where the
         pipeline was loaded without what reads it.
         """
         if any(part is None for pair in self.word_encoders for part in pair):
@@ -232,19 +265,46 @@ class Adapter(ABC):
                 f"This {type(self.pipe).__name__} was loaded without a text encoder or its tokenizer, by which words "
                 "are read: load the whole model, or ask with embeddings of your own."
             )
-        return self._tokenize(text)
+        for text in texts:
+            check_unicode(text)
+        return self._tokenize(texts)
 
-    def _tokenize(self, text: str) -> Tokens:
-        check_unicode(text)
-        text = check_written(self.spelled(text))
-        read = [read_tokens(tokenizer, text) for tokenizer, _ in self.encoders]
-        check_length(max(len(x.ids[0]) for x in read), self.max_tokens)
-        check_same_cut(read)
-        return Tokens(text, tuple(x.ids[0] for x in read), read[0].spans, read[0].names)
+    def _tokenize(self, texts: Sequence[str]) -> list[Tokens]:
+        written = [check_written(self.spelled(text)) for text in texts]
+        each = []
+        for read in zip(*(read_each(tokenizer, written) for tokenizer, _ in self.encoders), strict=True):
+            check_length(max(len(x.ids[0]) for x in read), self.max_tokens)
+            check_same_cut(read)
+            each.append(Tokens(read[0].text, tuple(x.ids[0] for x in read), read[0].spans, read[0].names))
+        return each
 
-    @abstractmethod
     def encode(self, tokens: Tokens) -> Tensor:
         """`[L, embed_dim]` of tokens without padding: what the denoiser would be given for them."""
+        return self.encode_all([tokens])[0]
+
+    def encode_all(self, tokens: Sequence[Tokens]) -> list[Tensor]:
+        """The same of several, in one call of each text encoder for those of one length, ENCODED_TOGETHER at most.
+
+        None gets padding, so what a family's text encoders make of that does not matter. Where the family says so,
+        short texts are always as many, the last one repeated: products of one size have the same bits in each row,
+        whatever the others are, so a word's embedding does not depend on what is read with it.
+        """
+        lengths: dict[tuple[int, ...], list[int]] = {}
+        for place, one in enumerate(tokens):
+            lengths.setdefault((len(one.spans), *map(len, one.ids)), []).append(place)
+        found: dict[int, Tensor] = {}
+        for places in lengths.values():
+            for first in range(0, len(places), ENCODED_TOGETHER):
+                part = places[first : first + ENCODED_TOGETHER]
+                batch = [tokens[place] for place in part]
+                if self.remembers and len(batch[0].ids[0]) <= SHORT:
+                    batch += batch[-1:] * (ENCODED_TOGETHER - len(batch))
+                found.update(zip(part, self.encode_batch(batch), strict=False))
+        return [found[place] for place in range(len(tokens))]
+
+    @abstractmethod
+    def encode_batch(self, tokens: Sequence[Tokens]) -> Tensor:
+        """`[B, L, embed_dim]` of texts of one length."""
 
     @abstractmethod
     def encode_padded(self, text: str) -> Tensor:
@@ -253,8 +313,9 @@ class Adapter(ABC):
         Padding is in it where the model attends to padding, and not where the pipeline masks it.
         """
 
-    def _batch(self, ids: tuple[int, ...]) -> Tensor:
-        return torch.tensor([ids], device=self.pipe._execution_device)
+    def _batch(self, ids: Sequence[tuple[int, ...]]) -> Tensor:
+        """`[B, L]` of texts of one length, where the text encoders take them."""
+        return torch.tensor(list(ids), device=device_of(self.pipe, [encoder for _, encoder in self.word_encoders]))
 
     def check_whole(self) -> None:
         """Raises InputError where a part was left out without which no image is made of a text, or seen with one."""

@@ -10,9 +10,9 @@ import torch
 
 from ovam_core.attention.goca import GocaRecording
 from ovam_core.attention.heads import Attention
-from ovam_core.attention.heatmap import check_layer_weights, check_weights, tried_keys
+from ovam_core.attention.heatmap import check_layer_weights, check_stream_weights, check_weights, tried_keys
 from ovam_core.attention.modules import as_recorded
-from ovam_core.attention.recording import LayerQueries, Recording
+from ovam_core.attention.recording import LayerQueries, Recording, side_by_side
 from ovam_core.attention.rows import Rows
 from ovam_core.attention.text_stream import StreamBlock, TextStream
 from ovam_core.errors import InputError
@@ -40,11 +40,15 @@ def bound(pipe: Pipeline, recording: Recording) -> Recording:
 @torch.no_grad()
 def bound_goca(pipe: Pipeline, recording: GocaRecording) -> GocaRecording:
     """The same for GoCA's recording."""
-    recording = recording.detached()
-    layers = _bound(adapter_of(pipe), tuple(x.layer for x in recording.layers), recording.embed_dim)
+    adapter, recording = adapter_of(pipe), recording.detached()
+    layers = _bound(adapter, tuple(x.layer for x in recording.layers), recording.embed_dim)
+    if (recording.stream is None) != all(x.keys is not None for x in layers):
+        raise InputError(_OTHER.format(layers[0].name))
+    stream = None if recording.stream is None else _bound_stream(adapter, recording.stream, layers)
     check_layer_weights(layers, recording.embed_dim)
+    check_stream_weights(stream, recording.embed_dim)
     weighted = zip(recording.layers, layers, strict=True)
-    return replace(recording, layers=tuple(replace(x, layer=layer) for x, layer in weighted))
+    return replace(recording, layers=tuple(replace(x, layer=layer) for x, layer in weighted), stream=stream)
 
 
 _OTHER = "The layer {} of this recording is not one of this model: open the model that it was made with."
@@ -57,7 +61,8 @@ def _bound(adapter: Adapter, layers: tuple[LayerQueries, ...], width: int) -> tu
             "that it was made with."
         )
     cross, _ = adapter.attentions()
-    return tuple(_bound_layer(adapter, cross, x, width) for x in layers)
+    bound = tuple(_bound_layer(adapter, cross, x, width) for x in layers)
+    return bound if any(x.keys is None for x in bound) else side_by_side(bound)
 
 
 def _bound_layer(
@@ -81,7 +86,7 @@ def _bound_stream(adapter: Adapter, stream: TextStream, layers: tuple[LayerQueri
     """The text stream with the model's modules, as far as it went."""
     cross, _ = adapter.attentions()
     nothing = Rows((0,), torch.zeros(1))
-    whole = adapter.stream(dict.fromkeys(adapter.beside_queries(cross.keys()), nothing))
+    whole = adapter.stream(dict.fromkeys(adapter.beside_queries(cross.keys(), True), nothing))
     assert whole is not None, "the layers have no keys of their own"
     queries = {x.name: x.queries.shape for x in layers}
     names = [x.name for x in whole.blocks]

@@ -10,18 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovam_core.attention.heads import Turn
+from ovam_core.attention.text_stream import JointBlock, SingleBlock
 from ovam_core.errors import InputError
 from ovam_core.models.adapter import Call, TextEncoder, default_of
 from ovam_core.models.joint import JointTransformerAdapter
 from ovam_core.models.listeners import Listener, PassListener
-from ovam_core.models.reading import EOT, SOT, Tokenizer, Tokens, check_length, check_written, read_tokens
+from ovam_core.models.reading import EOT, SOT, Tokenizer, Tokens, check_length, check_written, read_each, read_tokens
 
 
 class Flux(JointTransformerAdapter):
     """Flux: T5's last hidden state; latents in patches of 2 x 2; rotated queries and keys.
 
-    The blocks with two streams alone (`transformer_blocks`), as in ConceptAttention: in the later single blocks, which
-    are not recorded, text and image share one stream. All text tokens have the same position, so they are not rotated.
+    The blocks with two streams alone (`transformer_blocks`), as in ConceptAttention, unless the later single-stream
+    blocks are named: there text and image, one behind the other, go through the same modules, and words are carried
+    along in the same way. All text tokens have the same position, so they are not rotated.
     Guidance is an input of the model and no second half of the batch: there is no unconditional branch, and a negative
     prompt is refused. Where `true_cfg_scale` makes a second pass each step, that one is left out.
     """
@@ -32,6 +34,7 @@ class Flux(JointTransformerAdapter):
     starts: ClassVar[Mapping[str, str]] = {"FluxPipeline": "FluxImg2ImgPipeline"}
     pixels = 16
     pack = 4
+    output_blocks: ClassVar[tuple[int, ...]] = (15, 16, 17, 18)  # ConceptAttention's
 
     @property
     def sample_size(self) -> int:
@@ -40,6 +43,14 @@ class Flux(JointTransformerAdapter):
     @property
     def patch(self) -> int:
         return 2  # the pipeline packs latents before the denoiser gets them
+
+    def _stream_blocks(self) -> Mapping[str, JointBlock | SingleBlock]:
+        singles = enumerate(self.denoiser.single_transformer_blocks)
+        return {**self._blocks(), **{f"single_transformer_blocks.{i}.attn": x for i, x in singles}}
+
+    def image_part(self, projected: Tensor, call: Call) -> Tensor:
+        """In a single-stream block the text stands before the image."""
+        return projected[:, -(call.height // self.patch) * (call.width // self.patch) :]
 
     def listen(self) -> Listener:
         return PassListener(self.pipe)
@@ -68,13 +79,13 @@ class Flux(JointTransformerAdapter):
     def max_tokens(self) -> int:
         return default_of(self.pipe, "max_sequence_length")
 
-    def _tokenize(self, text: str) -> Tokens:
-        read = read_tokens(self.pipe.tokenizer_2, check_written(self.spelled(text)))
-        check_length(len(read.spans), self.max_tokens)
-        return read
+    def _tokenize(self, texts: Sequence[str]) -> list[Tokens]:
+        each = read_each(self.pipe.tokenizer_2, [check_written(self.spelled(text)) for text in texts])
+        check_length(max(len(read.spans) for read in each), self.max_tokens)
+        return each
 
-    def encode(self, tokens: Tokens) -> Tensor:
-        return self._encode_t5(*self.encoders[0], tokens.ids[0])
+    def encode_batch(self, tokens: Sequence[Tokens]) -> Tensor:
+        return self._encode_t5(*self.encoders[0], [x.ids[0] for x in tokens])
 
     def encode_padded(self, text: str) -> Tensor:
         return self._prompt(text)[0][0]
@@ -139,7 +150,13 @@ class Flux2(Flux):
     name = "Flux 2"
     steps, guidance = 28, 4.0
     pipelines = ("Flux2Pipeline",)
+    output_blocks: ClassVar[tuple[int, ...]] = (5, 6, 7)  # these, and the temperature, as its authors' code has them
+    temperature: ClassVar[float] = 1000.0
     starts: ClassVar[Mapping[str, str]] = {}  # a picture there is one to look at, not one to begin from
+
+    def _stream_blocks(self) -> Mapping[str, JointBlock | SingleBlock]:
+        """Its single-stream blocks have a modulation of their own and one projection for everything: not these."""
+        return self._blocks()
 
     @property
     def _modulation(self) -> nn.Module:
@@ -153,7 +170,10 @@ class Flux2(Flux):
     def encoders(self) -> list[tuple[Tokenizer, TextEncoder]]:
         return [(self.pipe.tokenizer, self.pipe.text_encoder)]
 
-    def _tokenize(self, text: str) -> Tokens:
+    def _tokenize(self, texts: Sequence[str]) -> list[Tokens]:
+        return [self._tokenize_one(text) for text in texts]
+
+    def _tokenize_one(self, text: str) -> Tokens:
         from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 
         text = check_written(text.replace("[IMG]", "")).strip()
@@ -167,14 +187,14 @@ class Flux2(Flux):
         spans = [(start - begin, end - begin) for start, end in whole.spans[first:]]
         return Tokens(text, whole.ids, ((0, 0), *spans), (SOT, *whole.names[first:-1], EOT))
 
-    def encode(self, tokens: Tokens) -> Tensor:
-        batch = self._batch(tokens.ids[0])
+    def encode_batch(self, tokens: Sequence[Tokens]) -> Tensor:
+        batch = self._batch([x.ids[0] for x in tokens])
         hidden = self.pipe.text_encoder(
             batch, attention_mask=torch.ones_like(batch), output_hidden_states=True, use_cache=False
         ).hidden_states
         layers = default_of(self.pipe, "text_encoder_out_layers")
-        rows = torch.cat([hidden[layer][0] for layer in layers], dim=-1)
-        return torch.cat([rows[:1], rows[len(rows) - len(tokens.spans) + 1 :]])
+        rows = torch.cat([hidden[layer] for layer in layers], dim=-1)
+        return torch.cat([rows[:, :1], rows[:, rows.shape[1] - len(tokens[0].spans) + 1 :]], dim=1)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Patches of 2 x 2 latents, normalised by the autoencoder's statistics: float32 `[B, 4 C, h / 2, w / 2]`."""

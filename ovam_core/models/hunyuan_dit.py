@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from ovam_core.attention.heads import Attention, Turn, by_head, normed, rotated
 from ovam_core.attention.modules import call_frozen
 from ovam_core.models.adapter import Call, TextEncoder, default_of
-from ovam_core.models.reading import Tokenizer, Tokens, check_length, check_written, read_tokens
+from ovam_core.models.reading import (
+    Tokenizer,
+    Tokens,
+    by_encoder,
+    check_length,
+    check_written,
+    one_after_another,
+    read_each,
+)
 from ovam_core.models.transformer import TransformerAdapter
 
 
@@ -46,24 +54,21 @@ class HunyuanDiT(TransformerAdapter):
     def encoders(self) -> list[tuple[Tokenizer, TextEncoder]]:
         return [*super().encoders, (self.pipe.tokenizer_2, self.pipe.text_encoder_2)]
 
-    def _tokenize(self, text: str) -> Tokens:
-        text = check_written(text)
-        config = self.denoiser.config
-        read = [read_tokens(tokenizer, text) for tokenizer, _ in self.encoders]
-        for tokens, limit in zip(read, (config.text_len, config.text_len_t5), strict=True):
-            check_length(len(tokens.spans), limit)
-        return Tokens(
-            text,
-            tuple(x.ids[0] for x in read),
-            tuple(span for x in read for span in x.spans),
-            tuple(name for x in read for name in x.names),
-        )
+    def _tokenize(self, texts: Sequence[str]) -> list[Tokens]:
+        written = [check_written(text) for text in texts]
+        limits = self.denoiser.config.text_len, self.denoiser.config.text_len_t5
+        each = []
+        for read in zip(*(read_each(tokenizer, written) for tokenizer, _ in self.encoders), strict=True):
+            for tokens, limit in zip(read, limits, strict=True):
+                check_length(len(tokens.spans), limit)
+            each.append(one_after_another(read, read))
+        return each
 
-    def encode(self, tokens: Tokens) -> Tensor:
+    def encode_batch(self, tokens: Sequence[Tokens]) -> Tensor:
         hidden = []
-        for ids, (_, encoder) in zip(tokens.ids, self.encoders, strict=True):
+        for ids, (_, encoder) in zip(by_encoder(tokens), self.encoders, strict=True):
             batch = self._batch(ids)
-            hidden.append(encoder(batch, attention_mask=torch.ones_like(batch))[0][0])
+            hidden.append(encoder(batch, attention_mask=torch.ones_like(batch))[0])
         return self._joined(*hidden)
 
     def encode_padded(self, text: str) -> Tensor:
@@ -118,7 +123,7 @@ class HunyuanDiT(TransformerAdapter):
 
     def _joined(self, bert: Tensor, t5: Tensor) -> Tensor:
         projected = call_frozen(self.denoiser.text_embedder, t5, dtype=self.denoiser.dtype).to(bert.device)
-        return torch.cat([bert.to(projected.dtype), projected])
+        return torch.cat([bert.to(projected.dtype), projected], dim=-2)
 
     def arguments(self, negative_prompt: str | list[str], after_step: Callable[[int], None]) -> dict[str, Any]:
         return {**super().arguments(negative_prompt, after_step), "use_resolution_binning": False}

@@ -20,6 +20,7 @@ from ovam_core.models.presets import DEFAULT_HUB_MODEL, EMBEDDED, defaults_for
 from ovam_core.models.reading import FUNCTION_WORDS
 from ovam_core.models.registry import adapter_of, check_draws
 
+MODEL_INDEX = "model_index.json"  # of a diffusers pipeline
 WORDS_FILE = "words.json"  # the words that a model has learned, where it is known
 
 
@@ -45,8 +46,6 @@ def load_pipeline(model: str | None = None, device: str | None = None, dtype: to
     if dtype is None:
         dtype = defaults_for(model).dtype if torch.device(device).type == "cuda" else torch.float32
     folder = _folder(model)
-    if folder is not None:
-        _check_saved(folder, model)
     pipe = _from_pretrained(model, folder, dtype)
     _check_kind(pipe, model)
     pipe.to(device)
@@ -119,7 +118,7 @@ def _folder(model: str) -> Path | None:
     """The model's folder; None for a hub id."""
     folder = embedded_folder() if model == EMBEDDED else Path(os.path.expanduser(model))
     # os.path answers False to names that the file system refuses (too long, a null byte).
-    if os.path.isfile(folder / "model_index.json"):
+    if os.path.isfile(folder / MODEL_INDEX):
         return folder
     if os.path.isdir(folder):
         raise InputError(f"The folder {model} is not a diffusers pipeline: it has no model_index.json.")
@@ -136,9 +135,12 @@ def _from_pretrained(model: str, folder: Path | None, dtype: torch.dtype) -> Pip
     # diffusers 0.42 prefers `dtype`, older versions know `torch_dtype` alone.
     settings = {"torch_dtype": dtype, "safety_checker": None, "requires_safety_checker": False}
     try:
+        _check_index(model, folder)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch_dtype.*")
             return DiffusionPipeline.from_pretrained(str(folder or model), **settings)
+    except InputError:
+        raise
     except Exception as error:
         if is_out_of_memory(error):
             raise OutOfMemory(
@@ -180,12 +182,20 @@ def _one_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-def _check_saved(folder: Path, model: str) -> None:
-    """Raises InputError where model_index.json names another kind of pipeline, before all of it is loaded."""
+def _check_index(model: str, folder: Path | None) -> None:
+    """Raises InputError where model_index.json names another kind of pipeline, before all of it is loaded; of a hub
+    model that is not on this machine, what comes of asking the hub for that file.
+    """
+    import huggingface_hub as hub
+
+    file = hub.try_to_load_from_cache(model, MODEL_INDEX) if folder is None else folder / MODEL_INDEX
+    if not isinstance(file, str | Path):
+        file = hub.hf_hub_download(model, MODEL_INDEX)
     try:
-        name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
+        index = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return  # diffusers says what is wrong with it
+    name = index.get("_class_name") if isinstance(index, dict) else None
     kind = getattr(diffusers, name, None) if isinstance(name, str) else None
     if isinstance(kind, type):
         _check_class(kind, model)

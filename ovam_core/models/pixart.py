@@ -48,9 +48,9 @@ class PixArt(TransformerAdapter):
     def max_tokens(self) -> int:
         return default_of(self.pipe, "max_sequence_length")
 
-    def encode(self, tokens: Tokens) -> Tensor:
-        batch = self._batch(tokens.ids[0])
-        return self.pipe.text_encoder(batch, attention_mask=torch.ones_like(batch))[0][0]
+    def encode_batch(self, tokens: Sequence[Tokens]) -> Tensor:
+        batch = self._batch([x.ids[0] for x in tokens])
+        return self.pipe.text_encoder(batch, attention_mask=torch.ones_like(batch))[0]
 
     def encode_padded(self, text: str) -> Tensor:
         embeddings, mask = self._prompt(text)

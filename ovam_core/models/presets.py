@@ -22,7 +22,8 @@ class ModelDefaults:
     strides: attention grids to use, by the image's pixels to one of theirs; None for all recorded. max_timestep: the
     largest timestep, of 1000, whose attention is used.
     dtype: the one its weights are meant for on CUDA. tau, alpha: threshold (Eq. 9) and self-attention floor (Eq. 8) for
-    words; token_tau, token_alpha for optimised tokens: the paper's, unless the model has been measured.
+    words; token_tau, token_alpha for optimised tokens: the paper's, unless the model has been measured. presence: slope
+    and offset of `calibrated`; None where it has not been measured.
     """
 
     steps: int
@@ -37,6 +38,7 @@ class ModelDefaults:
     alpha: float = 0.85
     token_tau: float = 0.8
     token_alpha: float = 0.95
+    presence: tuple[float, float] | None = None
 
 
 _SD1 = ModelDefaults(steps=30, guidance=7.5, height=512, width=512, max_size=1024)
@@ -68,6 +70,7 @@ KNOWN_MODELS: dict[str, ModelDefaults] = {
         max_timestep=600,
         tau=0.36,
         token_tau=0.3,
+        presence=(7.74, 14.51),  # of benchmarks/presence.py
     ),
     DEFAULT_HUB_MODEL: _SD1,
     "CompVis/stable-diffusion-v1-4": _SD1,

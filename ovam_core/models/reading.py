@@ -52,10 +52,20 @@ class Tokens:
 
 def read_tokens(tokenizer: Tokenizer, text: str, **options: Any) -> Tokens:
     """One tokenizer's tokens: not padded, not truncated."""
-    encoded = read_ids(tokenizer, text, return_offsets_mapping=True, **options)
-    ids, pieces = tuple(encoded.input_ids), tokenizer.convert_ids_to_tokens(encoded.input_ids)
+    return read_each(tokenizer, [text], **options)[0]
+
+
+def read_each(tokenizer: Tokenizer, texts: Sequence[str], **options: Any) -> list[Tokens]:
+    """The same of several texts, each on its own, in one call of the tokenizer."""
+    encoded = read_ids(tokenizer, list(texts), return_offsets_mapping=True, **options)
+    each = zip(texts, encoded.input_ids, encoded.offset_mapping, strict=True)
+    return [_tokens(tokenizer, *one) for one in each]
+
+
+def _tokens(tokenizer: Tokenizer, text: str, read: list[int], mapping: list[tuple[int, int]]) -> Tokens:
+    ids, pieces = tuple(read), tokenizer.convert_ids_to_tokens(read)
     # A lone mark of a space is given the letter behind it, which is not its own.
-    offsets = zip(pieces, encoded.offset_mapping, strict=True)
+    offsets = zip(pieces, mapping, strict=True)
     spans = tuple((start, start if piece == "▁" else end) for piece, (start, end) in offsets)
     names = [text[start:end].strip() or piece for piece, (start, end) in zip(pieces, spans, strict=True)]
     # Only at the ends: CLIP's unknown token is its end token too.
@@ -66,13 +76,28 @@ def read_tokens(tokenizer: Tokenizer, text: str, **options: Any) -> Tokens:
     return Tokens(text, (ids,), spans, tuple(names))
 
 
-def read_ids(tokenizer: Tokenizer, text: str, **options: Any) -> Any:
-    """The tokenizer's encoding of a text, not padded, not truncated."""
+def read_ids(tokenizer: Tokenizer, text: str | list[str], **options: Any) -> Any:
+    """The tokenizer's encoding of a text or of several, not padded, not truncated."""
     with reader_of(tokenizer) as reader:
         return reader(text, **options)
 
 
-_readers: WeakKeyDictionary[Tokenizer, tuple[int, Tokenizer]] = WeakKeyDictionary()  # to its length and its copy
+def by_encoder(tokens: Sequence[Tokens]) -> list[list[tuple[int, ...]]]:
+    """What each text encoder reads of several texts."""
+    return [list(ids) for ids in zip(*(one.ids for one in tokens), strict=True)]
+
+
+def one_after_another(read: Sequence[Tokens], rows: Sequence[Tokens]) -> Tokens:
+    """One text as several tokenizers read it, the rows of its embedding being the tokens of some of them in turn."""
+    return Tokens(
+        read[0].text,
+        tuple(x.ids[0] for x in read),
+        tuple(span for x in rows for span in x.spans),
+        tuple(name for x in rows for name in x.names),
+    )
+
+
+_readers: WeakKeyDictionary[Tokenizer, tuple[tuple, Tokenizer]] = WeakKeyDictionary()  # to its state and its copy
 _reading = threading.Lock()
 
 
@@ -94,23 +119,29 @@ def reader_of(tokenizer: Tokenizer) -> Iterator[Tokenizer]:
     """
     with _reading:
         known = _readers.get(tokenizer)
-        if known is None or known[0] != len(tokenizer):  # textual inversion adds tokens
-            known = _readers[tokenizer] = len(tokenizer), copy.deepcopy(tokenizer)
+        state = tokenizer_state(tokenizer)
+        if known is None or known[0] != state:
+            known = _readers[tokenizer] = state, copy.deepcopy(tokenizer)
         yield known[1]
 
 
-_with_vectors: WeakKeyDictionary[Tokenizer, tuple[int, bool]] = WeakKeyDictionary()
+def tokenizer_state(tokenizer: Tokenizer) -> tuple[Any, int]:
+    """What differs once tokens were added (its length) or taken out (what does its work): by textual inversion."""
+    return getattr(tokenizer, "_tokenizer", None), len(tokenizer)
+
+
+_with_vectors: WeakKeyDictionary[Tokenizer, tuple[tuple, bool]] = WeakKeyDictionary()
 
 
 def has_vectors(tokenizer: Tokenizer) -> bool:
     """Whether a word of textual inversion stands for several vectors: diffusers names them "<toy>", "<toy>_1", ...
 
-    Found once for each length of a tokenizer, which sorts its added words whenever it is asked for them.
+    Found once for each state of a tokenizer, which sorts its added words whenever it is asked for them.
     """
-    known = _with_vectors.get(tokenizer)
-    if known is None or known[0] != len(tokenizer):
+    known, state = _with_vectors.get(tokenizer), tokenizer_state(tokenizer)
+    if known is None or known[0] != state:
         added = tokenizer.added_tokens_encoder
-        known = _with_vectors[tokenizer] = len(tokenizer), any(f"{word}_1" in added for word in added)
+        known = _with_vectors[tokenizer] = state, any(f"{word}_1" in added for word in added)
     return known[1]
 
 
@@ -167,6 +198,17 @@ def at_last_scale(pipe: Any, encoders: Sequence[Any]) -> Iterator[None]:
     finally:
         for encoder in scaled:
             unscale_lora_layers(encoder, scale)
+
+
+def device_of(pipe: Any, encoders: Sequence[nn.Module | None]) -> torch.device:
+    """Where text encoders take their tokens: that of their weights, which the pipeline looks for among all its modules;
+    where hooks move those, the pipeline knows.
+    """
+    modules = [x for encoder in encoders if isinstance(encoder, nn.Module) for x in encoder.modules()]
+    if not modules or any(hasattr(x, hook) for x in modules for hook in ("_hf_hook", "_diffusers_hook")):
+        return pipe._execution_device
+    weight = next((x for module in modules for x in module.parameters(recurse=False)), None)
+    return pipe._execution_device if weight is None else weight.device
 
 
 def reading_of(pipe: Any, encoders: Sequence[nn.Module | None]) -> Reading:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from functools import cache
+
 from ovam_core.errors import InputError
 from ovam_core.models.adapter import Adapter, Pipeline
 from ovam_core.models.flux import Flux, Flux2
@@ -23,9 +27,15 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     Flux2,
 )
 
+# What a pipeline that makes videos is asked for: diffusers has some eighty of them, with one or more of these each.
+ASKED_OF_VIDEO = {"num_frames", "frames", "video_length", "video", "num_videos_per_prompt"}
+# UNets whose batch is of frames, whatever pipeline they are put into.
+VIDEO_UNETS = re.compile(r"UNet.*(Motion|3D|Temporal)|I2VGenXL")
+
 
 def adapter_of(pipe: Pipeline) -> Adapter:
     """The adapter of a pipeline. Raises InputError, with the supported families, where there is none."""
+    check_no_video(type(pipe), type(getattr(pipe, "unet", None)))
     for part in ("unet", "transformer"):
         if getattr(pipe, part, "") is None:
             raise InputError(f"This {type(pipe).__name__} was loaded without its {part}: load the whole model.")
@@ -37,16 +47,39 @@ def adapter_of(pipe: Pipeline) -> Adapter:
 
 def check_draws(kind: type) -> None:
     """Raises InputError for a class of pipelines that is of no family, or needs more than a text, as for inpainting."""
+    check_no_video(kind)
     if not any(one.draws(kind) for one in ADAPTERS):
         raise _foreign(kind)
 
 
-def _foreign(kind: type) -> InputError:
-    *names, last = (one.name for one in ADAPTERS)
-    return InputError(
-        f"{kind.__name__} is not a text-to-image pipeline of a family that can be recorded: "
-        f"load {', '.join(names)} or {last}."
+def check_no_video(kind: type, unet: type = object) -> None:
+    """Raises InputError for a class of pipelines that makes videos: by what it is asked for, or by its UNet's class."""
+    if _makes_videos(kind, unet):
+        raise InputError(
+            f"{kind.__name__} is not a text-to-image pipeline: it makes videos, and what is recorded are images; "
+            f"load {_families()}."
+        )
+
+
+@cache
+def _makes_videos(kind: type, unet: type) -> bool:
+    calls = [vars(one)["__call__"] for one in kind.__mro__ if inspect.isfunction(vars(one).get("__call__"))]
+    return (
+        any(ASKED_OF_VIDEO & inspect.signature(call).parameters.keys() for call in calls)
+        or any("Video" in one.__name__ for one in kind.__mro__)
+        or any(VIDEO_UNETS.search(one.__name__) for one in unet.__mro__)
     )
+
+
+def _foreign(kind: type) -> InputError:
+    return InputError(
+        f"{kind.__name__} is not a text-to-image pipeline of a family that can be recorded: load {_families()}."
+    )
+
+
+def _families() -> str:
+    *names, last = (one.name for one in ADAPTERS)
+    return f"{', '.join(names)} or {last}"
 
 
 def check_fits(pipe: Pipeline, name: str, text: str) -> None:

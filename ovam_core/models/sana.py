@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ovam_core.attention.affinity import add_linear_attention
 from ovam_core.attention.heads import Attention, by_head, normed
 from ovam_core.attention.self_attention import linear_column_sums
 from ovam_core.models.adapter import Call, default_of
 from ovam_core.models.listeners import BinListener, Listener
-from ovam_core.models.reading import Tokens, check_length, check_written, read_ids, read_tokens
+from ovam_core.models.reading import Tokens, check_length, check_written, read_each, read_ids
 from ovam_core.models.transformer import FlowTransformerAdapter
 
 
@@ -29,6 +30,7 @@ class Sana(FlowTransformerAdapter):
     steps, guidance = 20, 4.5
     pipelines = ("SanaPipeline",)
     pixels = 32
+    linear = True
 
     @property
     def embed_dim(self) -> int:
@@ -52,6 +54,9 @@ class Sana(FlowTransformerAdapter):
     def received(self, query: Tensor, key: Tensor, _scale: float) -> Tensor:
         return linear_column_sums(query, key)
 
+    def add_attention(self, total: Tensor, query: Tensor, key: Tensor, _scale: float) -> None:
+        add_linear_attention(total, query, key)
+
     def keys(self, attention: Attention) -> nn.Module:
         model = self.denoiser
         modules = [model.caption_projection, model.caption_norm, attention.to_k, attention.norm_k]
@@ -64,20 +69,23 @@ class Sana(FlowTransformerAdapter):
     def max_tokens(self) -> int:
         return default_of(self.pipe, "max_sequence_length")
 
-    def _tokenize(self, text: str) -> Tokens:
-        text = check_written(self.spelled(text))
+    def _tokenize(self, texts: Sequence[str]) -> list[Tokens]:
+        written = [check_written(self.spelled(text)) for text in texts]
         instruction = "\n".join(default_of(self.pipe, "complex_human_instruction"))
-        whole = read_tokens(self.pipe.tokenizer, instruction + text)
-        kept = [0, *range(len(read_ids(self.pipe.tokenizer, instruction).input_ids) - 1, len(whole.spans))]
-        check_length(len(kept), self.max_tokens)
-        begin = len(instruction)
-        spans = [(max(0, start - begin), max(0, end - begin)) for start, end in (whole.spans[i] for i in kept)]
-        return Tokens(text, whole.ids, tuple(spans), tuple(whole.names[i] for i in kept))
+        begin, first = len(instruction), len(read_ids(self.pipe.tokenizer, instruction).input_ids) - 1
+        each = []
+        read = read_each(self.pipe.tokenizer, [instruction + text for text in written])
+        for text, whole in zip(written, read, strict=True):
+            kept = [0, *range(first, len(whole.spans))]
+            check_length(len(kept), self.max_tokens)
+            spans = [(max(0, start - begin), max(0, end - begin)) for start, end in (whole.spans[i] for i in kept)]
+            each.append(Tokens(text, whole.ids, tuple(spans), tuple(whole.names[i] for i in kept)))
+        return each
 
-    def encode(self, tokens: Tokens) -> Tensor:
-        batch = self._batch(tokens.ids[0])
-        hidden = self.pipe.text_encoder(batch, attention_mask=torch.ones_like(batch))[0][0]
-        return torch.cat([hidden[:1], hidden[len(hidden) - len(tokens.spans) + 1 :]])
+    def encode_batch(self, tokens: Sequence[Tokens]) -> Tensor:
+        batch = self._batch([x.ids[0] for x in tokens])
+        hidden = self.pipe.text_encoder(batch, attention_mask=torch.ones_like(batch))[0]
+        return torch.cat([hidden[:, :1], hidden[:, hidden.shape[1] - len(tokens[0].spans) + 1 :]], dim=1)
 
     def encode_padded(self, text: str) -> Tensor:
         embeddings, mask = self._prompt(text, default_of(self.pipe, "complex_human_instruction"))

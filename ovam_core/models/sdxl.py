@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ovam_core.models.adapter import Pipeline, TextEncoder
-from ovam_core.models.reading import Tokenizer, Tokens, at_last_scale, last_clip_skip, last_lora_scale
+from ovam_core.models.reading import Tokenizer, Tokens, at_last_scale, by_encoder, last_clip_skip, last_lora_scale
 from ovam_core.models.stable_diffusion import StableDiffusion, is_guided_unet
 
 
@@ -41,12 +41,12 @@ class StableDiffusionXL(StableDiffusion):
             return second
         return super().encoders + second
 
-    def encode(self, tokens: Tokens) -> Tensor:
+    def encode_batch(self, tokens: Sequence[Tokens]) -> Tensor:
         layer = -2 - (last_clip_skip(self.pipe) or 0)
         with at_last_scale(self.pipe, [encoder for _, encoder in self.encoders]):
             hidden = [
-                encoder(self._batch(ids), output_hidden_states=True).hidden_states[layer][0]
-                for ids, (_, encoder) in zip(tokens.ids, self.encoders, strict=True)
+                encoder(self._batch(ids), output_hidden_states=True).hidden_states[layer]
+                for ids, (_, encoder) in zip(by_encoder(tokens), self.encoders, strict=True)
             ]
         return torch.cat(hidden, dim=-1)
 

@@ -15,9 +15,6 @@ from ovam_core.models.adapter import Adapter, Call, Denoiser, Pipeline, attentio
 from ovam_core.models.listeners import Listener, UNetListener, unet_parts_known
 from ovam_core.models.reading import Tokens, at_last_scale, last_clip_skip, last_lora_scale
 
-# Their batch is of frames.
-VIDEO = ("UNetMotionModel", "UNet3DConditionModel", "I2VGenXLUNet", "UNetSpatioTemporalConditionModel")
-
 
 class StableDiffusion(Adapter):
     """Stable Diffusion 1 and 2: a UNet with cross-attention, CLIP's last hidden state."""
@@ -34,6 +31,7 @@ class StableDiffusion(Adapter):
         "StableDiffusionPAGPipeline": "StableDiffusionPAGImg2ImgPipeline",
     }
     steps, guidance = 30, 7.5
+    remembers = True
 
     @classmethod
     def fits(cls, pipe: Pipeline) -> bool:
@@ -91,16 +89,16 @@ class StableDiffusion(Adapter):
     def grid(self, n: int, call: Call) -> tuple[int, int]:
         return grid_size(n, call.height, call.width)
 
-    def encode(self, tokens: Tokens) -> Tensor:
+    def encode_batch(self, tokens: Sequence[Tokens]) -> Tensor:
         encoder: Any = self.encoders[0][1]
-        batch = self._batch(tokens.ids[0])
+        batch = self._batch([x.ids[0] for x in tokens])
         uses_mask = getattr(encoder.config, "use_attention_mask", False)
         mask, skipped = torch.ones_like(batch) if uses_mask else None, last_clip_skip(self.pipe)
         with at_last_scale(self.pipe, [encoder]):
             if skipped is None:
-                return encoder(batch, attention_mask=mask)[0][0]
+                return encoder(batch, attention_mask=mask)[0]
             hidden = encoder(batch, attention_mask=mask, output_hidden_states=True).hidden_states
-        return getattr(encoder, "text_model", encoder).final_layer_norm(hidden[-(skipped + 1)])[0]
+        return getattr(encoder, "text_model", encoder).final_layer_norm(hidden[-(skipped + 1)])
 
     def encode_padded(self, text: str) -> Tensor:
         if not hasattr(self.pipe, "encode_prompt"):  # InstructPix2Pix
@@ -159,7 +157,6 @@ def is_guided_unet(pipe: Pipeline) -> bool:
         getattr(config, "cross_attention_dim", None) is not None
         and getattr(config, "encoder_hid_dim", None) is None  # Kolors and Kandinsky project the text first
         and hasattr(type(pipe), "do_classifier_free_guidance")
-        and not any(kind.__name__ in VIDEO for kind in type(pipe.unet).__mro__)
     )
 
 

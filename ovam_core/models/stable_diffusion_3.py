@@ -18,12 +18,14 @@ from ovam_core.models.reading import (
     Tokenizer,
     Tokens,
     at_last_scale,
+    by_encoder,
     check_length,
     check_same_cut,
     check_written,
     last_clip_skip,
     last_lora_scale,
-    read_tokens,
+    one_after_another,
+    read_each,
 )
 
 
@@ -39,6 +41,7 @@ class StableDiffusion3(JointTransformerAdapter):
     pipelines = ("StableDiffusion3Pipeline",)
     starts: ClassVar[Mapping[str, str]] = {"StableDiffusion3Pipeline": "StableDiffusion3Img2ImgPipeline"}
     timestep_position = 3
+    output_blocks: ClassVar[tuple[int, ...]] = (9,)  # Seg4Diff's
 
     def attentions(self) -> tuple[dict[str, Attention], dict[str, Attention]]:
         joint, _ = super().attentions()
@@ -60,34 +63,31 @@ class StableDiffusion3(JointTransformerAdapter):
         clip = [(pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)]
         return clip if pipe.text_encoder_3 is None else [*clip, (pipe.tokenizer_3, pipe.text_encoder_3)]
 
-    def _tokenize(self, text: str) -> Tokens:
-        text = check_written(text)
-        read = [read_tokens(tokenizer, text) for tokenizer, _ in self.encoders]
+    def _tokenize(self, texts: Sequence[str]) -> list[Tokens]:
+        written = [check_written(text) for text in texts]
         limits = (*[self.pipe.tokenizer_max_length] * 2, default_of(self.pipe, "max_sequence_length"))
-        for tokens, limit in zip(read, limits, strict=False):
-            check_length(len(tokens.spans), limit)
-        check_same_cut(read[:2])
-        return Tokens(
-            text,
-            tuple(x.ids[0] for x in read),
-            tuple(span for x in read[1:] for span in x.spans),
-            tuple(name for x in read[1:] for name in x.names),
-        )
+        each = []
+        for read in zip(*(read_each(tokenizer, written) for tokenizer, _ in self.encoders), strict=True):
+            for tokens, limit in zip(read, limits, strict=False):
+                check_length(len(tokens.spans), limit)
+            check_same_cut(read[:2])
+            each.append(one_after_another(read, read[1:]))
+        return each
 
-    def encode(self, tokens: Tokens) -> Tensor:
-        pairs = list(zip(tokens.ids, self.encoders, strict=True))
+    def encode_batch(self, tokens: Sequence[Tokens]) -> Tensor:
+        pairs = list(zip(by_encoder(tokens), self.encoders, strict=True))
         layer = -2 - (last_clip_skip(self.pipe) or 0)
         with at_last_scale(self.pipe, [encoder for _, encoder in self.encoders[:2]]):
             clip = torch.cat(
                 [
-                    encoder(self._batch(ids), output_hidden_states=True).hidden_states[layer][0]
+                    encoder(self._batch(ids), output_hidden_states=True).hidden_states[layer]
                     for ids, (_, encoder) in pairs[:2]
                 ],
                 dim=-1,
             )
         rows = [F.pad(clip, (0, self.embed_dim - clip.shape[-1]))]
         rows += [self._encode_t5(*pair, ids).to(clip) for ids, pair in pairs[2:]]
-        return torch.cat(rows)
+        return torch.cat(rows, dim=1)
 
     def encode_padded(self, text: str) -> Tensor:
         return self._prompt(text)[0][0]

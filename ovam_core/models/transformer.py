@@ -70,6 +70,8 @@ class TransformerAdapter(Adapter):
 class FlowTransformerAdapter(TransformerAdapter):
     """A transformer that was trained by flow matching (arXiv 2210.02747): its timestep is the share of noise."""
 
+    photo_timestep: ClassVar[int] = 150  # of Flux; the others' is not published
+
     @property
     def knows_noise(self) -> bool:
         """There is no schedule beside the timestep."""

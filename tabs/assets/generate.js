@@ -4,7 +4,7 @@
   const WAIT_FOR_TYPING = 450; // milliseconds after the last letter
   const MAX_HISTORY = 12, THUMB = 112, STORE = 'ovam-history';
   const TABS = ['generate', 'optimize', 'export'];
-  const OWN = ['prompt', 'words', 'seed', 'negative', 'steps', 'guidance', 'width', 'height', 'tau', 'alpha', 'crf',
+  const OWN = ['prompt', 'words', 'seed', 'negative', 'steps', 'guidance', 'guided', 'width', 'height', 'tau', 'alpha', 'crf',
     'method', 'beside', 'used', 'grids', 'sentence', 'half'];
   const $ = selector => document.querySelector(selector);
   const box = id => $(`#${id} textarea, #${id} input`);

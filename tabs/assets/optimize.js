@@ -138,6 +138,9 @@ function ovamLearn(root, ways) {
     return 'paint over the whole object; what stays bare is background';
   }
 
+  // The tools that answer a click, and the button that asks the server.
+  const CLICKED = {click: 'learn-clicked', sam: 'learn-clicked-sam'};
+
   // ---- the pointer: mouse, pen and one finger paint, two fingers move the page
 
   function place(event) {
@@ -153,7 +156,7 @@ function ovamLearn(root, ways) {
     mark.hidden = !point || !state.picture;
     if (mark.hidden) return;
     const scale = canvas.getBoundingClientRect().width / canvas.width;
-    const side = state.tool === 'click' ? 14 : Math.max(6, width() * scale);
+    const side = CLICKED[state.tool] ? 14 : Math.max(6, width() * scale);
     mark.style.width = mark.style.height = `${side}px`;
     mark.style.left = `${point[0] * scale}px`;
     mark.style.top = `${point[1] * scale}px`;
@@ -164,7 +167,7 @@ function ovamLearn(root, ways) {
     const share = (value, of) => Math.min(1, Math.max(0, value / of)).toFixed(5);
     state.spot = `${share(x, canvas.width)},${share(y, canvas.height)}`;
     busy('Looking for what is here', true);
-    at('learn-clicked')?.click();
+    at(CLICKED[state.tool])?.click();
   }
 
   function press(event) {
@@ -174,7 +177,7 @@ function ovamLearn(root, ways) {
     event.preventDefault();
     canvas.focus({preventScroll: true});
     quiet();
-    if (state.tool === 'click') return click(place(event));
+    if (CLICKED[state.tool]) return click(place(event));
     canvas.setPointerCapture(event.pointerId);
     state.stroke = {tool: state.tool, width: width(), points: [place(event)]};
     line(state.stroke);
@@ -220,7 +223,7 @@ function ovamLearn(root, ways) {
         Math.min(canvas.width, Math.max(0, state.cross[0] + by * x)),
         Math.min(canvas.height, Math.max(0, state.cross[1] + by * y)),
       ];
-    } else if (state.tool === 'click') {
+    } else if (CLICKED[state.tool]) {
       click(state.cross);
     } else {
       const dab = {tool: state.tool, width: width(), points: [state.cross]};

@@ -549,15 +549,26 @@ const ovamViewer = (() => {
       renderStrip();
     }
 
+    const isAbsent = word => answer?.preset.unlikely != null && word.presence != null && word.presence < answer.preset.unlikely;
+
+    // A mask is cut at a share of its map's own peak, so a word for nothing has one too.
+    function presenceHint(word) {
+      if (word.presence == null) return 'Show its map';
+      if (!isAbsent(word)) return `Show its map · presence ${figure(word.presence)} of 1`;
+      return `Probably not in the picture: presence ${figure(word.presence)} of 1. Its map shows where it would be.`;
+    }
+
     function wordChip(word) {
       const shown = !hidden.has(word.label), dot = element('i', {style: `--c: ${word.color}`});
       const eye = element('button', {class: 'v-dot', 'data-at': `eye ${word.label}`, 'aria-pressed': shown,
         'aria-label': `${word.label}: in the masks`, title: shown ? 'Hide its mask' : 'Show its mask'}, dot);
       const name = element('button', {class: 'v-word', 'data-at': `word ${word.label}`, 'aria-pressed': word.label === focus,
-        title: 'Show its map'}, word.label, ' ', element('small', {title: 'peak of its map'}, figure(scaleTop(word))));
+        title: presenceHint(word)}, word.label, ' ', element('small', {title: 'peak of its map'}, figure(scaleTop(word))));
       const chip = element('span', {class: 'v-chip', style: `--c: ${word.color}`}, eye, name);
       const gone = word.kind === 'word' && word.asked && typed && !typed.has(plain(word.asked));
       chip.classList.toggle('off', !shown);
+      chip.classList.toggle('absent', isAbsent(word));
+      if (isAbsent(word)) chip.append(element('em', {title: presenceHint(word)}, 'probably not there'));
       chip.classList.toggle('on', word.label === focus);
       chip.classList.toggle('gone', Boolean(gone));
       eye.addEventListener('click', () => {

@@ -38,6 +38,8 @@ def serves(keys: Tensor, queries: Tensor, sizes: Sequence[int] | None) -> bool:
 
     Older GPUs lack the number format of the kernels' products and would be slower than by the plain form.
     """
+    if keys.device.type == "cpu":
+        return False
     tokens, channels = _tile(sizes, queries.shape[-1])
     same = queries.device == keys.device and keys.dtype == torch.float32
     return same and _runs(keys.device) and tokens <= MOST_TOKENS and tokens * channels <= MOST_VALUES

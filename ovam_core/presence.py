@@ -1,0 +1,114 @@
+"""Presence scores of what is asked of a picture: which words each label is compared with, on the model's own scale."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ovam_core.attention.heatmap import AttributionPrompt
+from ovam_core.attention.presence import calibrated, raw_presence
+from ovam_core.attention.reading import Reading
+from ovam_core.attention.recording import Branch, Recording
+from ovam_core.errors import InputError
+from ovam_core.methods import rows_of_labels
+from ovam_core.models.presets import defaults_for, recommended_part
+from ovam_core.models.reading import EOT, FUNCTION_WORDS, SOT
+from ovam_core.models.registry import adapter_of
+from ovam_core.models.words import plain
+from ovam_core.query import PICTURE_WORDS, PLACE_WORDS, Query, attribute_words
+
+if TYPE_CHECKING:
+    from ovam_core.models.adapter import Pipeline
+
+# What a pixel could be where the caption does not say it.
+SCENERY = tuple("sky grass road sea wall sand snow forest floor field night mountains".split())
+# Below it a word is said to be probably not there: rather too few than too many, as other names of what is there
+# (kitten, animal) score lower than its own.
+UNLIKELY = 0.2
+MAX_PHRASES = 16  # of a caption
+MAX_KNOWN = 256  # words that are kept read
+
+
+def caption_phrases(caption: str) -> list[str]:
+    """Runs of content words, plain, each once: "A red bus next to a cat" to ["red bus", "cat"].
+
+    An adjective stays with its noun, so that it is not taken for a rival of it.
+    """
+    runs: list[list[str]] = [[]]
+    for part in re.findall(r"[\w'-]+|[^\w\s]", plain(caption)):
+        if part in FUNCTION_WORDS | PLACE_WORDS | PICTURE_WORDS or not any(map(str.isalnum, part)):
+            runs.append([])
+        else:
+            runs[-1].append(part)
+    return list(dict.fromkeys(" ".join(run) for run in runs if run))[:MAX_PHRASES]
+
+
+def named_words(label: str) -> frozenset[str]:
+    """What a label names, for comparing: content words without the s of a plural; none for "the" and "<SoT>"."""
+    words = [] if label in (SOT, EOT) else re.findall(r"\w+", plain(label))
+    return frozenset(word.removesuffix("s") for word in words if word not in FUNCTION_WORDS)
+
+
+class PresenceScorer:
+    """Says of words and tokens whether they are in a picture at all, from its recording.
+
+    Each is compared with the caption's phrases and with SCENERY; a phrase that shares a word with it is left out. The
+    rivals are read once and kept, as reading takes longer than all else.
+    """
+
+    def __init__(self, pipe: Pipeline):
+        self._pipe = pipe
+        self._known: tuple[Reading, dict[str, AttributionPrompt]] = (Reading(), {})
+
+    def scores(
+        self, recording_of: Callable[[Branch], Recording], queries: Sequence[Query], caption: str
+    ) -> list[float | None]:
+        """One a label of all queries: 0 to 1, None for what names nothing ("<SoT>", "the").
+
+        A half where present and absent words are as likely, where the model's preset has been measured; else the raw
+        score. recording_of: the recording of a half of the guided batch. caption: "" where it is not known.
+        """
+        scale = defaults_for(self._pipe).presence or (1.0, 0.0)
+        labels = [label for query in queries for label in query.labels]
+        raw = self.raw(recording_of, queries, caption)
+        return [calibrated(x, *scale) if named_words(label) else None for x, label in zip(raw, labels, strict=True)]
+
+    def raw(self, recording_of: Callable[[Branch], Recording], queries: Sequence[Query], caption: str) -> list[float]:
+        """The same of every label, before it is brought to the model's own scale."""
+        rivals = self._read([*caption_phrases(caption), *SCENERY])
+        others = [named_words(label) for one in rivals for label in one.labels]
+        found: dict[int, float] = {}
+        places = rows_of_labels(queries)
+        for branch in dict.fromkeys(query.branch for query in queries):
+            chosen = [n for n, query in enumerate(queries) if query.branch == branch]
+            prompts = [prompt for n in chosen for prompt in self._prompts(queries[n])]
+            own = [named_words(label) for n in chosen for label in queries[n].labels]
+            compared = torch.tensor([[not words & other for other in others] for words in own])
+            raw = raw_presence(recommended_part(self._pipe, recording_of(branch)), prompts, rivals, compared)
+            found.update(zip([row for n in chosen for row in places[n]], raw, strict=True))
+        return [found[row] for row in range(len(found))]
+
+    def _prompts(self, query: Query) -> list[AttributionPrompt]:
+        """As the query asks; words that a method reads together, each on its own."""
+        return [query.prompt] if query.prompt is not None else attribute_words(self._pipe, query.labels)
+
+    def _read(self, words: Sequence[str]) -> list[AttributionPrompt]:
+        """The words that can be read, each in a prompt of its own."""
+        reading = adapter_of(self._pipe).reading
+        known = self._known[1] if _same(self._known[0], reading) and len(self._known[1]) < MAX_KNOWN else {}
+        for word in (word for word in words if word not in known):
+            try:
+                known[word] = attribute_words(self._pipe, [word])[0]
+            except InputError:  # a long clause, or a mark of a language that this text encoder does not know
+                continue
+        self._known = reading, known
+        return [known[word] for word in words if word in known]
+
+
+def _same(one: Reading, other: Reading) -> bool:
+    if (one.clip_skip, one.lora_scale, one.parts) != (other.clip_skip, other.lora_scale, other.parts):
+        return False
+    return one.numbers is not None and other.numbers is not None and torch.equal(one.numbers, other.numbers)
