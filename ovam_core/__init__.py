@@ -10,7 +10,7 @@ found = ovam.segment(picture, ["cat", "car", "animal"])
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "2.2.0"
+__version__ = "2.3.0"
 
 if TYPE_CHECKING:
     from ovam_core.attention.heatmap import heatmaps

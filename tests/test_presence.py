@@ -162,6 +162,8 @@ def test_words_tokens_and_methods(ovam, picture):
     assert with_token.labels == ["cat", "dog", "cat (token)"]
     assert with_token.presence[:2] == pytest.approx(plain.presence)  # whatever grids and thresholds are asked for
     assert 0 < with_token.presence[2] < 1
+    alone = ovam.segment(picture, [token], crf=False)
+    assert alone.presence == pytest.approx(with_token.presence[2:])  # whatever is asked beside it
     assert ovam.segment(picture, ["cat", "dog"], method="DAAM").presence == pytest.approx(plain.presence)
     goca = ovam.segment(picture, ["cat", "dog"], method="GoCA, any word")
     assert goca.presence == pytest.approx(plain.presence)

@@ -178,7 +178,8 @@ def test_the_plain_loop_learns_as_optimize_does():
 
 @pytest.mark.slow
 def test_smoke_run(tmp_path, capsys):
-    assert command.main(["--smoke", "--device", "cpu", "--rows", "1", "2", "3", "4", "6", "8", "--out", str(tmp_path)]) == 0
+    rows = ["1", "2", "3", "4", "6", "8"]
+    assert command.main(["--smoke", "--device", "cpu", "--rows", *rows, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     figures = json.loads((tmp_path / "smoke-cpu.json").read_text())
     assert (tmp_path / "smoke-cpu.md").read_text() == printed

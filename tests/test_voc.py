@@ -265,7 +265,7 @@ def test_methods_are_looked_up_by_name(pipe, data):
     assert timesteps_of(ATTN2MASK, 1000) == (500,)
     assert EvaluateSettings.for_model(OVAM(pipe), "attn2mask").timesteps == (500,)
     with pytest.raises(InputError, match="choose among DAAM; Attn2Mask; OVAM"):
-        EvaluateSettings.for_model(OVAM(pipe), "sam")
+        EvaluateSettings.for_model(OVAM(pipe), "dino")
     for method in (DAAM, ATTN2MASK, methods.OVAM):
         asked = method_queries(OVAM(pipe), data.work, EvaluateSettings.for_model(OVAM(pipe), method.name))
         assert {(one.tau, one.alpha) for one in asked.values()} == {(method.tau, method.alpha)}
@@ -535,7 +535,7 @@ BAD = {
     "no folder": (["--voc", "nowhere"], "data set in VOC layout"),
     "no split": (["--split", "test"], "no list of images"),
     "split elsewhere": (["--split", "../val"], "not the name of a split"),
-    "method": (["--method", "sam"], "no method 'sam'"),
+    "method": (["--method", "dino"], "no method 'dino'"),
     "prompts": (["--classes-from", "none.json"], "no file 'none.json'"),
     "limit": (["--limit", "0"], "limit is 0"),
     "tau": (["--tau", "nan"], "tau is nan"),

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -147,6 +147,7 @@ def dense_crf(bench: Bench) -> list[Line]:
     return lines
 
 
+@cache
 def drawn(bench: Bench) -> tuple[OVAM, Picture]:
     """The embedded model and a picture of its usual steps."""
     ovam = OVAM.from_pretrained(EMBEDDED, device=str(bench.device))

@@ -32,7 +32,7 @@ def joint_maps(
     """The map of each label against rivals: float32 `[labels, recording.height, recording.width]` in [0, 1].
 
     At a pixel, head, layer and step a label has `e / (e + s + sum of r)`: e the exponential of its product of query and
-    key (its tokens' mean), r the same of each rival it is compared with, s that of the first special token
+    key (its tokens' mean), r the same of each rival it is compared with, s that of the rivals' first special token
     (`<SoT>`, T5: `</s>`). The map is the mean over steps, layers and heads, bilinear where grids differ.
     prompts, rivals: what has labels, and what they are compared with. compared: bool `[labels, rivals]`.
     """
@@ -40,7 +40,7 @@ def joint_maps(
     sizes = [len(one.embedding) for one in every]
     device = compute_device(recording, every[0].embedding)
     stacked = torch.cat([one.embedding.to(device) for one in every])
-    rows, means = _means(every)
+    rows, means = _means(every, len(prompts))
     own, others = means[: len(compared)].to(device), means[len(compared) :].to(device)
     rest = compared.to(device, torch.float32) @ others
     rest[:, 0] += 1  # the special token
@@ -90,16 +90,20 @@ def settled(recording: Recording) -> Recording:
     return recording.select(steps=chosen[: math.ceil(STEPS * len(chosen))])
 
 
-def _means(prompts: Sequence[AttributionPrompt]) -> tuple[list[int], Tensor]:
-    """Which rows of all prompts, one after the other, are compared: the first special token's (the first row, where
-    every one is a label's), then the labels' own. And float32 `[labels, rows]`: what each counts for in a label.
+def _means(prompts: Sequence[AttributionPrompt], asked: int) -> tuple[list[int], Tensor]:
+    """Which rows of all prompts, one after the other, are compared: a special token's, then the labels' own. And
+    float32 `[labels, rows]`: what each counts for in a label.
+
+    asked: how many prompts are no rivals. The special token is the first of the rivals', so that no score depends on
+    what is asked beside it; else of what is asked; else, where every row is a label's, the first row.
     """
     firsts = list(accumulate((len(one.embedding) for one in prompts), initial=0))
     groups = [
         [first + row for row in group] for first, one in zip(firsts, prompts, strict=False) for group in one.groups
     ]
     named = {row for group in groups for row in group}
-    rows = [next((row for row in range(firsts[-1]) if row not in named), 0), *sorted(named)]
+    rivals_first = [*range(firsts[asked], firsts[-1]), *range(firsts[asked])]
+    rows = [next((row for row in rivals_first if row not in named), 0), *sorted(named)]
     means = torch.zeros(len(groups), len(rows))
     shares = [
         shares for one in prompts for shares in one.shares or [[1 / len(group)] * len(group) for group in one.groups]
