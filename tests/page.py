@@ -65,15 +65,15 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def window(browser):
-    """One for all visits of a module, so that the page's scripts are fetched and compiled once."""
+def profile(browser):
+    """The browser's, one for all visits of a module, so that the page's scripts are fetched and compiled once."""
     context = browser.new_context()
     yield context
     context.close()
 
 
 @pytest.fixture
-def visit(window, address):
+def visit(profile, address):
     """Opens the page in a tab; at the end nothing may have been asked of another machine, nor gone wrong."""
     pages, faults = [], []
 
@@ -82,7 +82,7 @@ def visit(window, address):
             faults.append(f"outside: {request.url}")
 
     def open_page(width=1280, height=900, scheme="light"):
-        page = window.new_page()
+        page = profile.new_page()
         pages.append(page)
         page.set_viewport_size({"width": width, "height": height})
         page.emulate_media(color_scheme=scheme)
@@ -99,7 +99,7 @@ def visit(window, address):
         if not page.is_closed():
             page.evaluate("localStorage.clear()")  # the next visitor is a stranger
             page.close()
-    window.clear_cookies()
+    profile.clear_cookies()
     assert not faults
 
 
