@@ -92,7 +92,7 @@ def by_rivals(scorer: PresenceScorer) -> Score:
     """The score that `segment` gives, before it is calibrated."""
 
     def score(recording: Recording, queries: Sequence[Query], caption: str) -> list[float]:
-        return scorer.raw(lambda _branch: recording, queries, caption)
+        return [x for x in scorer.raw(lambda _branch: recording, queries, caption) if x is not None]
 
     return score
 

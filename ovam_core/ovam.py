@@ -463,7 +463,7 @@ class OVAM:
         masks = np.stack([resize_mask(mask, picture.image.size) for mask in masks])
         on_grid = maps[: len(labels)].float().cpu().numpy()
         apart = [] if settings.evolution is None else self._evolutions(picture, settings, settings.evolution)
-        presence = self.presence.scores(picture.of_branch, queries, picture.caption)
+        presence = self.presence.scores(picture.recorded, queries, picture.caption)
         return Segmentation(labels, full, masks, picture, settings, on_grid, tuple(queries), apart, presence)
 
     def is_absent(self, presence: float | None) -> bool:

@@ -97,9 +97,13 @@ class Picture:
         recordings = sum(recording.nbytes for recording in (self.recording, *self.others.values()))
         return recordings + self.image.width * self.image.height * 3 + last + beside
 
+    def recorded(self, branch: str) -> Recording | None:
+        """The recording of a half of the guided batch; None where it was not recorded."""
+        return self.recording if self.recording.branch in (branch, "all") else self.others.get(branch)
+
     def of_branch(self, branch: str) -> Recording:
-        """The recording of a half of the guided batch. Raises InputError where it was not recorded."""
-        found = self.recording if self.recording.branch in (branch, "all") else self.others.get(branch)
+        """The same. Raises InputError where it was not recorded."""
+        found = self.recorded(branch)
         if found is None:
             raise InputError(
                 f"What is asked for belongs to the {branch} half of the guided batch and this image was recorded on "

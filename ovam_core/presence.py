@@ -64,30 +64,39 @@ class PresenceScorer:
         self._known: tuple[Reading, dict[str, AttributionPrompt]] = (Reading(), {})
 
     def scores(
-        self, recording_of: Callable[[Branch], Recording], queries: Sequence[Query], caption: str
+        self, recording_of: Callable[[Branch], Recording | None], queries: Sequence[Query], caption: str
     ) -> list[float | None]:
-        """One a label of all queries: 0 to 1, None for what names nothing ("<SoT>", "the").
+        """One a label of all queries: 0 to 1, None for what names nothing ("<SoT>", "the") or was not recorded.
 
         A half where present and absent words are as likely, where the model's preset has been measured; else the raw
-        score. recording_of: the recording of a half of the guided batch. caption: "" where it is not known.
+        score. recording_of: the recording of a half of the guided batch, None without. caption: "" where not known.
         """
         scale = defaults_for(self._pipe).presence or (1.0, 0.0)
         labels = [label for query in queries for label in query.labels]
         raw = self.raw(recording_of, queries, caption)
-        return [calibrated(x, *scale) if named_words(label) else None for x, label in zip(raw, labels, strict=True)]
+        return [
+            None if x is None or not named_words(label) else calibrated(x, *scale)
+            for x, label in zip(raw, labels, strict=True)
+        ]
 
-    def raw(self, recording_of: Callable[[Branch], Recording], queries: Sequence[Query], caption: str) -> list[float]:
+    def raw(
+        self, recording_of: Callable[[Branch], Recording | None], queries: Sequence[Query], caption: str
+    ) -> list[float | None]:
         """The same of every label, before it is brought to the model's own scale."""
         rivals = self._read([*caption_phrases(caption), *SCENERY])
         others = [named_words(label) for one in rivals for label in one.labels]
-        found: dict[int, float] = {}
+        found: dict[int, float | None] = {}
         places = rows_of_labels(queries)
         for branch in dict.fromkeys(query.branch for query in queries):
             chosen = [n for n, query in enumerate(queries) if query.branch == branch]
+            recording = recording_of(branch)
+            if recording is None:  # a method of its own looks at both halves
+                found.update((row, None) for n in chosen for row in places[n])
+                continue
             prompts = [prompt for n in chosen for prompt in self._prompts(queries[n])]
             own = [named_words(label) for n in chosen for label in queries[n].labels]
             compared = torch.tensor([[not words & other for other in others] for words in own])
-            raw = raw_presence(recommended_part(self._pipe, recording_of(branch)), prompts, rivals, compared)
+            raw = raw_presence(recommended_part(self._pipe, recording), prompts, rivals, compared)
             found.update(zip([row for n in chosen for row in places[n]], raw, strict=True))
         return [found[row] for row in range(len(found))]
 

@@ -87,6 +87,7 @@ def test_smoke_subset_of_the_quality_tables(ovam, tmp_path, library):
             "Resolutions",
             "Steps",
             "Alpha",
+            "Refinements",
         }
         assert sum(row["table"] == "Resolutions" for row in rows) == 2 * (2**4 - 1)  # sets of four grids
         for row in rows:
