@@ -229,7 +229,7 @@ def test_a_call_without_a_session_gives_a_picture_for_another(address):
         answer = httpx.get(f"{address}gradio_api/call/{name}/{event}", timeout=120).text
         return json.loads(answer.split("event: complete\ndata: ")[1])
 
-    key = call("generate", "A cat", "", 1, 1, 4, 64, 64)[0]
+    key = call("generate", "A cat", "", 1, 1, 4, 64, 64, "plain")[0]
     assert call("point", 3, 4, "cat, dog", key)[0][0].keys() == {"word", "value"}
 
 

@@ -85,7 +85,9 @@ def test_embeddings_that_are_asked_directly(tiny):
             optimize(r.recordings, [target], torch.ones(2, 32, dtype=kind))
     for large in (3e38, -3e38, float("nan")):
         with pytest.raises(InputError, match="no numbers"):
-            heatmaps(r.recordings[0], torch.full((2, 32), large))
+            heatmaps(r.recordings[0], torch.full((2, 32), large) * torch.tensor([[1.0], [-1.0]]))
+        with pytest.raises(InputError, match="no numbers"):
+            heatmaps(r.recordings[0], torch.full((3, 32), large))
     kept = Token(torch.full((2, 32), 9e5) * torch.randn(2, 32).sign(), ("background", "cat"), "tiny")
     assert heatmaps(r.recordings[0], kept.embedding).isfinite().all()
 
