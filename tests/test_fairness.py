@@ -660,7 +660,7 @@ def test_a_connection_that_breaks_frees_the_model(address, held, heartbeat):
             if one["api_name"] == "generate"
         )
         name = f"lost{heartbeat}"
-        body = {"data": [prompt, "", 1, 50, 5, 64, 64], "fn_index": number, "session_hash": name}
+        body = {"data": [prompt, "", 1, 50, 5, 64, 64, "plain"], "fn_index": number, "session_hash": name}
         assert http.post(f"{api}/queue/join", json=body).status_code == 200
         listening = f"{api}/heartbeat/{name}" if heartbeat else f"{api}/queue/data?session_hash={name}"
         with http.stream("GET", listening) as answer:

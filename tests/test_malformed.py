@@ -244,7 +244,7 @@ def test_the_server_answers_in_a_sentence(web, blocks, value):
     answer = post(web, "/gradio_api/run/predict", {"data": [value], "fn_index": rules, "session_hash": NAME})
     assert answer.status_code == 422
     assert is_sentence(answer.json()["error"])
-    body = {"data": [value, "", 1, 1, 4, 64, 64], "session_hash": NAME}
+    body = {"data": [value, "", 1, 1, 4, 64, 64, "plain"], "session_hash": NAME}
     assert post(web, "/gradio_api/run/generate", body).status_code == 404  # nobody passes by the queue
     queued = post(web, "/gradio_api/call/generate", {"data": body["data"]}).json()["event_id"]
     events = web.get(f"/gradio_api/call/generate/{queued}").text
