@@ -13,7 +13,6 @@ A run that was stopped goes on where it was: what was found in each picture is k
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -28,6 +27,7 @@ import numpy as np
 import torch
 
 from benchmarks.quality import Annotate, Cache, fingerprint
+from benchmarks.written import write
 from ovam_core.data.metrics import table
 from ovam_core.hooks.guidance import guided_by_region
 from ovam_core.models.load import embedded_folder
@@ -233,10 +233,7 @@ def main(arguments: Sequence[str] | None = None, annotate: Annotate | None = Non
         "rows": summarise(asked, found, options.scales),
         "cost": costs(ovam, asked, options.rounds, COST_STEPS),
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "guidance.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    (options.out / "guidance.md").write_text(report(figures), encoding="utf-8")
-    print(report(figures))
+    write(options.out, "guidance", figures, report(figures))
     return 0
 
 

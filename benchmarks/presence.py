@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.written import write
 from ovam_core.attention.heatmap import attribute
 from ovam_core.attention.presence import settled
 from ovam_core.attention.recording import Recording
@@ -312,10 +312,7 @@ def main(arguments: Sequence[str] | None = None, annotate: Annotate | None = Non
         "at_a_half": right_at_a_half(measured, CHOSEN, *line),
         "cost": cost(ovam, recording),
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "presence.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    (options.out / "presence.md").write_text(report(figures), encoding="utf-8")
-    print(report(figures))
+    write(options.out, "presence", figures, report(figures))
     return 0
 
 

@@ -38,6 +38,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks import rendered
+from benchmarks.written import write
 from ovam_core import Picture, Recording, Token, methods
 from ovam_core.attention.heatmap import resize
 from ovam_core.attention.mask import densecrf, self_attention_map
@@ -521,10 +522,7 @@ def main(arguments: Sequence[str] | None = None, annotate: Annotate | None = Non
     figures: dict[str, Any] = {"model": EMBEDDED, "steps": steps, "first_seed": options.first_seed}
     figures["sets"] = {name: measure_set(name, ovam, annotate, tokens, runs, options) for name in SETS}
     figures["rendered"] = rendered.measure(ovam, tokens, options.scenes)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "quality.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    (options.out / "quality.md").write_text(report(figures), encoding="utf-8")
-    print(report(figures))
+    write(options.out, "quality", figures, report(figures))
     return 0
 
 

@@ -35,6 +35,8 @@ IGNORE = 255  # pixels that the export calls uncertain
 
 def read_export(folder: Path, test_share: float, seed: int) -> tuple[Dataset, Dataset, list[str]]:
     """Training part, test part, and the name of each label, background first."""
+    if not all((folder / name).is_file() for name in ("classes.txt", "metadata.jsonl")):
+        raise SystemExit(f"There is no data set in {folder}: give the folder that `ovam export --out` wrote.")
     names = (folder / "classes.txt").read_text(encoding="utf-8").splitlines()
     pictures = load_dataset(str(folder), split="train").filter(lambda kept: kept, input_columns="kept")
     if len(pictures) < 2:
@@ -109,6 +111,8 @@ def main(arguments: list[str] | None = None) -> float:
     parser.add_argument("--test-share", type=float, default=0.2, help="part of the pictures that is not trained on")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
+    if not 0 < options.test_share < 1:
+        parser.error("--test-share is a part of the pictures: a number between 0 and 1.")
 
     torch.manual_seed(options.seed)
     training, test, names = read_export(options.data, options.test_share, options.seed)

@@ -501,7 +501,7 @@ class ConceptMethod(GocaMethod):
         return concept_maps(
             picture.of_branch(queries[0].branch),
             self._concepts(pipe, picture.caption, words),
-            getattr(adapter, "temperature", 1.0),
+            adapter.temperature,
         )
 
     def _concepts(self, pipe: Pipeline, caption: str, words: Sequence[str]) -> Tensor:

@@ -107,7 +107,7 @@ class PresenceScorer:
     def _read(self, words: Sequence[str]) -> list[AttributionPrompt]:
         """The words that can be read, each in a prompt of its own."""
         reading = adapter_of(self._pipe).reading
-        known = self._known[1] if _same(self._known[0], reading) and len(self._known[1]) < MAX_KNOWN else {}
+        known = self._known[1] if self._known[0].is_same(reading) and len(self._known[1]) < MAX_KNOWN else {}
         for word in (word for word in words if word not in known):
             try:
                 known[word] = attribute_words(self._pipe, [word])[0]
@@ -115,9 +115,3 @@ class PresenceScorer:
                 continue
         self._known = reading, known
         return [known[word] for word in words if word in known]
-
-
-def _same(one: Reading, other: Reading) -> bool:
-    if (one.clip_skip, one.lora_scale, one.parts) != (other.clip_skip, other.lora_scale, other.parts):
-        return False
-    return one.numbers is not None and other.numbers is not None and torch.equal(one.numbers, other.numbers)

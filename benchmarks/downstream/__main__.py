@@ -19,6 +19,7 @@ from benchmarks.downstream.claims import claims_of, measure, report
 from benchmarks.downstream.pictures import Annotate, planned, rendered, synthetic
 from benchmarks.downstream.segmenter import Training, build, parameters
 from benchmarks.quality import fingerprint
+from benchmarks.written import write
 from ovam_core.data.runs import cores, digest
 from ovam_core.io.files import write_atomically
 from ovam_core.models.load import embedded_folder
@@ -99,10 +100,7 @@ def main(arguments: Sequence[str] | None = None, annotate: Annotate | None = Non
         "pictures": {name: len(set_of(name, folder, 0)) for name in ["test", *{arm.first for arm in arms}]},
         **measure(arms, counts, claims_of(sizes)),
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "downstream.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    (options.out / "downstream.md").write_text(report(figures), encoding="utf-8")
-    print(report(figures))
+    write(options.out, "downstream", figures, report(figures))
     return 0
 
 

@@ -29,6 +29,13 @@ class Reading:
     numbers: Tensor | None = None
     rounding: float = 0.0
 
+    def is_same(self, other: Reading) -> bool:
+        """Whether texts are read the same to the last bit; never so where a number of either could not be read."""
+        if self.numbers is None or other.numbers is None:
+            return False
+        told = self.clip_skip, self.lora_scale, self.parts
+        return told == (other.clip_skip, other.lora_scale, other.parts) and torch.equal(self.numbers, other.numbers)
+
     def check_same(self, other: Reading) -> None:
         """Raises InputError where words of the `other` reading are not read as the prompt was."""
         known = self.parts and other.parts

@@ -283,7 +283,29 @@ class TextKeys(nn.Module):
         return rotated(by_head(self.project(normed), self.heads, self.norm_key), turn)
 
 
-class TextStep(nn.Module):
+class _Attends(nn.Module):
+    """A text's attention to itself and the image."""
+
+    to_query: nn.Module
+    to_key: nn.Module
+    to_value: nn.Module
+    norm_query: nn.Module | None
+    norm_key: nn.Module | None
+    heads: int
+
+    def attend(
+        self, normed: Tensor, turn: Turn | None, image_keys: Tensor, image_values: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """What the text reads, `[T, L, heads * d]`. normed: the text, ready for attention, `[T, L, C]`."""
+        query = rotated(by_head(self.to_query(normed), self.heads, self.norm_query), turn)
+        key = rotated(by_head(self.to_key(normed), self.heads, self.norm_key), turn)
+        value = by_head(self.to_value(normed), self.heads)
+        keys, values = torch.cat([key, image_keys], dim=2), torch.cat([value, image_values], dim=2)
+        read = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+        return rearrange(read, "t h l d -> t l (h d)")
+
+
+class TextStep(_Attends):
     """One block's text stream: `[T, L, C]` to `[T, L, C]`, by attention to itself and to the image, then feed-forward.
 
     image_keys, image_values: `[T, heads, n, d]`. mask: bool `[L, L + n]`, what each token may read; None for all.
@@ -325,12 +347,7 @@ class TextStep(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """What the text reads, `[T, L, heads * d]`, and the gate, shift, scale and gate for what follows."""
         normed, *rest = self.norm(text, modulation)
-        query = rotated(by_head(self.to_query(normed), self.heads, self.norm_query), turn)
-        key = rotated(by_head(self.to_key(normed), self.heads, self.norm_key), turn)
-        value = by_head(self.to_value(normed), self.heads)
-        keys, values = torch.cat([key, image_keys], dim=2), torch.cat([value, image_values], dim=2)
-        read = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
-        return rearrange(read, "t h l d -> t l (h d)"), rest
+        return self.attend(normed, turn, image_keys, image_values, mask), rest
 
 
 class SingleKeys(nn.Module):
@@ -347,7 +364,7 @@ class SingleKeys(nn.Module):
         return rotated(by_head(self.to_key(normed), self.heads, self.norm_key), turn)
 
 
-class SingleStep(nn.Module):
+class SingleStep(_Attends):
     """`TextStep` of a single-stream block: attention and feed-forward beside each other, then one projection."""
 
     def __init__(self, block: SingleBlock):
@@ -368,12 +385,8 @@ class SingleStep(nn.Module):
         mask: Tensor | None,
     ) -> Tensor:
         normed, gate = self.norm(text, emb=modulation)
-        query = rotated(by_head(self.to_query(normed), self.heads, self.norm_query), turn)
-        key = rotated(by_head(self.to_key(normed), self.heads, self.norm_key), turn)
-        value = by_head(self.to_value(normed), self.heads)
-        keys, values = torch.cat([key, image_keys], dim=2), torch.cat([value, image_values], dim=2)
-        read = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
-        both = torch.cat([rearrange(read, "t h l d -> t l (h d)"), self.activate(self.widen(normed))], dim=2)
+        read = self.attend(normed, turn, image_keys, image_values, mask)
+        both = torch.cat([read, self.activate(self.widen(normed))], dim=2)
         text = text + gate[:, None] * self.to_out(both)
         return text.clip(-65504, 65504) if text.dtype == torch.float16 else text
 

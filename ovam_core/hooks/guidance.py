@@ -32,16 +32,12 @@ from ovam_core.attention.modules import without_hooks
 from ovam_core.errors import InputError
 from ovam_core.hooks.goca_recorder import projections
 from ovam_core.hooks.recorder import NO_CALL, Hooked
-from ovam_core.models.adapter import Adapter, Pipeline, Take, projection_of, sources
+from ovam_core.models.adapter import Pipeline, Take, projection_of, sources
 from ovam_core.models.goca import goca_blocks, goca_preset
 from ovam_core.models.listeners import GUIDED
-from ovam_core.models.pixart import PixArt
 from ovam_core.models.reading import EOT, SOT
-from ovam_core.models.registry import adapter_of
-from ovam_core.models.sdxl import StableDiffusionXL
-from ovam_core.models.stable_diffusion import StableDiffusion
+from ovam_core.models.registry import ADAPTERS, adapter_of
 
-GUIDED_ADAPTERS: tuple[type[Adapter], ...] = (StableDiffusion, StableDiffusionXL, PixArt)
 SPECIAL = (SOT, EOT)
 CACHED = "S-CFG looks at all layers of both halves at every step, and this run took some from a cache: switch it off."
 
@@ -49,8 +45,8 @@ CACHED = "S-CFG looks at all layers of both halves at every step, and this run t
 def check_guidance(pipe: Pipeline, scale: float) -> None:
     """Raises InputError, one sentence, where S-CFG cannot guide a run of this scale."""
     adapter = adapter_of(pipe)
-    if type(adapter) not in GUIDED_ADAPTERS:
-        *names, last = (one.name for one in GUIDED_ADAPTERS)
+    if not adapter.s_cfg:
+        *names, last = (one.name for one in ADAPTERS if one.s_cfg)
         raise InputError(
             f"S-CFG is not there for {adapter.name}: load {', '.join(names)} or {last}, or take the plain guidance."
         )

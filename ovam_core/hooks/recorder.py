@@ -378,10 +378,10 @@ class Recorder(Hooked[Recording]):
             check_size(*grid)
             n = query.shape[2]
             self._matrices[grid] = _Matrix([query.new_zeros(n, n, dtype=torch.float32) for _ in query])
-        matrix = self._matrices[grid]
-        if self._is_recommended() and not matrix.recommended:
+        matrix, recommended = self._matrices[grid], self._is_recommended()
+        if recommended and not matrix.recommended:
             matrix.restart()
-        elif matrix.recommended and not self._is_recommended():
+        elif matrix.recommended and not recommended:
             return
         for total, one, other in zip(matrix.totals, query, key, strict=True):
             self._adapter.add_attention(total, one, other, scale)

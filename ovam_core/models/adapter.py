@@ -87,7 +87,8 @@ class Adapter(ABC):
     encoders and tokenizers are all that reads a word, none of them long at a word, so that what was read can be kept
     (remembered.py). starts: diffusers' class that starts from a picture, by that of `pipelines` which has the same
     modules (starting.py). photo_timestep: the usual noise on a photograph, of 1000: GoCA's published t. linear: whether
-    self-attention is linear, without a softmax.
+    self-attention is linear, without a softmax. s_cfg: whether S-CFG can guide it (hooks/guidance.py). temperature: by
+    which the products of ConceptAttention are divided, where there are `output_names`.
     """
 
     name: ClassVar[str]
@@ -100,6 +101,8 @@ class Adapter(ABC):
     starts: ClassVar[Mapping[str, str]] = {}
     photo_timestep: ClassVar[int] = 100
     linear: ClassVar[bool] = False
+    s_cfg: ClassVar[bool] = False
+    temperature: ClassVar[float] = 1.0
 
     def __init__(self, pipe: Pipeline):
         """pipe: one that `fits`."""

@@ -31,7 +31,6 @@ class JointTransformerAdapter(FlowTransformerAdapter):
 
     # Of the blocks, those whose outputs tell concepts apart; and what divides their products before the softmax.
     output_blocks: ClassVar[tuple[int, ...]]
-    temperature: ClassVar[float] = 1.0
 
     @property
     def embed_dim(self) -> int:

@@ -19,6 +19,7 @@ class PixArt(TransformerAdapter):
     """PixArt-Alpha and Sigma: T5's last hidden state, which has an end token and no start; masked padding."""
 
     name = "PixArt-Alpha and Sigma"
+    s_cfg = True
     steps, guidance = 20, 4.5
     pipelines = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
 

@@ -44,7 +44,7 @@ _read: WeakKeyDictionary[Any, dict[Hashable, _Read]] = WeakKeyDictionary()
 def recalled(family: Adapter, question: Hashable, reading: Reading) -> list[AttributionPrompt] | None:
     """The prompts of a question, if it was asked before and would be read the same. reading: how texts are read now."""
     known = _read.get(family.pipe, {}).get(question)
-    if known is None or known.state != _state(family) or not _is_same(known.reading, reading):
+    if known is None or known.state != _state(family) or not known.reading.is_same(reading):
         return None
     versions = [x.embedding._version for x in known.prompts]
     rows = _rows(family, known.tokens)
@@ -62,7 +62,7 @@ def remember(
 ) -> None:
     """Keeps what was read, where it can be told whether it would be read the same again."""
     state = _state(family)
-    if state is None or not _is_same(reading, reading):
+    if state is None or not reading.is_same(reading):
         return
     versions = [x.embedding._version for x in prompts]
     kept = _read.setdefault(family.pipe, {})
@@ -104,14 +104,6 @@ def _weights(encoder: Any) -> Hashable | None:
                 return None
             parts.append(None if weight is None else (id(weight), weight.data_ptr(), weight._version))
     return tuple(parts)
-
-
-def _is_same(first: Reading, second: Reading) -> bool:
-    """To the last bit, and never so where a number could not be read."""
-    if first.numbers is None or second.numbers is None:
-        return False
-    told = first.clip_skip, first.lora_scale, first.parts
-    return told == (second.clip_skip, second.lora_scale, second.parts) and torch.equal(first.numbers, second.numbers)
 
 
 def _rows(family: Adapter, tokens: Sequence[Tokens]) -> list[Tensor]:

@@ -20,6 +20,7 @@ class StableDiffusion(Adapter):
     """Stable Diffusion 1 and 2: a UNet with cross-attention, CLIP's last hidden state."""
 
     name = "Stable Diffusion 1 and 2"
+    s_cfg = True
     pipelines: ClassVar[tuple[str, ...]] = (
         "StableDiffusionPipeline",
         "StableDiffusionPAGPipeline",
