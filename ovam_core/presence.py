@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 
 # What a pixel could be where the caption does not say it.
 SCENERY = tuple("sky grass road sea wall sand snow forest floor field night mountains".split())
+# Heads of phrases that name where things are. Their attention lies thinly on all of a picture and the score says that
+# they are not there ("grass" 0.05 on grass): a measured scale, which is one of things, does not hold for them.
+SURROUNDINGS = frozenset(SCENERY) | frozenset(
+    "water ocean lake river street wood woods meadow lawn winter sunset sunrise ground beach desert hill mountain city "
+    "room indoors outdoors background foreground scenery landscape horizon air cloud clouds tile tiles carpet "
+    "ceiling pavement surroundings".split()
+)
 # Below it a word is said to be probably not there: rather too few than too many, as other names of what is there
 # (kitten, animal) score lower than its own.
 UNLIKELY = 0.2
@@ -52,6 +59,11 @@ def named_words(label: str) -> frozenset[str]:
     return frozenset(word.removesuffix("s") for word in words if word not in FUNCTION_WORDS)
 
 
+def names_surroundings(label: str) -> bool:
+    """Whether a phrase names where things are, by its last word: "the blue sky" does, "a road bike" does not."""
+    return next(reversed(re.findall(r"\w+", plain(label))), "") in SURROUNDINGS
+
+
 class PresenceScorer:
     """Says of words and tokens whether they are in a picture at all, from its recording.
 
@@ -66,16 +78,20 @@ class PresenceScorer:
     def scores(
         self, recording_of: Callable[[Branch], Recording | None], queries: Sequence[Query], caption: str
     ) -> list[float | None]:
-        """One a label of all queries: 0 to 1, None for what names nothing ("<SoT>", "the") or was not recorded.
+        """One a label of all queries: 0 to 1, None for what names nothing ("<SoT>", "the") or was not recorded, and on
+        a measured scale for surroundings.
 
         A half where present and absent words are as likely, where the model's preset has been measured; else the raw
         score. recording_of: the recording of a half of the guided batch, None without. caption: "" where not known.
         """
-        scale = defaults_for(self._pipe).presence or (1.0, 0.0)
+        measured = defaults_for(self._pipe).presence
+        scale = measured or (1.0, 0.0)
         labels = [label for query in queries for label in query.labels]
         raw = self.raw(recording_of, queries, caption)
         return [
-            None if x is None or not named_words(label) else calibrated(x, *scale)
+            None
+            if x is None or not named_words(label) or (measured and names_surroundings(label))
+            else calibrated(x, *scale)
             for x, label in zip(raw, labels, strict=True)
         ]
 

@@ -20,7 +20,7 @@ from ovam_core.attention.presence import TOP, calibrated, joint_maps, raw_presen
 from ovam_core.data import ExportSettings, export_dataset, work_list
 from ovam_core.data.layout import PARQUET
 from ovam_core.data.prompts import parse_prompts
-from ovam_core.presence import SCENERY, caption_phrases, named_words
+from ovam_core.presence import SCENERY, caption_phrases, named_words, names_surroundings
 from ovam_core.query import attribute_words, words_in_sentence
 from ovam_core.settings import Filters, SegmentSettings
 from ovam_core.tokens import Token
@@ -137,6 +137,30 @@ def test_phrases_of_a_caption(caption, phrases):
 )
 def test_what_a_label_names(label, words):
     assert named_words(label) == words
+
+
+@pytest.mark.parametrize(
+    ("label", "surroundings"),
+    [
+        ("grass", True),
+        ("the blue sky", True),
+        ("a Road", True),
+        ("road bike", False),
+        ("sand castle", False),
+        ("", False),
+    ],
+)
+def test_what_names_surroundings(label, surroundings):
+    assert names_surroundings(label) == surroundings
+
+
+def test_a_measured_scale_is_one_of_things(ovam, picture, monkeypatch):
+    """On emoji-voc "grass" has 0.05 in a picture on grass."""
+    measured = replace(ovam.preset, presence=(8.0, 15.0))
+    monkeypatch.setattr("ovam_core.presence.defaults_for", lambda _: measured)
+    scores = ovam.segment(picture, ["cat", "the grass", "sea", "street"], crf=False).presence
+    assert scores[0] is not None
+    assert scores[1:] == [None] * 3
 
 
 def test_a_word_is_not_compared_with_itself(ovam, picture):
