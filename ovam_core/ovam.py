@@ -75,6 +75,7 @@ from ovam_core.settings import (
     SegmentSettings,
 )
 from ovam_core.tokens import BACKGROUND, Token
+from ovam_core.unlabelled import COMPANIONS, TEMPLATE, Unlabelled, companions, lesson, own_labels, scenes
 
 if TYPE_CHECKING:
     from ovam_core.models.adapter import Pipeline
@@ -697,13 +698,17 @@ class OVAM:
         classes: str | Sequence[str],
         *,
         recipe: str = "fast",
+        unlabelled: int = 0,
+        among: Sequence[str] = COMPANIONS,
         on_epoch: Callable[[Epoch], None] | None = None,
     ) -> Token:
         """The token of a class, learned from one picture and its mask, or from several of both (Eqs. 6 and 7).
 
         masks: one a picture: bool or uint8 `[H, W]`, a picture, or its file; see `read_mask`. classes: the name, or the
         names of mask values 1, 2, ... recipe: a name in `optimization.RECIPES`, "fast" or "paper".
-        Raises InputError for masks that do not fit, and as `optimize` does.
+        unlabelled: pictures without masks to learn on from, 0 to 64; each costs a generation. They show the classes
+        among other things, those of `among`, which become the token's rivals: see unlabelled.py.
+        Raises InputError for masks that do not fit, and as `optimize` and `unlabelled` do.
         """
         if recipe not in RECIPES:
             raise InputError(f"There is no recipe '{recipe[:40]}'; choose among {', '.join(RECIPES)}.")
@@ -716,7 +721,67 @@ class OVAM:
             self.target(picture, read_mask(_as_image(mask), (picture.image.height, picture.image.width), len(names)))
             for picture, mask in zip(several, masks, strict=True)
         ]
-        return self.learn(several, targets, names, RECIPES[recipe], on_epoch=on_epoch)[0]
+        if not unlabelled:
+            return self.learn(several, targets, names, RECIPES[recipe], on_epoch=on_epoch)[0]
+        first = several[0]
+        made = self.unlabelled(names, unlabelled, among, like=first.settings, branch=first.recording.branch)
+        return self.learn_on(several, targets, names, made, RECIPES[recipe], on_epoch=on_epoch)[0]
+
+    def unlabelled(
+        self,
+        classes: Sequence[str],
+        count: int,
+        among: Sequence[str] = COMPANIONS,
+        *,
+        like: GenerateSettings | PhotoSettings | None = None,
+        branch: Branch = "conditional",
+        seed: int = 0,
+        on_picture: Callable[[int, int], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Unlabelled:
+        """Pictures of the classes among other things, with labels by their names: see unlabelled.py.
+
+        like: a picture's settings, whose steps, guidance and size they share; None or a photograph's: the model's own.
+        on_picture: called before each with (pictures made, pictures in all); it may raise `Stopped`. should_stop: asked
+        at every step. Raises InputError as `scenes` and `generate` do.
+        """
+        names = (*classes, *companions(classes, among))
+        planned = scenes(classes, among, count, seed)
+        whole = like if isinstance(like, GenerateSettings) else GenerateSettings.for_model(self.pipe, planned[0].prompt)
+        pictures, labels = [], []
+        for number, scene in enumerate(planned):
+            if on_picture is not None:
+                on_picture(number, len(planned))
+            asked = replace(whole, prompt=scene.prompt, seed=scene.seed, start=None, guidance_kind=PLAIN)
+            picture = self.draw(asked, branch=branch, should_stop=should_stop)
+            found = self.segment(picture, scene.names, template=TEMPLATE, branch=branch, crf=crf_available())
+            absent = {name for name, x in zip(found.labels, found.presence, strict=True) if self.is_absent(x)}
+            recording = recommended_part(self.pipe, picture.recording)
+            pictures.append(replace(picture, recording=recording, goca=None, last_maps=None))
+            labels.append(own_labels(found, names, absent))
+        return Unlabelled(tuple(pictures), tuple(labels), names)
+
+    def learn_on(
+        self,
+        pictures: Sequence[Picture],
+        targets: Sequence[np.ndarray],
+        classes: Sequence[str],
+        made: Unlabelled,
+        settings: OptimizeSettings = RECIPES["fast"],
+        **more: Any,
+    ) -> tuple[Token, Optimized]:
+        """`learn` from annotated pictures and from those that `unlabelled` made of the same classes. more: as there."""
+        whole = lesson(pictures, targets, classes, made)
+        return self.learn(
+            whole.pictures,
+            whole.targets,
+            classes,
+            settings,
+            weights=whole.weights,
+            rivals=whole.rivals,
+            unlabelled=len(made.pictures),
+            **more,
+        )
 
     def target(self, picture: Picture, labels: np.ndarray) -> np.ndarray:
         """Labels uint8 at a picture's size, brought to the size at which the model saw it: what `optimize` takes.
@@ -737,6 +802,8 @@ class OVAM:
         *,
         start: Tensor | None = None,
         weights: Sequence[float] | None = None,
+        rivals: Sequence[str] = (),
+        unlabelled: int = 0,
         tau: float | None = None,
         alpha: float | None = None,
         on_epoch: Callable[[Epoch], None] | None = None,
@@ -744,13 +811,16 @@ class OVAM:
     ) -> tuple[Token, Optimized]:
         """`optimize_token` from labels as `target` gives them: the token, and how the search went.
 
-        start: `[1 + classes, E]`, default the class names. weights: of each picture. tau, alpha: for the token's masks,
-        default the model's. Raises InputError for a search that was stopped before its first epoch, and as `optimize`.
+        start: `[1 + classes + rivals, E]`, default their names. weights: of each picture. rivals: names of the labels
+        that follow those of the classes; see Token. unlabelled: how many of the pictures, the last ones, bring labels
+        that nobody drew. tau, alpha: for the token's masks, default the model's. Raises InputError for a search that
+        was stopped before its first epoch, and as `optimize`.
         """
         recordings = [recommended_part(self.pipe, picture.recording) for picture in pictures]
-        start = initial_embedding(self.pipe, classes) if start is None else start
+        start = initial_embedding(self.pipe, (*classes, *rivals)) if start is None else start
         found = optimize(recordings, targets, start, settings, on_epoch, should_stop, weights)
-        return self.token_of(pictures, classes, found, settings, tau, alpha), found
+        annotated, more = pictures[: len(pictures) - unlabelled], {"unlabelled": unlabelled} if unlabelled else None
+        return self.token_of(annotated, classes, found, settings, tau, alpha, more, rivals), found
 
     def token_of(
         self,
@@ -761,8 +831,11 @@ class OVAM:
         tau: float | None = None,
         alpha: float | None = None,
         more: dict[str, Any] | None = None,
+        rivals: Sequence[str] = (),
     ) -> Token:
-        """The result of `optimize` as a token that says how it came to be. more: further facts of the search."""
+        """The result of `optimize` as a token that says how it came to be. more: further facts of the search. rivals:
+        names of the rows after the classes.
+        """
         if not found.losses:
             raise InputError("Stopped before the first epoch: nothing was learned.")
         first = pictures[0].settings
@@ -773,7 +846,8 @@ class OVAM:
         kept = {kind: {name: value for name, value in about.items() if name not in outside}, "optimization": how}
         return Token(
             embedding=found.embedding,
-            classes=(BACKGROUND, *classes),
+            classes=(BACKGROUND, *classes, *rivals),
+            rivals=len(rivals),
             model=self.name,
             branch=pictures[0].recording.branch,
             steps=about.get("steps"),

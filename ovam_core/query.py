@@ -291,7 +291,7 @@ def halves_of(settings: SegmentSettings) -> Branch:
 
 
 def token_prompt(pipe: Pipeline, token: Token) -> AttributionPrompt:
-    """The token as an attribution prompt: one label a class, the background without one.
+    """The token as an attribution prompt: one label a class, the background and the rivals without one.
 
     A token of one row gets this text encoder's `<SoT>` (T5: `</s>`) as its background row, as a softmax over one token
     is constant. Raises InputError for a token of another width; warns for one of another model.
@@ -321,5 +321,5 @@ def token_prompt(pipe: Pipeline, token: Token) -> AttributionPrompt:
     if len(embedding) == 1:
         start = background_embedding(pipe, "A photograph")
         embedding = torch.cat([start.to(embedding), embedding])
-    groups = tuple((row,) for row in range(1, len(embedding)))
+    groups = tuple((row,) for row in range(1, 1 + len(token.names)))
     return AttributionPrompt(embedding, token.names, groups)

@@ -38,6 +38,7 @@ EVOLUTIONS = ("steps", "grids", "layers", "heads")  # what a heatmap is taken ap
 START_FILE = "start.png"  # the picture that a run began from, beside its settings.json
 FORMATS = ("voc", "coco", "parquet")  # of a data set; "voc" is always there
 CROSS_ENTROPY = "cross-entropy"  # a loss of the search for tokens
+MAX_UNLABELLED = 64  # pictures without masks that a token is learned on from
 LIBRARY = "library"  # in place of a folder: the tokens that ship for the model
 
 # The names of methods.METHODS, in their order: the command line lists them without importing torch.

@@ -35,6 +35,7 @@ from ovam_core.io.token_files import (
     MAX_VALUE,
     SUFFIX,
     TOKEN_FORMAT,
+    answered,
     check_file,
     check_width,
     folder_in,
@@ -52,8 +53,10 @@ class Token:
     """An embedding whose heatmaps segment a class, and how it came to be.
 
     embedding: float32 `[L, E]` on the CPU, finite; row 0 is the background if L > 1. classes: one name a row,
-    row 0 "background" if L > 1. model: `pipe.ovam_name` of the model it was found with. branch: the half of the guided
-    batch whose queries it belongs to. tau, alpha: threshold and self-attention floor for its masks, 0 to 1.
+    row 0 "background" if L > 1. rivals: how many of the last rows get no map: they only take part in the softmax,
+    where the classes lose to them what is theirs.
+    model: `pipe.ovam_name` of the model it was found with. branch: the half of the guided batch whose queries it
+    belongs to. tau, alpha: threshold and self-attention floor for its masks, 0 to 1.
     steps, prompt, seed: the image it was found on. init: what it started from. loss: the lowest one (Eq. 6).
     settings: how the image was made and the search was run, as JSON text. source: the file it was read from.
     Raises InputError for an embedding that is none.
@@ -72,11 +75,12 @@ class Token:
     loss: float | None = None
     settings: str = ""
     source: bytes | None = field(default=None, repr=False)
+    rivals: int = 0
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The classes without the background."""
-        return self.classes[1:] if len(self.classes) > 1 else self.classes
+        """The classes that get a map: those without the background and the rivals."""
+        return answered(self.classes, self.rivals)
 
     def __post_init__(self) -> None:
         x = self.embedding
@@ -103,6 +107,8 @@ class Token:
         if len(x) > 1 and self.classes[0] != BACKGROUND:
             raise InputError(f"The first row of a token of several rows is called '{BACKGROUND}'; name it so.")
         self._check_names()
+        if not 0 <= self.rivals <= max(0, len(x) - 2):
+            raise InputError(f"The token has {len(x)} rows and {self.rivals} of them as rivals; no class is left.")
         if self.branch not in HALVES:
             raise InputError(f"The token's branch is '{self.branch[:40]}'; it must be conditional or unconditional.")
         for name, value in (("tau", self.tau), ("alpha", self.alpha)):
@@ -133,6 +139,8 @@ class Token:
             "loss": "" if self.loss is None else repr(float(self.loss)),
             "settings": self.settings,
         }
+        if self.rivals:
+            metadata["rivals"] = str(self.rivals)
         embedding = self.embedding.detach().to("cpu", torch.float32).contiguous()
         # safetensors writes its metadata in an order of its own, another one each time.
         if self.source is not None and _read(self.source) == (metadata, embedding.numpy().tobytes()):
@@ -173,6 +181,7 @@ class Token:
                 loss=_optional(float, metadata.get("loss", "")),
                 settings=metadata.get("settings", ""),
                 source=data,
+                rivals=int(metadata.get("rivals", "0")),
             )
             token.validate()
         except (KeyError, TypeError, RecursionError):

@@ -35,6 +35,7 @@ from ovam_core.picture import Picture, Segmentation
 from ovam_core.query import MAX_WORDS, branch_of, parse_words
 from ovam_core.settings import GenerateSettings, PhotoSettings, SegmentSettings
 from ovam_core.tokens import Token
+from ovam_core.unlabelled import Unlabelled
 
 from .annotator import Annotator
 from .asked import prompt_words
@@ -58,7 +59,7 @@ from .events import CHECKS, MAPS, MODEL, QUIET, Inputs, handler, said
 from .fields import PhotoFields, check_photo, small_enough, takes_photographs
 from .model import NO_MEMORY, SHORT, Model
 from .render import image_facts, on_screen
-from .session import FIRST, Session
+from .session import FIRST, Session, StopFlag
 from .verdict import verdict
 from .viewer import grid, mask_url, picture_url
 from .worker import in_thread
@@ -66,6 +67,7 @@ from .worker import in_thread
 WORK, PICTURE, TRY = "optimize", "optimize: picture", "optimize: try"  # of this tab, by which Stop finds them
 MAKE, PHOTO = "From a prompt", "From a photograph"
 MAX_EPOCHS = 500
+MAX_FURTHER = 16  # pictures without masks: a visitor's share of the model
 SHOW_EVERY = 0.03  # seconds between two looks at a running search
 MAPS_IN_A_RUN = 40  # heatmaps that are drawn of it at most; the fast recipe's takes as long as an epoch
 GRID = 64  # pixels of a picture's side on which words are compared at a pixel
@@ -198,10 +200,14 @@ def learn(
     settings: OptimizeSettings,
     should_stop: Callable[[], bool],
     on_epoch: Callable[[Epoch], None] | None = None,
+    made: Unlabelled | None = None,
 ) -> Learned:
-    """The token of a class from one picture. labels: uint8 [H, W] at the picture's size."""
+    """The token of a class from one picture. labels: uint8 [H, W] at the picture's size. made: to learn on from."""
     target = ovam.target(picture, labels)
-    return ovam.learn([picture], [target], [name], settings, on_epoch=on_epoch, should_stop=should_stop)
+    heard: dict[str, Any] = {"on_epoch": on_epoch, "should_stop": should_stop}
+    if made is None:
+        return ovam.learn([picture], [target], [name], settings, **heard)
+    return ovam.learn_on([picture], [target], [name], made, settings, **heard)
 
 
 def search(
@@ -212,6 +218,7 @@ def search(
     settings: OptimizeSettings,
     should_stop: Callable[[], bool],
     work: AbstractContextManager,
+    made: Unlabelled | None = None,
 ) -> Iterator[tuple[Tensor, list[float], Learned | None]]:
     """Runs `learn` within `work`, in a thread; gives (best embedding, losses so far, None) every SHOW_EVERY seconds,
     and at the end the result in the place of None. should_stop: asked before every epoch.
@@ -220,7 +227,7 @@ def search(
 
     def run(report: Callable[[Epoch], None]) -> Learned:
         with work, out_of_memory_as(NO_MEMORY):
-            return learn(ovam, picture, labels, name, settings, should_stop, report)
+            return learn(ovam, picture, labels, name, settings, should_stop, report, made=made)
 
     for epochs, learned in in_thread(run, SHOW_EVERY):
         losses += [epoch.loss for epoch in epochs]
@@ -332,7 +339,7 @@ class OptimizeTab:
         self._lay_out_wires()
         self.asked = asked or self.no_words
         self.shown = [self.to_canvas, self.key, self.name, self.prompt, self.seed]
-        self.search_by = [self.name, self.recipe, self.epochs, self.rate]
+        self.search_by = [self.name, self.recipe, self.epochs, self.rate, self.further]
         self._wire_picture()
         self._wire_mask()
         self._wire_search()
@@ -426,7 +433,17 @@ class OptimizeTab:
                 "Stop: keep the best", variant="stop", scale=2, min_width=120, interactive=False, elem_id="learn-stop"
             )
         gr.HTML(LIVE, elem_id="live", js_on_load=None)
-        with gr.Accordion("Recipe, epochs, rate", open=False, elem_id="learn-more"):
+        with gr.Accordion("More pictures, recipe, epochs", open=False, elem_id="learn-more"):
+            self.further = gr.Slider(
+                0,
+                MAX_FURTHER,
+                0,
+                step=1,
+                label="Pictures without masks",
+                info="Makes more pictures, of the class among other things, and learns from the masks of their words: "
+                "better where a picture shows several things. Each takes as long as a new picture.",
+                elem_id="further",
+            )
             self.recipe = gr.Radio(
                 list(RECIPES),
                 value=own.recipe,
@@ -722,19 +739,47 @@ class OptimizeTab:
             after(self.rest, None, self.halt, queue=False, **QUIET, **ONE_AT_A_TIME)
         self.halt.click(self.stop_work, None, None, queue=False, **QUIET)
 
-    def understood(self, session: Session, values: dict) -> tuple[Picture, np.ndarray, str, OptimizeSettings]:
-        """Everything that can be wrong, before anything is queued."""
+    def understood(self, session: Session, values: dict) -> tuple[Picture, np.ndarray, str, OptimizeSettings, int]:
+        """Everything that can be wrong, before anything is queued; last, the number of pictures without masks."""
         given, picture = Inputs(values), self.seen(session, values[self.key])
         name = class_name(given.text(self.name))
         settings = search_settings(given.text(self.recipe), given.whole(self.epochs), given.number(self.rate))
         layers = handed_over(given.text(self.paint))
         labels = painted_mask(layers, given.choice(self.way), (picture.image.height, picture.image.width))
-        return picture, labels, name, settings
+        further = given.whole(self.further)
+        check_whole("The number of pictures without masks", further, 0, MAX_FURTHER)
+        return picture, labels, name, settings, further
+
+    def company(
+        self, session: Session, picture: Picture, name: str, further: int, stop: StopFlag
+    ) -> Iterator[tuple[Mail, Unlabelled | None]]:
+        """Makes the pictures without masks, each in a turn of its own, and says which is under way; they come last."""
+
+        def make(report: Callable[[Mail], None]) -> Unlabelled:
+            with self.model.turns.work(session) as work, out_of_memory_as(NO_MEMORY):
+
+                def before_picture(done: int, of: int) -> None:
+                    if not work.next_unit(stop.is_set):
+                        raise Stopped(done, of)
+                    report({"kind": "making", "said": f"Picture {done + 1} of {of} without a mask"})
+
+                like, branch = picture.settings, picture.recording.branch
+                heard: dict[str, Any] = {"on_picture": before_picture, "should_stop": stop.is_set}
+                try:
+                    return self.ovam.unlabelled([name], further, like=like, branch=branch, **heard)
+                except Stopped:
+                    raise InputError("Stopped before the first epoch: nothing was learned.") from None
+
+        for reports, made in in_thread(make, SHOW_EVERY):
+            if made is not None:
+                yield {}, made
+            elif reports:
+                yield reports[-1], None
 
     @told("learn", "", gr.skip())
     def begin(self, values: dict, request: gr.Request):
         session = self.sessions.of(request)
-        _, _, name, settings = self.understood(session, values)
+        _, _, name, settings, _ = self.understood(session, values)
         initial_embedding(self.ovam.pipe, [name])
         mail = {"kind": "begun", "key": values[self.key], "name": name, "of": settings.epochs}
         return mail, session.replace(WORK), gr.Button(interactive=True)
@@ -745,15 +790,10 @@ class OptimizeTab:
         if not number:  # refused
             yield (gr.skip(),) * 5  # nothing at all would be taken for no values
             return
-        picture, labels, name, settings = self.understood(session, values)
-        work = self.model.turns.work(session)
         begun = time.monotonic()
         try:
             with session.run(WORK, number) as stop:  # which a visitor who left sets too
-                run = search(
-                    self.ovam, picture, labels, name, settings, lambda: not work.next_unit(stop.is_set, SHORT), work
-                )
-                for frame, found in frames(self.ovam, picture, run, settings.epochs):
+                for frame, found in self.searched(session, values, stop):
                     learned = found
                     yield frame, *[gr.skip()] * 4
         except InputError:
@@ -762,6 +802,7 @@ class OptimizeTab:
         if learned is None or not session.is_latest(WORK, number):  # another took its place
             yield (gr.skip(),) * 5
             return
+        picture, labels, name, _, _ = self.understood(session, values)
         token, how = learned
         label = session.add_token(token)
         with self.model.words_of(session) as before_word:
@@ -776,6 +817,20 @@ class OptimizeTab:
         } | pair_mail(found)
         file = gr.DownloadButton(value=str(session.token_file(label)), interactive=True)
         yield mail, file, label, gr.Dropdown(choices=session.token_names()), gr.Button(interactive=True)
+
+    def searched(self, session: Session, values: dict, stop: StopFlag) -> Iterator[tuple[Mail, Learned | None]]:
+        """Pictures without masks, where they are wanted, and the search: what the page draws of both."""
+        picture, labels, name, settings, further = self.understood(session, values)
+        made = None
+        if further:
+            for mail, made in self.company(session, picture, name, further, stop):
+                if made is None:
+                    yield mail, None
+        work = self.model.turns.work(session)
+        run = search(
+            self.ovam, picture, labels, name, settings, lambda: not work.next_unit(stop.is_set, SHORT), work, made
+        )
+        yield from frames(self.ovam, picture, run, settings.epochs)
 
     @handler
     def rest(self, request: gr.Request):

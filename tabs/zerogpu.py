@@ -309,6 +309,8 @@ class OnZeroGPU(OVAM):
         *,
         start: Tensor | None = None,
         weights: Sequence[float] | None = None,
+        rivals: Sequence[str] = (),
+        unlabelled: int = 0,
         tau: float | None = None,
         alpha: float | None = None,
         on_epoch: Callable[[Epoch], None] | None = None,
@@ -330,7 +332,13 @@ class OnZeroGPU(OVAM):
                 tuple(classes),
                 settings,
                 None if start is None else start.detach().cpu().numpy(),
-                {"weights": weights, "tau": tau, "alpha": alpha},
+                {
+                    "weights": weights,
+                    "rivals": tuple(rivals),
+                    "unlabelled": unlabelled,
+                    "tau": tau,
+                    "alpha": alpha,
+                },
             )
             token, found = self._done(job, report, should_stop)
         return _received(Token, token), _received(Optimized, found)

@@ -17,7 +17,7 @@ from ovam_core import tokens
 from ovam_core.cli import main
 from ovam_core.cli.progress import EpochBar
 from ovam_core.data import annotated
-from ovam_core.data.annotated import Example, by_class, check_same, learn, learn_contrasting, read_folder
+from ovam_core.data.annotated import Example, by_class, check_same, learn, read_folder
 from ovam_core.errors import InputError
 from ovam_core.io import token_files
 from ovam_core.io.masks import read_mask
@@ -94,42 +94,6 @@ def test_learning_is_generating_and_optimising(pipe, mask):
     recordings = [recommended_part(pipe, OVAM(pipe).draw(image(pipe, seed)).recording) for seed in (1, 2)]
     found = optimize(recordings, [read_mask(mask, (64, 96))] * 2, initial_embedding(pipe, ["cat"]), FEW)
     torch.testing.assert_close(token.embedding, found.embedding)
-
-
-def test_apart_the_other_classes_images_are_background(pipe, folder):
-    groups = by_class(read_folder(folder, OVAM(pipe)))
-    learned = list(learn_contrasting(OVAM(pipe), groups, FEW, 0.5))
-    assert [(name, token.names) for name, token, _ in learned] == [("cat", ("cat",)), ("dog", ("dog",))]
-    recordings = [
-        recommended_part(pipe, OVAM(pipe).draw(one.image).recording) for group in groups.values() for one in group
-    ]
-    target = read_mask(folder / "mask.png", (64, 96))
-    none = np.zeros_like(target)
-    for (_, token, result), targets, weights in zip(
-        learned, ([target, target, none], [none, none, target]), ([1, 1, 1.0], [0.25, 0.25, 1]), strict=True
-    ):
-        found = optimize(recordings, targets, initial_embedding(pipe, token.names), FEW, weights=weights)
-        torch.testing.assert_close(token.embedding, found.embedding)
-        assert result.losses == pytest.approx(found.losses)
-    about = json.loads(learned[1][1].settings)
-    assert (about["optimization"]["images"], about["optimization"]["apart"], about["optimization"]["others"]) == (
-        1,
-        0.5,
-        2,
-    )
-    assert about["image"]["guidance"] == 1.5  # of its own image
-
-
-@pytest.mark.parametrize("apart", [0, -1, float("nan"), float("inf")])
-def test_no_weight_no_apart(pipe, folder, apart):
-    with pytest.raises(InputError, match="weight above 0"):
-        next(learn_contrasting(OVAM(pipe), by_class(read_folder(folder, OVAM(pipe))), FEW, apart))
-
-
-def test_one_class_cannot_be_kept_apart(pipe, folder):
-    groups = by_class(read_folder(folder, OVAM(pipe)))
-    with pytest.raises(InputError, match="two classes"):
-        next(learn_contrasting(OVAM(pipe), {"cat": groups["cat"]}, FEW))
 
 
 def test_the_other_half_of_the_batch(pipe, mask):
@@ -269,13 +233,6 @@ def test_several_images_and_a_set_of_tokens(folder, tmp_path, capsys):
     assert main(["optimize", "--annotated", str(folder), "--epochs", "2", "--out", str(out), *QUICK]) == 0
     assert sorted(path.name for path in out.iterdir()) == ["cat.safetensors", "dog.safetensors"]
     assert json.loads(Token.load(out / "cat.safetensors").settings)["optimization"]["images"] == 2
-    apart = tmp_path / "apart"
-    assert (
-        main(["optimize", "--annotated", str(folder), "--contrast", "1", "--epochs", "2", "--out", str(apart), *QUICK])
-        == 0
-    )
-    assert json.loads(Token.load(apart / "dog.safetensors").settings)["optimization"]["others"] == 2
-    assert Token.load(apart / "dog.safetensors").loss > Token.load(out / "dog.safetensors").loss
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()[:2]]
     write(folder, rows)
     file = tmp_path / "one.safetensors"
@@ -344,7 +301,6 @@ BAD = {
     "class of punctuation": (["--mask", "MASK", "--prompt", PROMPT, "--class", "?", "--size", "96x64"], "not a word"),
     "class too often": (["--mask", "MASK", "--prompt", PROMPT, "--class", "cat", "cat", "--size", "96x64"], "once"),
     "no folder": (["--annotated", "/no/such"], "no metadata.jsonl"),
-    "contrast with nothing": (["--image-set", "/no/such", "--contrast", "1"], "add --annotated"),
     "options beside a folder": (["--annotated", "/no/such", "--seed", "1"], "leave those options out"),
 }
 

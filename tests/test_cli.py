@@ -485,7 +485,7 @@ def test_what_evaluate_asks_for_by_default():
         ("export|--tokens|mine|--out|x", "export|--tokens|mine|--out|x"),
         ("evaluate|--tokens", "evaluate|--tokens|library"),
         ("optimize|--class|cat|dog|--stay|0.1", "optimize|--class|cat|--class|dog|--proximity|0.1"),
-        ("optimize|--timesteps|100|--apart=1", "optimize|--timesteps|100|--contrast=1"),
+        ("optimize|--timesteps|100|--stay=1", "optimize|--timesteps|100|--proximity=1"),
         ("tokens|import|f.npy|--class|a|b", "tokens|import|f.npy|--class|a|--class|b"),
         ("nothing|--words|a|b", "nothing|--words|a|b"),
     ],

@@ -442,7 +442,7 @@ def test_a_picture_waits_for_some_epochs_of_a_search_not_for_all(model, own, ova
     bob = Beside(model, ovam, own, log)
     real = tabs.optimize.learn
 
-    def watched(*given):
+    def watched(*given, **more):
         *first, on_epoch = given
 
         def told(epoch):
@@ -451,7 +451,7 @@ def test_a_picture_waits_for_some_epochs_of_a_search_not_for_all(model, own, ova
                 bob.ask()
             on_epoch(epoch)
 
-        return real(*first, told)
+        return real(*first, told, **more)
 
     monkeypatch.setattr(tabs.optimize, "learn", watched)
     settings = RECIPES["fast"]

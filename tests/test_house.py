@@ -28,7 +28,7 @@ LAYERS = (
     ("settings", "query", "tokens", "published", "optimization"),
     ("picture",),
     ("methods",),
-    ("downstream", "presence"),
+    ("downstream", "presence", "unlabelled"),
     ("ovam",),
     ("data",),
     ("cli", "__main__"),

@@ -329,6 +329,31 @@ def test_of_a_search_every_loss_is_drawn_and_some_maps(ovam, first):
     assert made[-1][0]["map"] is not None
 
 
+def test_pictures_without_masks_come_before_the_search(ovam, first, own_tab):
+    session = own_tab.sessions.of(ANN)
+    with session.run(tab.WORK) as stop:
+        *mails, (last, made) = own_tab.company(session, first, "cat", 2, stop)
+    assert [mail["said"] for mail, none in mails if none is None] == [
+        f"Picture {number} of 2 without a mask" for number in (1, 2)
+    ]
+    assert last == {}
+    assert len(made.pictures) == len(made.labels) == 2
+    assert {picture.settings.steps for picture in made.pictures} == {first.settings.steps}
+    token, _ = tab.learn(ovam, first, np.eye(128, dtype=np.uint8), "cat", tab.RECIPES["fast"], lambda: False, made=made)
+    assert token.names == ("cat",)
+    assert token.rivals > 0
+
+
+def test_pictures_without_masks_are_stopped(own_tab, first):
+    session = own_tab.sessions.of(ANN)
+    with session.run(tab.WORK) as stop:
+        run = own_tab.company(session, first, "cat", 2, stop)
+        next(run)
+        session.stop(tab.WORK)
+        with pytest.raises(InputError, match="nothing was learned"):
+            list(run)
+
+
 def test_word_and_token_are_cut_by_one_rule(ovam):
     asked = by_one_rule(ovam, "cat", SimpleNamespace(tau=0.9, alpha=0.1))
     assert (asked.tau, asked.alpha) == (asked.token_tau, asked.token_alpha) == (ovam.preset.tau, ovam.preset.alpha)

@@ -3,8 +3,8 @@
     python -m training.annotated                        # writes outputs/annotated and tokens/emoji-voc
 
 For each class the first seed of SEEDS is taken at which the annotator finds the class as the largest one, over 5 to 80
-% of the image. The quality table uses none of these seeds. A token's own image says what its class is, the other
-classes' images what it is not (`--contrast`).
+% of the image. The quality table uses none of these seeds. All tokens are found in one search, each the others' rival,
+which learns on from pictures without masks (`--unlabelled`, a class).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from PIL import Image
 
 from ovam_core import OVAM
 from ovam_core.attention.recording import Recording
-from ovam_core.data.annotated import METADATA, by_class, learn, learn_contrasting, read_folder
+from ovam_core.data.annotated import METADATA, by_class, learn, learn_together, read_folder
 from ovam_core.hooks.recorder import record
 from ovam_core.models.presets import EMBEDDED
 from ovam_core.optimization import RECIPES
@@ -34,10 +34,8 @@ from training.nouns import VOC_CLASSES
 SEEDS = range(1, 61)  # for tokens alone
 COVERAGE = (0.05, 0.8)
 
-# Chosen on ten classes' images of other seeds: with `contrast` a token no longer loses to the name among several
-# objects, and
-# a stronger `proximity` than the recipe's 0.003 keeps what it has among single ones.
-PROXIMITY, CONTRAST = 0.1, 1.0
+# Chosen on pictures of seeds from 2000: see docs/quality.md.
+PROXIMITY, EPOCHS, UNLABELLED = 0.02, 100, 5
 
 
 def generations(
@@ -114,9 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--classes", nargs="+", default=VOC_CLASSES, choices=VOC_CLASSES, metavar="NAME")
     parser.add_argument("--steps", type=int, help="denoising steps (the model's own)")
     parser.add_argument("--recipe", choices=list(RECIPES), default="fast")
-    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--proximity", type=float, default=PROXIMITY)
-    parser.add_argument("--contrast", type=float, default=CONTRAST)
+    parser.add_argument("--unlabelled", type=int, default=UNLABELLED, help="pictures without masks, a class")
     parser.add_argument("--tau", type=float)
     parser.add_argument("--alpha", type=float)
     parser.add_argument("--keep", action="store_true", help="take the folder as it is: only make the tokens")
@@ -125,12 +123,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.keep:
         write_folder(ovam.pipe, annotator.load(), options.folder, options.classes, options.steps)
     recipe = RECIPES[options.recipe]
-    settings = replace(recipe, epochs=options.epochs or recipe.epochs, proximity=options.proximity)
+    settings = replace(recipe, epochs=options.epochs, proximity=options.proximity)
     groups = by_class(read_folder(options.folder, ovam))
     cuts = {"tau": options.tau, "alpha": options.alpha}
     if len(groups) > 1:
-        learned = learn_contrasting(ovam, groups, settings, options.contrast, **cuts)
-    else:  # there is nothing to keep it apart from
+        learned = learn_together(ovam, groups, settings, options.unlabelled, **cuts)
+    else:  # it has no rivals
         learned = ((name, *learn(ovam, examples, settings, **cuts)) for name, examples in groups.items())
     for name, token, search in learned:
         path = token.save(options.out / file_name([name]))

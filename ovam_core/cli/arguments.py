@@ -17,7 +17,7 @@ WITHOUT_VALUE = {"--tokens": LIBRARY, "--evolution": EVOLUTIONS[0]}
 RENAMED = {
     "generate": {"--timesteps": "--use-steps"},
     "export": {"--timesteps": "--use-steps"},
-    "optimize": {"--stay": "--proximity", "--apart": "--contrast"},
+    "optimize": {"--stay": "--proximity"},
 }
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ovam_core.checks import check_number
+from ovam_core.checks import check_number, check_whole
 from ovam_core.cli.options import (
     MASKS,
     MODELS,
@@ -29,7 +29,7 @@ from ovam_core.cli.options import (
 )
 from ovam_core.cli.progress import EpochBar
 from ovam_core.errors import InputError
-from ovam_core.settings import HALVES, RECIPES, GenerateSettings, OptimizeSettings, PhotoSettings
+from ovam_core.settings import HALVES, MAX_UNLABELLED, RECIPES, GenerateSettings, OptimizeSettings, PhotoSettings
 
 if TYPE_CHECKING:
     from ovam_core.data.annotated import Example
@@ -65,10 +65,23 @@ class Options(ModelOptions, NoiseOptions, SamplingOptions):
     )
     epochs: int | None = setting(OptimizeSettings, "epochs", said="the recipe's", panel=SEARCH)
     proximity: float | None = setting(OptimizeSettings, "proximity", said="the recipe's", panel=SEARCH, metavar="W")
-    contrast: float | None = option(
-        "with --annotated: weight on staying dark in the other classes' images; all recordings are held at a time",
+    unlabelled: int = option(
+        "pictures without masks to learn on from, 0 to 64: they show the class among other things and cost a "
+        "generation each (with --together: a class)",
+        default=0,
         panel=SEARCH,
-        metavar="W",
+        metavar="N",
+    )
+    among: list[str] | None = option(  # noqa: RUF009
+        "with --unlabelled: what may stand beside the class",
+        said="a dozen common things",
+        panel=SEARCH,
+        metavar="NAME...",
+    )
+    together: bool = option(
+        "with --annotated: all classes in one search, each the others' rival; all recordings are held at a time",
+        default=False,
+        panel=SEARCH,
     )
     branch: str = option("half of the guided batch", default="conditional", panel=SEARCH, choices=HALVES)
     tau: float | None = option("threshold that the token file recommends", said=MODELS, panel=MASKS)
@@ -121,8 +134,14 @@ def check_options(options: Options) -> dict[str, Any]:
     ways = given(mask=options.mask, image_set=options.image_set, annotated=options.annotated)
     if len(ways) != 1:
         raise InputError("Give one of --mask (with --prompt), --image-set and --annotated.")
-    if options.contrast is not None and options.annotated is None:
-        raise InputError("--contrast keeps the classes of a folder apart; add --annotated, or leave it out.")
+    if options.together and options.annotated is None:
+        raise InputError("--together learns the classes of a folder in one search; add --annotated, or leave it out.")
+    check_whole("The number of pictures without masks", options.unlabelled, 0, MAX_UNLABELLED)
+    if options.among is not None and (not options.unlabelled or options.together):
+        raise InputError(
+            "--among names what stands beside the class in pictures without masks; it goes with --unlabelled, and not "
+            "with --together, where the classes stand beside one another."
+        )
     for name, value in given(tau=options.tau, alpha=options.alpha).items():
         check_number(name, value, 0, 1)
     about_image = given(
@@ -201,7 +220,8 @@ def learned(
         "on_epoch": on_epoch,
         "should_stop": lambda: stop.asked,
     }
-    if options.contrast is None:
+    if not options.together:
+        wanted |= {"unlabelled": options.unlabelled} | given(among=options.among)
         for path, examples in sets.items():
             token, found = annotated.learn(ovam, examples, settings, **wanted)
             bar.close()
@@ -209,7 +229,7 @@ def learned(
         return
     paths = {group[0].classes[0]: path for path, group in sets.items()}
     groups = {name: sets[path] for name, path in paths.items()}
-    for name, token, found in annotated.learn_contrasting(ovam, groups, settings, options.contrast, **wanted):
+    for name, token, found in annotated.learn_together(ovam, groups, settings, options.unlabelled, **wanted):
         bar.close()
         yield paths[name], token, found
 

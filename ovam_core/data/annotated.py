@@ -17,7 +17,6 @@ photograph is kept itself, and is recorded in one forward pass (hooks/photograph
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,6 +44,7 @@ from ovam_core.picture import Picture
 from ovam_core.query import caption_of
 from ovam_core.settings import GenerateSettings, PhotoSettings
 from ovam_core.tokens import Token
+from ovam_core.unlabelled import COMPANIONS, Unlabelled, lesson
 
 MAX_METADATA = 64 << 20
 
@@ -249,6 +249,8 @@ def learn(
     settings: OptimizeSettings = RECIPES["fast"],
     *,
     branch: Branch = "conditional",
+    unlabelled: int = 0,
+    among: Sequence[str] = COMPANIONS,
     tau: float | None = None,
     alpha: float | None = None,
     on_image: Callable[[int, int], None] | None = None,
@@ -258,7 +260,8 @@ def learn(
     """Generates the images of the examples again, or records their photographs, and finds one token for all (Eq. 6).
 
     All examples must name the same classes. branch: half of the guided batch; the unconditional one of a photograph is
-    a pass without a caption. tau, alpha: for the token's masks, default the model's. on_image: called with (images
+    a pass without a caption. unlabelled, among: pictures without masks to learn on from, as in `OVAM.optimize_token`.
+    tau, alpha: for the token's masks, default the model's. on_image: called with (images
     done, images in all). Raises InputError as `read_mask`, `read_photo`, `check_same` and `optimize` do.
     """
     classes = examples[0].classes
@@ -266,59 +269,74 @@ def learn(
         raise InputError(
             "The rows of an image set must all name the same class; use --annotated for one token a class."
         )
-    start = initial_embedding(ovam.pipe, classes)
+    initial_embedding(ovam.pipe, classes)  # which may refuse a name, before any time is spent on images
     pictures, targets = _record_all(ovam, examples, branch, on_image)
-    return ovam.learn(
-        pictures,
-        targets,
+    more: dict[str, Any] = {"tau": tau, "alpha": alpha, "on_epoch": on_epoch, "should_stop": should_stop}
+    if not unlabelled:
+        return ovam.learn(pictures, targets, classes, settings, **more)
+    made = ovam.unlabelled(
         classes,
-        settings,
-        start=start,
-        tau=tau,
-        alpha=alpha,
-        on_epoch=on_epoch,
+        unlabelled,
+        among,
+        like=pictures[0].settings,
+        branch=branch,
+        on_picture=on_image,
         should_stop=should_stop,
     )
+    return ovam.learn_on(pictures, targets, classes, made, settings, **more)
 
 
-def learn_contrasting(
+def learn_together(
     ovam: OVAM,
     groups: dict[str, list[Example]],
     settings: OptimizeSettings = RECIPES["fast"],
-    contrast: float = 1.0,
+    unlabelled: int = 0,
     *,
     branch: Branch = "conditional",
     tau: float | None = None,
     alpha: float | None = None,
+    on_image: Callable[[int, int], None] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Iterator[tuple[str, Token, Optimized]]:
-    """A token for each class of `groups` (see `by_class`), each of which takes the other classes' images for
-    background.
+    """A token for each class of `groups` (see `by_class`), found in one search in which each is the others' rival.
 
     One image of one object says what the class is and not what it is not: such a token finds objects of other classes
-    too. Here Eq. 6 gets a term for each image of another class, all background, which together weigh `contrast` times
-    what the class's own images do. Such images must not show the class. All recordings are held at a time. Raises
-    InputError as `learn` does, and for a single class.
+    too. Here all classes are rows of one X' (Eq. 6), and each token keeps the others' rows as rivals. unlabelled:
+    pictures without masks a class, of the classes among one another, to learn on from; see unlabelled.py. All images
+    together weigh 1, so that `settings.proximity` means what it does for one class; all recordings are held at a time.
+    Raises InputError as `learn` does, and for a single class.
     """
     if len(groups) < 2:
-        raise InputError(f"Keeping tokens apart takes two classes or more; there is {len(groups)}.")
-    if not math.isfinite(contrast) or contrast <= 0:
-        raise InputError(f"Keeping tokens apart takes a weight above 0, not {contrast:g}.")
-    starts = {name: initial_embedding(ovam.pipe, [name]) for name in groups}
+        raise InputError(f"Learning classes together takes two or more; there is {len(groups)}.")
+    classes = tuple(groups)
+    start = initial_embedding(ovam.pipe, classes)
     examples = [example for group in groups.values() for example in group]
-    pictures, targets = _record_all(ovam, examples, branch)
-    recordings = [recommended_part(ovam.pipe, picture.recording) for picture in pictures]
-    for name in groups:
-        shows = [example.classes == (name,) for example in examples]
-        labels = [target if it_does else np.zeros_like(target) for target, it_does in zip(targets, shows, strict=True)]
-        others = len(shows) - sum(shows)
-        share = contrast * sum(shows) / others
-        weights = [1.0 if it_does else share for it_does in shows]
-        found = optimize(recordings, labels, starts[name], settings, on_epoch, should_stop, weights)
-        its_own = [picture for picture, it_does in zip(pictures, shows, strict=True) if it_does]
-        more = {"apart": contrast, "others": others}
-        yield name, ovam.token_of(its_own, (name,), found, settings, tau, alpha, more), found
+    pictures, targets = _record_all(ovam, examples, branch, on_image)
+    places = [np.uint8(classes.index(example.classes[0]) + 1) for example in examples]
+    labels = [np.where(target == 1, place, target) for target, place in zip(targets, places, strict=True)]
+    made = Unlabelled((), (), classes)
+    if unlabelled:
+        made = ovam.unlabelled(
+            classes,
+            unlabelled * len(classes),
+            (),
+            like=pictures[0].settings,
+            branch=branch,
+            on_picture=on_image,
+            should_stop=should_stop,
+        )
+    whole = lesson(pictures, labels, classes, made)
+    recordings = [recommended_part(ovam.pipe, picture.recording) for picture in whole.pictures]
+    weights = [weight / len(examples) for weight in whole.weights]
+    found = optimize(recordings, whole.targets, start, settings, on_epoch, should_stop, weights)
+    more = {"together": len(classes), "unlabelled": len(made.pictures)}
+    for row, name in enumerate(classes, start=1):
+        order = [0, row, *(other for other in range(1, len(start)) if other != row)]
+        own = replace(found, embedding=found.embedding[order])
+        its_own = [picture for picture, example in zip(pictures, examples, strict=True) if example.classes == (name,)]
+        rivals = [other for other in classes if other != name]
+        yield name, ovam.token_of(its_own, (name,), own, settings, tau, alpha, more, rivals), own
 
 
 def _record_all(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ NUMBER_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}  # of safetensors' floa
 
 @dataclass(frozen=True)
 class Listed:
-    """What a list says of a token. names: its classes without the background. shape: rows and width."""
+    """What a list says of a token. names: its classes that get a map. shape: rows and width."""
 
     names: tuple[str, ...]
     model: str
@@ -29,6 +30,11 @@ class Listed:
     loss: float | None
     seed: int | None
     shape: tuple[int, int]
+
+
+def answered(classes: Sequence[str], rivals: int) -> tuple[str, ...]:
+    """The rows of a token that get a map: neither the background, where there are several, nor the last `rivals`."""
+    return tuple(classes[1 : len(classes) - rivals] if len(classes) > 1 else classes)
 
 
 def list_token(path: Path) -> Listed:
@@ -48,8 +54,11 @@ def list_token(path: Path) -> Listed:
         several = classes if isinstance(classes, list) else [classes]
         if not whole or len(several) != rows or not all(isinstance(x, str) for x in several):
             raise ValueError
+        rivals = int(about.get("rivals", "0"))
+        if not 0 <= rivals <= max(0, rows - 2):
+            raise ValueError
         return Listed(
-            names=tuple(several[1:] if rows > 1 else several),
+            names=answered(several, rivals),
             model=about["model"],
             branch=about["branch"],
             loss=float(about["loss"]) if about.get("loss") else None,

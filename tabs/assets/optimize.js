@@ -510,6 +510,7 @@ aria-label="Loss over ${losses.length} of ${of} epochs: from ${losses[0].toFixed
 
   function fromSearch(mail) {
     if (mail.kind === 'begun') begin(mail);
+    if (mail.kind === 'making') at('learn-said').textContent = `${mail.said} …`;
     if (mail.kind === 'frame') frame(mail);
     if (mail.kind === 'result') result(mail);
     if (mail.kind === 'note') {
