@@ -28,6 +28,7 @@ COMPANIONS = (
     *("bus", "bottle", "sheep", "bicycle", "cat", "train"),
 )
 SECOND = 0.4  # share of the pictures in which two other things stand beside the class, not one
+WEIGHT = 4.0  # of all pictures without masks, over that of the annotated ones
 TEMPLATE = "A photograph of a {}"  # in which each thing is asked for
 
 
@@ -106,7 +107,8 @@ class Lesson:
 def lesson(
     pictures: Sequence[Picture], targets: Sequence[np.ndarray], classes: Sequence[str], made: Unlabelled
 ) -> Lesson:
-    """Annotated pictures and those without masks, which together weigh as much. made.names: the classes first.
+    """Annotated pictures of weight 1 and those without masks, together WEIGHT times as heavy. made.names: the classes
+    first.
 
     Things that no label shows get no row.
     """
@@ -121,6 +123,6 @@ def lesson(
     return Lesson(
         pictures=(*pictures, *made.pictures),
         targets=(*targets, *further),
-        weights=(*[1.0] * len(pictures), *[len(pictures) / max(1, len(further))] * len(further)),
+        weights=(*[1.0] * len(pictures), *[WEIGHT * len(pictures) / max(1, len(further))] * len(further)),
         rivals=tuple(made.names[label - 1] for label in beside),
     )

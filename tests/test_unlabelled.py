@@ -100,19 +100,19 @@ def test_where_masks_meet_the_stronger_map_wins():
     assert own_labels(found, names, {"cat", "dog"}).tolist() == [[255, 255, 255]]
 
 
-def test_a_lesson_weighs_both_alike_and_numbers_what_is_shown():
+def test_a_lesson_weighs_and_numbers_what_is_shown():
     first, made = (
         np.array([[0, 1, 255]], np.uint8),
         [np.array([[255, 4, 1]], np.uint8), np.array([[4, 2, 2]], np.uint8)],
     )
     whole = lesson(["a", "b"], [first, first], ["cat"], Unlabelled(("c", "d"), tuple(made), ("cat", "x", "y", "z")))
     assert whole.pictures == ("a", "b", "c", "d")
-    assert whole.weights == (1, 1, 1, 1)
+    assert whole.weights == (1, 1, 4, 4)
     assert whole.rivals == ("x", "z")
     assert [target.tolist() for target in whole.targets[2:]] == [[[255, 3, 1]], [[3, 2, 2]]]
     assert whole.targets[0] is first
     more = lesson(["a"], [first], ["cat"], Unlabelled(("c", "d"), tuple(made), ("cat", "x", "y", "z")))
-    assert more.weights == (1, 0.5, 0.5)
+    assert more.weights == (1, 2, 2)
     assert lesson(["a"], [first], ["cat"], Unlabelled((), (), ("cat",))).rivals == ()
 
 
@@ -190,7 +190,7 @@ def test_classes_of_a_folder_in_one_search(ovam, folder):
     assert made.names == classes
     recordings = [recommended_part(ovam.pipe, one.recording) for one in (*own, *made.pictures)]
     targets = [target, 2 * target, 3 * target, *made.labels]
-    found = optimize(recordings, targets, initial_embedding(ovam.pipe, classes), FEW, weights=[1 / 3] * 6)
+    found = optimize(recordings, targets, initial_embedding(ovam.pipe, classes), FEW, weights=[1 / 3] * 3 + [4 / 3] * 3)
     for row, name in enumerate(classes):
         token = learned[name]
         torch.testing.assert_close(token.embedding[:2], found.embedding[[0, row + 1]])

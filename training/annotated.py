@@ -3,8 +3,8 @@
     python -m training.annotated                        # writes outputs/annotated and tokens/emoji-voc
 
 For each class the first seed of SEEDS is taken at which the annotator finds the class as the largest one, over 5 to 80
-% of the image. The quality table uses none of these seeds. All tokens are found in one search, each the others' rival,
-which learns on from pictures without masks (`--unlabelled`, a class).
+% of the image. The quality table uses none of these seeds. Each token learns on from pictures without masks
+(`--unlabelled`), in which its class stands among the others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from PIL import Image
 
 from ovam_core import OVAM
 from ovam_core.attention.recording import Recording
-from ovam_core.data.annotated import METADATA, by_class, learn, learn_together, read_folder
+from ovam_core.data.annotated import METADATA, by_class, learn, read_folder
 from ovam_core.hooks.recorder import record
 from ovam_core.models.presets import EMBEDDED
 from ovam_core.optimization import RECIPES
@@ -35,7 +35,7 @@ SEEDS = range(1, 61)  # for tokens alone
 COVERAGE = (0.05, 0.8)
 
 # Chosen on pictures of seeds from 2000: see docs/quality.md.
-PROXIMITY, EPOCHS, UNLABELLED = 0.02, 100, 5
+PROXIMITY, UNLABELLED = 0.02, 8
 
 
 def generations(
@@ -112,9 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--classes", nargs="+", default=VOC_CLASSES, choices=VOC_CLASSES, metavar="NAME")
     parser.add_argument("--steps", type=int, help="denoising steps (the model's own)")
     parser.add_argument("--recipe", choices=list(RECIPES), default="fast")
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--epochs", type=int, default=RECIPES["fast"].epochs)
     parser.add_argument("--proximity", type=float, default=PROXIMITY)
-    parser.add_argument("--unlabelled", type=int, default=UNLABELLED, help="pictures without masks, a class")
+    parser.add_argument("--unlabelled", type=int, default=UNLABELLED, help="pictures without masks")
     parser.add_argument("--tau", type=float)
     parser.add_argument("--alpha", type=float)
     parser.add_argument("--keep", action="store_true", help="take the folder as it is: only make the tokens")
@@ -126,11 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = replace(recipe, epochs=options.epochs, proximity=options.proximity)
     groups = by_class(read_folder(options.folder, ovam))
     cuts = {"tau": options.tau, "alpha": options.alpha}
-    if len(groups) > 1:
-        learned = learn_together(ovam, groups, settings, options.unlabelled, **cuts)
-    else:  # it has no rivals
-        learned = ((name, *learn(ovam, examples, settings, **cuts)) for name, examples in groups.items())
-    for name, token, search in learned:
+    for name, examples in groups.items():
+        more = {"unlabelled": options.unlabelled, "among": [other for other in VOC_CLASSES if other != name]}
+        token, search = learn(ovam, examples, settings, **cuts, **more)
         path = token.save(options.out / file_name([name]))
         print(f"{name}: loss {search.loss:.4f} after {search.epochs} epochs: {path}", flush=True)
     return 0

@@ -69,7 +69,7 @@ KNOWN_MODELS: dict[str, ModelDefaults] = {
         strides=(8,),
         max_timestep=600,
         tau=0.36,
-        token_tau=0.3,
+        token_tau=0.38,
         presence=(8.13, 15.40),  # of benchmarks/presence.py
     ),
     DEFAULT_HUB_MODEL: _SD1,
