@@ -17,7 +17,7 @@ WITHOUT_VALUE = {"--tokens": LIBRARY, "--evolution": EVOLUTIONS[0]}
 RENAMED = {
     "generate": {"--timesteps": "--use-steps"},
     "export": {"--timesteps": "--use-steps"},
-    "optimize": {"--stay": "--proximity"},
+    "optimize": {"--stay": "--proximity", "--apart": "--together"},
 }
 
 
@@ -48,7 +48,11 @@ def expand(command: Any, arguments: Sequence[str], renamed: Mapping[str, str] | 
         word = words.pop(0)
         if word == "--":  # click's own sign for: no more options
             return [*expanded, word, *words]
-        word = _new_name(word, renamed)
+        old, word = word, _new_name(word, renamed)
+        name = word.partition("=")[0]
+        if word != old and name in options and options[name].is_flag:  # a switch now, which once took a number
+            word = name
+            del words[: bool(words) and _is_value(words[0], known)]
         option = options.get(word)
         if option is None or option.is_flag:  # a value of no option, --name=value, a switch, or what click refuses
             expanded.append(word)
