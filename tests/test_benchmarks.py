@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from benchmarks import classes, quality, rendered
 from benchmarks import optimize as optimize_table
-from benchmarks import quality, rendered
 from ovam_core import OVAM, Picture, Token, tokens
 from ovam_core.attention.heatmap import attribute, resize
 from ovam_core.attention.mask import make_masks
@@ -25,6 +26,7 @@ from training.nouns import VOC_CLASSES
 CLASSES = ("bird", "potted plant")
 PROMPT = "A photograph of a {}"
 ROUNDING = 1e-9
+ROOT = Path(__file__).parent.parent
 
 
 def stand_in(images, number=None):
@@ -289,3 +291,23 @@ def test_the_table_of_recipes(ovam, monkeypatch, capsys, tmp_path):
     rows = {row["recipe"]: row for row in json.loads(file.read_text())}
     assert len(rows["fast"]["losses"]) == 25
     assert rows["fast"]["losses"][-1] <= rows["paper"]["losses"][-1] <= rows["paper"]["losses"][0]
+
+
+def test_classes_are_drawn_from_the_table(tmp_path):
+    figures = json.loads((ROOT / "benchmarks/quality.json").read_text())
+    found = classes.panels(figures)
+    assert [title for title, _, _ in found] == [
+        f"{method}, {about}" for about in ("one object", "several objects") for method in classes.METHODS
+    ]
+    (row,) = (
+        row["by_class"]
+        for row in figures["sets"]["voc-sim"]["rows"]
+        if (row["table"], row["name"], row["asked"]) == ("Methods", "OVAM, own tau", "token")
+    )
+    _, names, values = found[2]
+    assert dict(zip(names, values["token"], strict=True)) == row
+    assert (np.diff(values["token"]) >= 0).all()
+    pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
+    assert classes.main(["--out", str(tmp_path / "classes.png")]) == 0
+    with Image.open(tmp_path / "classes.png") as image:
+        assert image.size == (1210, 990)
