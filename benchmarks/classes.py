@@ -1,6 +1,6 @@
 """Fig. 5 of the paper from benchmarks/quality.json: mIoU a class, name against token, a panel a method and set.
 
-    python -m benchmarks.classes        # writes docs/classes.png; needs matplotlib
+python -m benchmarks.classes        # writes docs/classes.png; needs matplotlib
 """
 
 from __future__ import annotations
