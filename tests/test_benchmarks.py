@@ -261,7 +261,7 @@ def test_the_script_that_makes_the_shipped_tokens(ovam, tmp_path, monkeypatch):
     monkeypatch.setattr(annotated.annotator, "annotate", annotate)
     monkeypatch.setattr(annotated.OVAM, "from_pretrained", lambda *_: ovam)
     folder, out = tmp_path / "folder", tmp_path / "tokens"
-    small = ["--steps", "2", "--epochs", "2", "--classes", "bird", "chair"]
+    small = ["--steps", "2", "--epochs", "2", "--classes", "bird", "chair", "--unlabelled", "1"]
     assert annotated.main(["--folder", str(folder), "--out", str(out), *small]) == 0
     row, other = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     assert (other["class"], other["seed"]) == ("chair", annotated.SEEDS[0])
@@ -270,8 +270,9 @@ def test_the_script_that_makes_the_shipped_tokens(ovam, tmp_path, monkeypatch):
     token = Token.load(out / "bird.safetensors")
     assert (token.names, token.seed, token.prompt) == (("bird",), row["seed"], "A photograph of a bird")
     how = json.loads(token.settings)["optimization"]
-    assert (how["images"], how["others"]) == (1, 1)
-    assert (how["apart"], how["stay"]) == (annotated.CONTRAST, annotated.PROXIMITY)
+    assert (how["images"], how["unlabelled"], how["stay"]) == (1, 1, annotated.PROXIMITY)
+    assert token.rivals in (1, 2)
+    assert set(token.classes[2:]) < set(VOC_CLASSES)
     with pytest.raises(ValueError, match="shows a cat"):
         annotated.find(ovam.pipe, None, "cat", steps=1, seeds=[1, 2])
 

@@ -130,11 +130,13 @@ def test_the_shipped_tokens_are_of_these_weights(pipe):
     assert set(shipped) == {(name,) for name in VOC_CLASSES}
     for token in shipped.values():
         assert token.model == pipe.ovam_name
-        assert token.embedding.shape == (2, pipe.text_encoder.config.hidden_size)
+        assert token.embedding.shape == (2 + token.rivals, pipe.text_encoder.config.hidden_size)
+        assert set(token.classes[2:]) < set(VOC_CLASSES) - set(token.names)
         assert token.loss > 0
         assert token.prompt
         assert token.seed > 0
-        assert json.loads(token.settings)["optimization"]["images"] == 1
+        how = json.loads(token.settings)["optimization"]
+        assert (how["images"], how["unlabelled"]) == (1, 8)
     network, gains = annotator.load(), []
     few = [shipped[name,] for name in ("cat", "car", "train", "sofa", "bird")]
     made = generations(pipe, [token.prompt for token in few], [token.seed for token in few], batch=5)
