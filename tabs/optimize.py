@@ -113,6 +113,12 @@ def search_settings(recipe: Any, epochs: Any, rate: Any) -> OptimizeSettings:
     return settings
 
 
+def number_of_pictures(further: Any) -> int:
+    """Those without masks. Raises InputError for more than a visitor may ask for."""
+    check_whole("The number of pictures without masks", further, 0, MAX_FURTHER)
+    return further
+
+
 # ----------------------------------------------------------------------------------- what a picture is of
 
 
@@ -208,6 +214,33 @@ def learn(
     if made is None:
         return ovam.learn([picture], [target], [name], settings, **heard)
     return ovam.learn_on([picture], [target], [name], made, settings, **heard)
+
+
+def company(
+    model: Model, session: Session, picture: Picture, name: str, further: int, stop: StopFlag
+) -> Iterator[tuple[Mail, Unlabelled | None]]:
+    """Makes the pictures without masks, each in a turn of its own, and says which is under way; they come last."""
+
+    def make(report: Callable[[Mail], None]) -> Unlabelled:
+        with model.turns.work(session) as work, out_of_memory_as(NO_MEMORY):
+
+            def before_picture(done: int, of: int) -> None:
+                if not work.next_unit(stop.is_set):
+                    raise Stopped(done, of)
+                report({"kind": "making", "said": f"Picture {done + 1} of {of} without a mask"})
+
+            like, branch = picture.settings, picture.recording.branch
+            heard: dict[str, Any] = {"on_picture": before_picture, "should_stop": stop.is_set}
+            try:
+                return model.ovam.unlabelled([name], further, like=like, branch=branch, **heard)
+            except Stopped:
+                raise InputError("Stopped before the first epoch: nothing was learned.") from None
+
+    for reports, made in in_thread(make, SHOW_EVERY):
+        if made is not None:
+            yield {}, made
+        elif reports:
+            yield reports[-1], None
 
 
 def search(
@@ -746,35 +779,7 @@ class OptimizeTab:
         settings = search_settings(given.text(self.recipe), given.whole(self.epochs), given.number(self.rate))
         layers = handed_over(given.text(self.paint))
         labels = painted_mask(layers, given.choice(self.way), (picture.image.height, picture.image.width))
-        further = given.whole(self.further)
-        check_whole("The number of pictures without masks", further, 0, MAX_FURTHER)
-        return picture, labels, name, settings, further
-
-    def company(
-        self, session: Session, picture: Picture, name: str, further: int, stop: StopFlag
-    ) -> Iterator[tuple[Mail, Unlabelled | None]]:
-        """Makes the pictures without masks, each in a turn of its own, and says which is under way; they come last."""
-
-        def make(report: Callable[[Mail], None]) -> Unlabelled:
-            with self.model.turns.work(session) as work, out_of_memory_as(NO_MEMORY):
-
-                def before_picture(done: int, of: int) -> None:
-                    if not work.next_unit(stop.is_set):
-                        raise Stopped(done, of)
-                    report({"kind": "making", "said": f"Picture {done + 1} of {of} without a mask"})
-
-                like, branch = picture.settings, picture.recording.branch
-                heard: dict[str, Any] = {"on_picture": before_picture, "should_stop": stop.is_set}
-                try:
-                    return self.ovam.unlabelled([name], further, like=like, branch=branch, **heard)
-                except Stopped:
-                    raise InputError("Stopped before the first epoch: nothing was learned.") from None
-
-        for reports, made in in_thread(make, SHOW_EVERY):
-            if made is not None:
-                yield {}, made
-            elif reports:
-                yield reports[-1], None
+        return picture, labels, name, settings, number_of_pictures(given.whole(self.further))
 
     @told("learn", "", gr.skip())
     def begin(self, values: dict, request: gr.Request):
@@ -823,7 +828,7 @@ class OptimizeTab:
         picture, labels, name, settings, further = self.understood(session, values)
         made = None
         if further:
-            for mail, made in self.company(session, picture, name, further, stop):
+            for mail, made in company(self.model, session, picture, name, further, stop):
                 if made is None:
                     yield mail, None
         work = self.model.turns.work(session)

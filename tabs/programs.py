@@ -48,7 +48,7 @@ from .asked import NO_TOKENS, prompt_words, recommended_grid_names, segment_sett
 from .events import MAPS, MODEL, Inputs, handler
 from .fields import check_photo, photo_settings, small_enough
 from .model import NO_MEMORY, SHORT, Model
-from .optimize import by_one_rule, class_name, learn, search_settings
+from .optimize import by_one_rule, class_name, company, learn, number_of_pictures, search_settings
 from .render import image_facts, on_screen, shrunk
 from .session import Session
 from .tools import visitor_of
@@ -314,6 +314,7 @@ class Programs:
         recipe: Recipe = "fast",
         epochs: int | None = None,
         rate: float | None = None,
+        unlabelled: int = 0,
     ) -> tuple[File, str, dict[str, Any], str]:
         """Learns a token, an embedding that stands for a class, from a picture and the mask of an object in it.
 
@@ -324,6 +325,7 @@ class Programs:
             recipe: "fast", "paper" as published, or "published-code", as its authors' library has it.
             epochs: 1 to 500; without it the recipe's.
             rate: Learning rate; without it the recipe's.
+            unlabelled: Pictures without masks to learn on from, 0 to 16: of the class among other things, made for it.
         Returns:
             token: its file, which may be given as one of token_files
             name: by which this session knows the token
@@ -337,6 +339,7 @@ class Programs:
             usual.epochs if epochs is None else _whole("Epochs", epochs),
             usual.rate if rate is None else _number("Learning rate", rate),
         )
+        further = number_of_pictures(_whole("Pictures without masks", unlabelled))
         called = class_name(_text("Class", name))
         session = self._session(request)
         seen = self._picture(session, picture)
@@ -344,10 +347,16 @@ class Programs:
         if file is None:
             raise InputError("There is no mask; give a picture of it.")
         labels = read_mask(file, (seen.image.height, seen.image.width))
-        with session.run(WORK) as stop, self.model.turns.work(session) as work, out_of_memory_as(NO_MEMORY):
-            token, how = learn(
-                self.ovam, seen, labels, called, settings, lambda: not work.next_unit(stop.is_set, SHORT)
-            )
+        with session.run(WORK) as stop:
+            made = None
+            if further:
+                *_, (_, made) = company(self.model, session, seen, called, further, stop)
+            with self.model.turns.work(session) as work, out_of_memory_as(NO_MEMORY):
+
+                def ends() -> bool:
+                    return not work.next_unit(stop.is_set, SHORT)
+
+                token, how = learn(self.ovam, seen, labels, called, settings, ends, made=made)
         label = session.add_token(token)
         with self.model.words_of(session) as before_word:
             found = self.model.answer(seen, by_one_rule(self.ovam, called, token), before_word)

@@ -32,7 +32,16 @@ from tabs.canvas import (
     spot_of,
     sure_parts,
 )
-from tabs.optimize import OptimizeTab, by_one_rule, class_for, class_name, frames, search_settings, things_named
+from tabs.optimize import (
+    OptimizeTab,
+    by_one_rule,
+    class_for,
+    class_name,
+    company,
+    frames,
+    search_settings,
+    things_named,
+)
 from tabs.verdict import held_share, right_share, verdict
 
 PROMPT = "A photograph of a cat on grass"
@@ -332,7 +341,7 @@ def test_of_a_search_every_loss_is_drawn_and_some_maps(ovam, first):
 def test_pictures_without_masks_come_before_the_search(ovam, first, own_tab):
     session = own_tab.sessions.of(ANN)
     with session.run(tab.WORK) as stop:
-        *mails, (last, made) = own_tab.company(session, first, "cat", 2, stop)
+        *mails, (last, made) = company(own_tab.model, session, first, "cat", 2, stop)
     assert [mail["said"] for mail, none in mails if none is None] == [
         f"Picture {number} of 2 without a mask" for number in (1, 2)
     ]
@@ -347,7 +356,7 @@ def test_pictures_without_masks_come_before_the_search(ovam, first, own_tab):
 def test_pictures_without_masks_are_stopped(own_tab, first):
     session = own_tab.sessions.of(ANN)
     with session.run(tab.WORK) as stop:
-        run = own_tab.company(session, first, "cat", 2, stop)
+        run = company(own_tab.model, session, first, "cat", 2, stop)
         next(run)
         session.stop(tab.WORK)
         with pytest.raises(InputError, match="nothing was learned"):

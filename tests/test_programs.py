@@ -60,7 +60,7 @@ ENDPOINTS = {
     "/masks": ASKED,
     "/point": ["x", "y", "words", "picture"],
     "/archive": ASKED,
-    "/optimize": ["mask", "name", "picture", "recipe", "epochs", "rate"],
+    "/optimize": ["mask", "name", "picture", "recipe", "epochs", "rate", "unlabelled"],
     "/tokens": [],
     "/stop": [],
 }
@@ -415,6 +415,16 @@ def test_a_token_of_another_session_goes_by_its_file_alone(client, generated, sq
     assert asked[2]["words"] == ["cat"]
 
 
+def test_a_token_learned_on_from_a_picture_without_a_mask(client, generated, square):
+    file, *_, line = client.predict(
+        handle_file(square), "cat", generated[0], epochs=2, unlabelled=1, api_name="/optimize"
+    )
+    token = Token.load(file)
+    assert json.loads(token.settings)["optimization"]["unlabelled"] == 1
+    assert token.names == ("cat",)
+    assert "in 2 epochs" in line
+
+
 def test_tokens_are_listed(client, sessions):
     assert set(sessions.shipped) <= set(client.predict(api_name="/tokens"))
 
@@ -479,6 +489,8 @@ BAD_POINTS = {
     "no word": ({"words": "?"}, "not a word"),
 }
 BAD_SEARCHES = {
+    "too many pictures without masks": ({"unlabelled": 17}, "number of pictures without masks is 17"),
+    "half a picture without a mask": ({"unlabelled": 0.5}, "Pictures without masks"),
     "no name": ({"name": ""}, "The class has no name"),
     "a list of classes": ({"name": "cat, dog"}, "not a name"),
     "no epochs": ({"epochs": 0}, "epochs is 0; choose a whole number from 1 to 500"),
@@ -546,7 +558,7 @@ def test_files_of_the_server_are_no_uploads(address):
     """As a program would ask that does without the client, which uploads what a path names."""
     for meta in ({}, {"meta": {"_type": "gradio.FileData"}}):
         file = {"path": __file__, **meta}
-        asked = {"photograph": [file, "", "100", 0, "cat"], "optimize": [file, "cat", "", "fast", 1, None]}
+        asked = {"photograph": [file, "", "100", 0, "cat"], "optimize": [file, "cat", "", "fast", 1, None, 0]}
         asked["attribute"] = ["cat", "", "", None, None, True, "", None, None, [file], "OVAM"]
         for name, values in asked.items():
             event = httpx.post(f"{address}gradio_api/call/{name}", json={"data": values}).json()["event_id"]
@@ -582,7 +594,7 @@ def test_every_bad_value_in_every_place(ovam, picture, square, monkeypatch, name
     request, wrong = SimpleNamespace(session_hash="malformed"), []
     session = sessions.of(request)
 
-    def learned(*_):
+    def learned(*_, made=None):
         raise InputError("Learned.")
 
     monkeypatch.setattr("tabs.programs.learn", learned)
