@@ -79,7 +79,10 @@ def scenes(classes: Sequence[str], among: Sequence[str], count: int, seed: int =
 
 
 def companions(classes: Sequence[str], among: Sequence[str]) -> tuple[str, ...]:
-    """The things of `among`, each once, that share no word with a class."""
+    """The things of `among`, each once, that share no word with a class. Raises InputError for what is no name."""
+    among = [among] if isinstance(among, str) else list(among)
+    if strange := [name for name in among if not isinstance(name, str) or not name.strip()]:
+        raise InputError(f"What may stand beside the class is {strange[0]!r:.60}: give names, for example dog.")
     words = frozenset().union(*(named_words(name) for name in classes))
     return tuple(name for name in dict.fromkeys(among) if not named_words(name) & words)
 

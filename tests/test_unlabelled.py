@@ -78,6 +78,16 @@ def test_what_stands_beside_is_no_word_of_the_class():
     assert companions(["sports cars"], COMPANIONS) == tuple(name for name in COMPANIONS if name != "car")
 
 
+def test_one_name_may_stand_without_a_list():
+    assert companions(["cat"], "dog") == ("dog",)
+
+
+@pytest.mark.parametrize("among", [[3], [None], ["dog", ""], " "])
+def test_what_is_no_name(among):
+    with pytest.raises(InputError, match="give names"):
+        companions(["cat"], among)
+
+
 @pytest.mark.parametrize("count", [0, -1, 65, 2.5, True, float("nan")])
 def test_counts_that_are_refused(count):
     with pytest.raises(InputError, match="number of pictures without masks"):
