@@ -22,7 +22,8 @@ def panels(figures: Mapping[str, Any]) -> list[tuple[str, list[str], dict[str, n
     """(title, classes sorted by the token's mIoU, mIoU in percent by kind) of each method on each set."""
     found = []
     for key, about in SETS.items():
-        rows = {(row["name"], row["asked"]): row["by_class"] for row in figures["sets"][key]["rows"]}
+        table = [row for row in figures["sets"][key]["rows"] if row["table"] == "Methods"]
+        rows = {(row["name"], row["asked"]): row["by_class"] for row in table}
         for method in METHODS:
             own = {kind: rows[method, kind] for kind in KINDS}
             classes = sorted(own["token"], key=own["token"].get)

@@ -17,6 +17,7 @@ from ovam_core.attention.mask import label_map
 from ovam_core.checks import check_whole
 from ovam_core.errors import InputError
 from ovam_core.io.masks import IGNORE
+from ovam_core.optimization import MAX_TOKEN_CLASSES
 from ovam_core.picture import Picture, Segmentation
 from ovam_core.presence import named_words
 from ovam_core.query import caption_of
@@ -60,7 +61,8 @@ def scenes(classes: Sequence[str], among: Sequence[str], count: int, seed: int =
     arguments.
 
     among: what may stand beside a class; what shares a word with one is left out. The other classes may too. Raises
-    InputError for a count outside 1 to MAX_UNLABELLED a class, and where nothing is left to stand beside a class.
+    InputError for a count outside 1 to MAX_UNLABELLED a class, where nothing is left to stand beside a class, and for
+    more things in all than a token has rows for.
     """
     check_whole("The number of pictures without masks", count, 1, MAX_UNLABELLED * len(classes))
     others = companions(classes, among)
@@ -75,6 +77,12 @@ def scenes(classes: Sequence[str], among: Sequence[str], count: int, seed: int =
         names = [own, *(beside[place] for place in rng.choice(len(beside), few, replace=False))]
         rng.shuffle(names)
         planned.append(Scene(tuple(names), int(rng.integers(1 << 31))))
+    shown = len({*classes, *(name for scene in planned for name in scene.names)})
+    if shown > MAX_TOKEN_CLASSES:
+        raise InputError(
+            f"These pictures would show {shown} different things and a token has rows for {MAX_TOKEN_CLASSES}: name "
+            "fewer things, or make fewer pictures."
+        )
     return planned
 
 
@@ -84,7 +92,8 @@ def companions(classes: Sequence[str], among: Sequence[str]) -> tuple[str, ...]:
     if strange := [name for name in among if not isinstance(name, str) or not name.strip()]:
         raise InputError(f"What may stand beside the class is {strange[0]!r:.60}: give names, for example dog.")
     words = frozenset().union(*(named_words(name) for name in classes))
-    return tuple(name for name in dict.fromkeys(among) if not named_words(name) & words)
+    plain = {clean.casefold(): clean for clean in (" ".join(name.split()) for name in reversed(among))}
+    return tuple(name for name in reversed(plain.values()) if not named_words(name) & words)
 
 
 def own_labels(found: Segmentation, names: Sequence[str], absent: Collection[str] = ()) -> np.ndarray:

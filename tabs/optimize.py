@@ -795,10 +795,11 @@ class OptimizeTab:
         if not number:  # refused
             yield (gr.skip(),) * 5  # nothing at all would be taken for no values
             return
+        asked = picture, labels, name, _, _ = self.understood(session, values)
         begun = time.monotonic()
         try:
             with session.run(WORK, number) as stop:  # which a visitor who left sets too
-                for frame, found in self.searched(session, values, stop):
+                for frame, found in self.searched(session, *asked, stop):
                     learned = found
                     yield frame, *[gr.skip()] * 4
         except InputError:
@@ -807,7 +808,6 @@ class OptimizeTab:
         if learned is None or not session.is_latest(WORK, number):  # another took its place
             yield (gr.skip(),) * 5
             return
-        picture, labels, name, _, _ = self.understood(session, values)
         token, how = learned
         label = session.add_token(token)
         with self.model.words_of(session) as before_word:
@@ -823,9 +823,17 @@ class OptimizeTab:
         file = gr.DownloadButton(value=str(session.token_file(label)), interactive=True)
         yield mail, file, label, gr.Dropdown(choices=session.token_names()), gr.Button(interactive=True)
 
-    def searched(self, session: Session, values: dict, stop: StopFlag) -> Iterator[tuple[Mail, Learned | None]]:
+    def searched(
+        self,
+        session: Session,
+        picture: Picture,
+        labels: np.ndarray,
+        name: str,
+        settings: OptimizeSettings,
+        further: int,
+        stop: StopFlag,
+    ) -> Iterator[tuple[Mail, Learned | None]]:
         """Pictures without masks, where they are wanted, and the search: what the page draws of both."""
-        picture, labels, name, settings, further = self.understood(session, values)
         made = None
         if further:
             for mail, made in company(self.model, session, picture, name, further, stop):

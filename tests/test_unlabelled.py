@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from ovam_core import OVAM, InputError, Token, heatmaps, optimize
 from ovam_core.attention.mask import label_map
 from ovam_core.cli import main
+from ovam_core.cli.progress import EpochBar
 from ovam_core.data.annotated import by_class, learn_together, read_folder
 from ovam_core.io.token_files import list_token
 from ovam_core.models.presets import recommended_part
@@ -80,6 +82,17 @@ def test_what_stands_beside_is_no_word_of_the_class():
 
 def test_one_name_may_stand_without_a_list():
     assert companions(["cat"], "dog") == ("dog",)
+
+
+def test_the_same_name_twice_is_one_thing():
+    assert companions(["cat"], ["dog", " Dog ", "bus", "red  bus", "red bus"]) == ("dog", "bus", "red bus")
+
+
+def test_more_things_than_a_token_has_rows_for():
+    many = [f"thing{number}" for number in range(80)]
+    assert len(scenes(["cat"], many, 8)) == 8
+    with pytest.raises(InputError, match="a token has rows for 32"):
+        scenes(["cat"], many, 40)
 
 
 @pytest.mark.parametrize("among", [[3], [None], ["dog", ""], " "])
@@ -229,6 +242,16 @@ def test_on_the_command_line(folder, tmp_path):
     all_of_them = ["--annotated", str(folder), "--together", "--epochs", "2", "--out", str(tmp_path / "all"), *QUICK]
     assert main(["optimize", *all_of_them]) == 0
     assert Token.load(tmp_path / "all/dog.safetensors").classes == ("background", "dog", "cat", "bus")
+
+
+def test_a_stop_keeps_the_tokens_of_all_classes(folder, tmp_path, monkeypatch):
+    """They are of one search, which Ctrl-C ends."""
+    monkeypatch.setattr(EpochBar, "show", lambda _bar, epoch: signal.raise_signal(signal.SIGINT))
+    asked = ["--annotated", str(folder), "--together", "--epochs", "50", "--out", str(tmp_path / "all"), *QUICK]
+    assert main(["optimize", *asked]) == 130
+    found = {path.stem: Token.load(path) for path in (tmp_path / "all").glob("*.safetensors")}
+    assert set(found) == {"cat", "dog", "bus"}
+    assert {json.loads(token.settings)["optimization"]["epochs"] for token in found.values()} == {1}
 
 
 @pytest.mark.parametrize(

@@ -277,6 +277,18 @@ def test_the_token_is_the_same(plain, ovam):
         assert getattr(token, name) == getattr(own, name)
 
 
+def test_pictures_without_masks_are_made_in_the_worker(plain, ovam):
+    settings, found = replace(RECIPES["fast"], epochs=3), []
+    for one in (ovam, plain):
+        made = one.unlabelled(["cat"], 1, ["dog"], like=settings_of(one))
+        token, _ = one.learn_on([one.draw(settings_of(one))], [target()], ["cat"], made, settings)
+        found.append((made.labels[0], token))
+    assert np.array_equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1].embedding, found[1][1].embedding)
+    assert found[0][1].classes == found[1][1].classes
+    assert found[0][1].settings == found[1][1].settings
+
+
 @pytest.mark.parametrize("verb", ["draw", "look_at", "learn"])
 def test_the_verbs_are_called_as_ovam_s(verb):
     own, lent = (inspect.signature(getattr(kind, verb)).parameters for kind in (OVAM, OnZeroGPU))

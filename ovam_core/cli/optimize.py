@@ -110,9 +110,9 @@ def run(options: Options) -> None:
             result = f"loss {found.loss:.4f} after {found.epochs} epochs, {found.seconds:.1f} s"
             why = f" ({found.reason})" if found.reason else ""
             typer.echo(f"{', '.join(token.names)}: {result}{why}: {path}")
-            if stop.asked:
-                raise KeyboardInterrupt
             stop.waits = False
+        if stop.asked:
+            raise KeyboardInterrupt
 
 
 def save(token: Token, path: Path) -> None:
@@ -226,6 +226,8 @@ def learned(
             token, found = annotated.learn(ovam, examples, settings, **wanted)
             bar.close()
             yield path, token, found
+            if stop.asked:  # of one search for all classes every token is there
+                return
         return
     paths = {group[0].classes[0]: path for path, group in sets.items()}
     groups = {name: sets[path] for name, path in paths.items()}
