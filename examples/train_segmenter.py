@@ -38,7 +38,9 @@ def read_export(folder: Path, test_share: float, seed: int) -> tuple[Dataset, Da
     if not all((folder / name).is_file() for name in ("classes.txt", "metadata.jsonl")):
         raise SystemExit(f"There is no data set in {folder}: give the folder that `ovam export --out` wrote.")
     names = (folder / "classes.txt").read_text(encoding="utf-8").splitlines()
-    pictures = load_dataset(str(folder), split="train").filter(lambda kept: kept, input_columns="kept")
+    # Read anew: the cache of `datasets` holds the paths of the pictures, and the folder may have been moved.
+    pictures = load_dataset(str(folder), split="train", download_mode="reuse_cache_if_exists")
+    pictures = pictures.filter(lambda kept: kept, input_columns="kept")
     if len(pictures) < 2:
         raise SystemExit(f"The filters kept {len(pictures)} pictures of {folder}; at least two are needed.")
     parts = pictures.train_test_split(test_share, seed=seed)

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ from reference import assert_refused
 from ovam_core.cli import main
 from ovam_core.data import export as export_module
 from ovam_core.data import formats, runs
-from ovam_core.data.dataset import prepare, stem
+from ovam_core.data.dataset import assemble, prepare, stem
 from ovam_core.data.export import ExportSettings, batches_of, export_dataset, measure, plan
 from ovam_core.data.formats import preview, read_labels, write_parquet, zip_folder
 from ovam_core.data.prompts import Item, Prompt, work_list
@@ -144,6 +145,25 @@ def test_imagefolder(result, rows, tmp_path):
         assert one["kept"] == row["kept"]
         assert one["image"].size == (64, 64)
         assert np.array_equal(np.asarray(one["mask"]), read_labels(result / row["mask_file_name"]))
+
+
+def test_another_folder_of_the_same_name_is_not_taken_from_the_cache(result, rows, tmp_path):
+    """The cache of `datasets` knows a folder by its name and its card alone."""
+    from datasets import load_dataset
+
+    def loaded(folder, **how):
+        return load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"), **how)
+
+    first, second = (shutil.copytree(result, tmp_path / place / "dataset") for place in ("one", "two"))
+    assert loaded(first).num_rows == len(rows)
+    settings = json.loads((second / ".ovam/settings.json").read_text())
+    assemble(second, settings, replace(WORK, items=WORK.items[:-1]))
+    assert loaded(second).num_rows == len(rows) - 1
+
+    moved = tmp_path / "three" / "dataset"
+    shutil.copytree(first, moved)
+    shutil.rmtree(first)
+    assert loaded(moved, download_mode="reuse_cache_if_exists")[0]["image"].size == (64, 64)
 
 
 def test_parquet(result, rows, tmp_path):

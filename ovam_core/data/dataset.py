@@ -4,6 +4,7 @@ layout.py.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import unicodedata
 from array import array
@@ -182,7 +183,9 @@ def assemble(folder: Path, settings: dict[str, Any], work: Work) -> Stored[dict[
     write_atomically(folder / SHEET, _encoded(contact_sheet(folder, kept or rows), "PNG"))  # all dropped: show those
     about = {"images": len(rows), "kept": len(kept), "skipped_prompts": len(work.skipped), "settings": settings}
     write_atomically(folder / ABOUT, _json(about, indent=1))
-    card = CARD_TEXT.format(model=settings["model"], images=len(rows), kept=len(kept))
-    write_atomically(folder / CARD, card.encode())
     write_atomically(folder / METADATA, map(_json, rows))
+    with (folder / METADATA).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    card = CARD_TEXT.format(model=settings["model"], images=len(rows), kept=len(kept), digest=digest[:16])
+    write_atomically(folder / CARD, card.encode())
     return rows

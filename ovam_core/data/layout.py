@@ -34,10 +34,12 @@ METADATA, CLASSES, SKIPPED, SHEET = "metadata.jsonl", "classes.txt", "skipped.js
 
 ABOUT, CARD = "export.json", "README.md"
 
-# Without this `datasets` would take train.txt for the whole train split, by its name.
+# Without `configs` `datasets` would take train.txt for the whole train split, by its name. With it, its cache knows a
+# folder by its name and this text alone: without the digest of the rows it gives those of another folder "dataset".
 CARD_TEXT = """---
 configs:
 - config_name: default
+  description: rows {digest}
   drop_labels: true
   data_files:
   - split: train
