@@ -5,9 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import resource
 import sys
-from functools import partial
+import threading
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import tqdm.auto
 from pipelines import make_small
 
 from ovam_core import OVAM
@@ -46,12 +48,23 @@ SETTINGS = ExportSettings(
 PIPE("a cat", num_inference_steps=1, width=64, height=64, output_type="np")
 
 
+def forked(workers: int) -> ProcessPoolExecutor:
+    """A fork server of the child's own would import everything again. The fork is taken before other threads begin:
+    what they hold at that instant would stay held in the worker.
+    """
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"), initializer=runs._begin_worker)
+    pool.submit(int)
+    return pool
+
+
 def run(out: Path, workers: int = 0, largest_file: int | None = None, begun=None) -> None:
     """One export; where it is refused exit status 2, and the sentence in a file beside `out`."""
     if largest_file is not None:  # what a full disk looks like: writes fail midway
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    # A fork server of the child's own would import everything again; a child has no threads to lose in a fork.
-    runs._context = partial(multiprocessing.get_context, "fork")
+    runs._processes = forked
+    # The one it has is the fork server's and all its children's: a child killed within it would stop the others.
+    for bar in (tqdm.std.tqdm, tqdm.auto.tqdm):
+        bar.set_lock(threading.RLock())
     if begun is not None:
         begun.set()
     try:
