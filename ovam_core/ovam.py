@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Collection, Sequence
@@ -36,7 +37,7 @@ from ovam_core.hooks.goca_recorder import record_goca
 from ovam_core.hooks.guidance import check_guidance, guided_by_region
 from ovam_core.hooks.photograph import denoise, fitted_size, prepare, with_run_facts
 from ovam_core.hooks.recorder import record
-from ovam_core.io.masks import read_mask
+from ovam_core.io.masks import IGNORE, read_mask
 from ovam_core.io.pictures import read_photo
 from ovam_core.methods import Cut, Method, check_settings, looked_at, method_named, rows_of_labels
 from ovam_core.models.binding import bound, bound_goca
@@ -49,7 +50,7 @@ from ovam_core.models.presets import (
     recommended_steps,
 )
 from ovam_core.models.reading import read_as
-from ovam_core.models.registry import adapter_of
+from ovam_core.models.registry import adapter_of, model_name
 from ovam_core.models.starting import fitted_start, start_arguments, starting_from_picture
 from ovam_core.optimization import (
     PROMPT,
@@ -113,7 +114,7 @@ class OVAM:
     @property
     def name(self) -> str:
         """The model's name, as token files and settings.json hold it."""
-        return getattr(self.pipe, "ovam_name", str(getattr(self.pipe, "name_or_path", "unknown")))
+        return model_name(self.pipe)
 
     @property
     def device(self) -> torch.device:
@@ -608,9 +609,11 @@ class OVAM:
 
     def _maps(self, picture: Picture, seen: Picture, settings: SegmentSettings, queries: Sequence[Query]) -> Tensor:
         """The maps of the queries; the last ones again where only the cut has changed."""
-        numbers = tuple((token.embedding.numpy().tobytes(), token.branch) for token in settings.tokens)
+        numbers = tuple((token.embedding.numpy().tobytes(), token.names, token.branch) for token in settings.tokens)
         parts = (settings.step_indices, settings.resolutions, settings.branch)
-        question = (settings.method, settings.words, settings.sentence, settings.template, parts, numbers)
+        # Recordings are equal to themselves alone.
+        recorded = (picture.recording, picture.goca, picture.features, *picture.others.values(), picture.caption)
+        question = (settings.method, settings.words, settings.sentence, settings.template, parts, numbers, recorded)
         last = picture.last_maps  # which another thread may replace at any time
         if last is None or last[0] != question:
             last = picture.last_maps = (
@@ -704,8 +707,8 @@ class OVAM:
     ) -> Token:
         """The token of a class, learned from one picture and its mask, or from several of both (Eqs. 6 and 7).
 
-        masks: one a picture: bool or uint8 `[H, W]`, a picture, or its file; see `read_mask`. classes: the name, or the
-        names of mask values 1, 2, ... recipe: a name in `optimization.RECIPES`, "fast" or "paper".
+        masks: one a picture: bool or whole numbers `[H, W]`, a picture, or its file; see `read_mask`. classes: the
+        name, or the names of mask values 1, 2, ... recipe: a name in `optimization.RECIPES`, "fast" or "paper".
         unlabelled: pictures without masks to learn on from, 0 to 64; each costs a generation. They show the classes
         among other things, those of `among`, which become the token's rivals: see unlabelled.py.
         Raises InputError for masks that do not fit, and as `optimize` and `unlabelled` do.
@@ -922,9 +925,16 @@ def _at_work_size(image: Image.Image) -> Image.Image:
 
 
 def _as_image(mask: Any) -> Any:
-    """A mask as `read_mask` takes it: an array becomes a picture."""
-    if not isinstance(mask, np.ndarray):
+    """A mask as `read_mask` takes it: an array or a tensor becomes a picture."""
+    if isinstance(mask, Image.Image | str | os.PathLike):
         return mask
-    if mask.dtype.kind not in "biu" or mask.ndim != 2:
-        raise InputError(f"The mask is {mask.dtype} {list(mask.shape)}; give bool or whole numbers, [H, W].")
-    return Image.fromarray(mask.astype(np.uint8) * 255 if mask.dtype == bool else mask)
+    if not isinstance(mask, np.ndarray | Tensor):
+        raise InputError(f"The mask is a {type(mask).__name__}; give an array [H, W], a PIL image or a file.")
+    values = mask.cpu().numpy() if isinstance(mask, Tensor) else mask
+    if values.dtype.kind not in "biu" or values.ndim != 2:
+        raise InputError(f"The mask is {values.dtype} {list(values.shape)}; give bool or whole numbers, [H, W].")
+    if values.dtype == bool:
+        return Image.fromarray(values.astype(np.uint8) * 255)
+    if values.size == 0 or values.min() < 0 or values.max() > np.iinfo(np.int32).max:
+        raise InputError("The mask is empty or holds numbers that are no labels; give 0, the labels from 1, and 255.")
+    return Image.fromarray(values.astype(np.int32) if values.max() > IGNORE else values.astype(np.uint8))

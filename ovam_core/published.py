@@ -17,7 +17,7 @@ from ovam_core.errors import InputError
 from ovam_core.io.files import write_atomically
 from ovam_core.io.token_files import MAX_BYTES, last_part
 from ovam_core.models.presets import DEFAULT_HUB_MODEL
-from ovam_core.tokens import Token, file_name, folder_for, import_file
+from ovam_core.tokens import Token, folder_for, import_file, save_all
 
 URL = "https://raw.githubusercontent.com/vpulab/ovam/main/docs/assets/tokens_VOC.npy"
 SHA256 = "532f05423bedaf3c2c227bfdbedab0746bccf5e52e6f7f007cda097a322a51cc"
@@ -60,11 +60,9 @@ def published_token(ovam: Named, name: str, *, cache: str | Path | None = None, 
 
 def fetch_voc_sd15(folder: str | Path | None = None, *, cache: str | Path | None = None, url: str = URL) -> list[Path]:
     """All of them as token files in a folder, default `folder_for` Stable Diffusion 1.5; returns the files. Raises
-    InputError as `published_token`.
+    InputError as `published_token`, and before any is written where another token lies there under a name of theirs.
     """
-    tokens = published_tokens(cache, url)
-    folder = Path(folder or folder_for(DEFAULT_HUB_MODEL))
-    return [token.save(folder / file_name(token.names)) for token in tokens]
+    return save_all(published_tokens(cache, url), folder or folder_for(DEFAULT_HUB_MODEL))
 
 
 def published_tokens(cache: str | Path | None = None, url: str = URL) -> list[Token]:

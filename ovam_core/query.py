@@ -20,7 +20,7 @@ from ovam_core.attention.heatmap import AttributionPrompt
 from ovam_core.attention.recording import Branch
 from ovam_core.errors import InputError
 from ovam_core.models.reading import EOT, FUNCTION_WORDS, SOT, Tokens
-from ovam_core.models.registry import adapter_of
+from ovam_core.models.registry import UNNAMED, adapter_of, model_name
 from ovam_core.models.remembered import recalled, remember
 from ovam_core.models.words import content_words, find_word, has_weight, listed, plain
 from ovam_core.settings import SegmentSettings
@@ -310,8 +310,8 @@ def token_prompt(pipe: Pipeline, token: Token) -> AttributionPrompt:
             f"The token '{', '.join(token.names)}' holds numbers that {kind}, in which this model computes, does not "
             "know: load the model in float32, or make the token again with a larger proximity."
         )
-    name = getattr(pipe, "ovam_name", "")
-    if last_part(name) != last_part(token.model):
+    name = model_name(pipe)
+    if name != UNNAMED and last_part(name) != last_part(token.model):
         warnings.warn(
             f"The token '{', '.join(token.names)}' was made with {token.model or 'an unnamed model'}, not with {name}: "
             "its maps may mean nothing here.",

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -223,6 +223,34 @@ def _write(path: Path, data: bytes) -> Path:
 def file_name(names: Sequence[str]) -> str:
     """The file of a token of these classes: "potted plant" to "potted-plant.safetensors"; never a way out."""
     return (hyphenated(" ".join(names), 80) or "token") + SUFFIX
+
+
+def files_of(names: Iterable[Sequence[str]], folder: Path) -> list[Path]:
+    """The file of each of several tokens, by its classes. Raises InputError where two have one."""
+    paths = [folder / file_name(classes) for classes in names]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise InputError(f"Two names give one file, '{path}'; tell them apart by more than signs and capitals.")
+    return paths
+
+
+def save_all(tokens: Sequence[Token], folder: str | Path) -> list[Path]:
+    """Writes tokens into a folder, each into the file of its classes.
+
+    Raises InputError, before any is written, as `files_of` does and where a file holds another token.
+    """
+    paths = files_of((token.names for token in tokens), Path(folder))
+    for path, token in zip(paths, tokens, strict=True):
+        if path.exists() and not _holds(path, token):
+            raise InputError(f"There is a token '{path}' already; give another folder by --out, or remove it.")
+    return [token.save(path) for path, token in zip(paths, tokens, strict=True)]
+
+
+def _holds(path: Path, token: Token) -> bool:
+    try:
+        return _read(Token.load(path).to_bytes()) == _read(token.to_bytes())
+    except InputError:
+        return False
 
 
 def folder_for(model: str) -> Path:

@@ -17,7 +17,7 @@ from ovam_core import tokens
 from ovam_core.cli import main
 from ovam_core.cli.progress import EpochBar
 from ovam_core.data import annotated
-from ovam_core.data.annotated import Example, by_class, check_same, learn, read_folder
+from ovam_core.data.annotated import Example, by_class, check_same, learn, read_annotated, read_folder
 from ovam_core.errors import InputError
 from ovam_core.io import token_files
 from ovam_core.io.masks import read_mask
@@ -203,6 +203,18 @@ def test_the_half_that_a_token_belongs_to(pipe, made):
         OVAM(pipe).answer(made, SegmentSettings(tokens=(one,), crf=False))
 
 
+def test_an_evaluation_goes_on_with_the_same_photographs_alone(pipe, folder):
+    """Other pixels in a file of the same name, size and bytes make another set of it."""
+    known = read_annotated(folder, OVAM(pipe)).fingerprint()
+    assert read_annotated(folder, OVAM(pipe)).fingerprint() == known
+    for name in ("mask.png", "cat.jpg"):
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        assert read_annotated(folder, OVAM(pipe)).fingerprint() != known
+        (folder / name).write_bytes(data)
+    assert read_annotated(folder, OVAM(pipe)).fingerprint() == known
+
+
 # ------------------------------------------------------------------------------------------ the command line
 
 
@@ -238,6 +250,14 @@ def test_several_images_and_a_set_of_tokens(folder, tmp_path, capsys):
     file = tmp_path / "one.safetensors"
     assert main(["optimize", "--image-set", str(folder), "--epochs", "2", "--out", str(file), *QUICK]) == 0
     assert torch.equal(Token.load(file).embedding, Token.load(out / "cat.safetensors").embedding)
+
+
+def test_two_classes_of_one_file_are_refused_before_a_token_is_learned(folder, tmp_path, capsys):
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()[::2]]
+    write(folder, [row | {"class": name} for row, name in zip(rows, ("cat", "Cat"), strict=True)])
+    assert main(["optimize", "--annotated", str(folder), "--out", str(tmp_path / "set"), *QUICK]) == 2
+    assert_refused(capsys.readouterr().err.strip(), "Two names give one file")
+    assert not (tmp_path / "set").exists()
 
 
 def test_several_classes_from_a_label_map(tmp_path):

@@ -16,13 +16,14 @@ import torch
 from PIL import Image
 from typer.main import get_command
 
-from ovam_core import OVAM
+from ovam_core import OVAM, Token
 from ovam_core.cli import main
 from ovam_core.cli.app import app
 from ovam_core.cli.arguments import RENAMED, expand, split
 from ovam_core.errors import InputError, Stopped
 from ovam_core.io.names import slugs
 from ovam_core.models.presets import defaults_for
+from ovam_core.optimization import initial_embedding
 from ovam_core.picture import Picture, load_settings
 from ovam_core.settings import GenerateSettings, SegmentSettings, parse_numbers, parse_size
 
@@ -187,6 +188,22 @@ def test_a_new_threshold_takes_the_maps_that_are_there(ovam, picture):
     assert second.masks.sum() < first.masks.sum()
     ovam.answer(picture, SegmentSettings(("car",)))
     assert picture.last_maps[1] is not kept
+
+
+def test_maps_are_those_of_what_the_picture_holds(ovam, picture):
+    """Not of a recording, or of rows of a token, that stood in their place before."""
+    picture = replace(picture, last_maps=None)
+    whole = ovam.segment(picture, ["cat"], crf=False)
+    step = picture.recording.step_indices[:1]
+    part = replace(picture, recording=picture.recording.select(steps=step))
+    found = ovam.segment(part, ["cat"], crf=False)
+    assert np.array_equal(found.heatmaps, ovam.segment(replace(part, last_maps=None), ["cat"], crf=False).heatmaps)
+    assert not np.array_equal(found.heatmaps, whole.heatmaps)
+
+    rows = initial_embedding(ovam.pipe, ["cat", "car", "dog"])
+    token = Token(rows, ("background", "cat", "car", "dog"), ovam.name, rivals=2)
+    assert ovam.segment(picture, [token], crf=False).labels == ["cat"]
+    assert ovam.segment(picture, [replace(token, rivals=0)], crf=False).labels == ["cat", "car", "dog"]
 
 
 def test_stop_stops_and_leaves_no_hook(ovam):
@@ -490,6 +507,8 @@ def test_what_evaluate_asks_for_by_default():
         ("optimize|--apart|0.5|--out|x", "optimize|--together|--out|x"),
         ("optimize|--apart|--out|x", "optimize|--together|--out|x"),
         ("tokens|import|f.npy|--class|a|b", "tokens|import|f.npy|--class|a|--class|b"),
+        ("evaluate|--offsets|-0.4:0.4:0.1|--out|r", "evaluate|--offsets|-0.4:0.4:0.1|--out|r"),
+        ("evaluate|--offsets|-0.2,0,-.1|--out|r", "evaluate|--offsets|-0.2,0,-.1|--out|r"),
         ("nothing|--words|a|b", "nothing|--words|a|b"),
     ],
 )

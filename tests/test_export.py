@@ -23,6 +23,7 @@ import pytest
 import torch
 from export_child import CLASSES, PIPE, PROMPTS, SETTINGS, WORK, run
 from PIL import Image
+from pipelines import make_small
 from reference import assert_refused
 
 from ovam_core.cli import main
@@ -357,6 +358,22 @@ def test_a_full_disk_in_a_worker(tmp_path):
     assert resource.getrlimit(resource.RLIMIT_FSIZE) == before
 
 
+def test_a_script_that_guards_nothing(server, result, tmp_path):
+    """A worker does not run the script that it is started by: here nothing asks for its `__name__`."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys; sys.path[:0] = sys.argv[2:4]\n"
+        "from export_child import PIPE, SETTINGS, WORK\n"
+        "from ovam_core import OVAM\n"
+        "from ovam_core.data.export import export_dataset\n"
+        "print(len(export_dataset(OVAM(PIPE), WORK, SETTINGS, sys.argv[1], workers=1).rows))\n"
+    )
+    command = [sys.executable, str(script), str(tmp_path / "out"), str(ROOT), str(TESTS)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
+    assert ran.stdout == "8\n", ran.stderr
+    assert differing(tmp_path / "out", result) == []
+
+
 def test_a_worker_that_dies(result, tmp_path):
     out = tmp_path / "out"
 
@@ -564,6 +581,35 @@ def test_other_prompts_and_weights_are_refused(result):
             plan(OVAM(PIPE), WORK, SETTINGS, result)
     finally:
         weight.data.copy_(before)
+
+
+def test_what_a_lora_is_set_to_is_a_setting(tmp_path):
+    peft = pytest.importorskip("peft")
+    pipe = make_small()
+    pipe.unet.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_k"]), "toy")
+    prepare(tmp_path, export_module.fingerprint(OVAM(pipe), WORK, SETTINGS, SETTINGS.queries(OVAM(pipe), WORK)))
+    assert plan(OVAM(pipe), WORK, SETTINGS, tmp_path).done == 0
+    pipe.unet.set_adapters("toy", 0.5)
+    with pytest.raises(InputError, match="weights"):
+        plan(OVAM(pipe), WORK, SETTINGS, tmp_path)
+
+
+def test_weights_that_are_offloaded_are_the_same_ones():
+    """accelerate's sequential offload, with the CPU in the part of the accelerator."""
+    accelerate = pytest.importorskip("accelerate")
+    pipe = make_small()
+    before = export_module._weights(OVAM(pipe))
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        accelerate.cpu_offload(part, execution_device="cpu")
+    assert pipe.unet.conv_in.weight.is_meta
+    assert export_module._weights(OVAM(pipe)) == before
+    pipe.unet.conv_in._hf_hook.weights_map["weight"].add_(1)
+    assert export_module._weights(OVAM(pipe)) != before
+
+
+def test_steps_that_are_not_run_are_refused_before_a_picture_is_made(tmp_path):
+    with pytest.raises(InputError, match="step"):
+        plan(OVAM(PIPE), WORK, replace(SETTINGS, step_indices=(5,)), tmp_path)
 
 
 def test_a_folder_of_something_else(tmp_path):

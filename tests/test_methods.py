@@ -16,6 +16,7 @@ from ovam_core.attention.goca import attribute_weighted, goca, label_pixels
 from ovam_core.attention.heatmap import AttributionPrompt, attribute, resize
 from ovam_core.attention.mask import make_masks
 from ovam_core.hooks.goca_recorder import record_goca
+from ovam_core.io.masks import read_mask
 from ovam_core.methods import (
     ATTN2MASK,
     DAAM,
@@ -28,6 +29,7 @@ from ovam_core.methods import (
     Cut,
 )
 from ovam_core.models.presets import defaults_for
+from ovam_core.ovam import _as_image
 from ovam_core.query import Query, attribute_words, caption_words, listed_words
 from ovam_core.settings import METHOD_NAMES, GenerateSettings, SegmentSettings
 
@@ -192,7 +194,27 @@ def test_a_picture_made_by_hand_says_what_it_lacks(tiny, seen):
         found_by(GOCA, tiny, bare, words=["cat"])
 
 
-@pytest.mark.parametrize("mask", [np.full((32, 48), 0.7), np.ones((32, 48, 3), np.uint8)], ids=["float", "colours"])
-def test_a_mask_that_is_no_mask(tiny, seen, mask):
-    with pytest.raises(InputError, match="give bool or whole numbers"):
+@pytest.mark.parametrize(
+    ("mask", "said"),
+    [
+        (np.full((32, 48), 0.7), "give bool or whole numbers"),
+        (np.ones((32, 48, 3), np.uint8), "give bool or whole numbers"),
+        (np.full((32, 48), -1), "numbers that are no labels"),
+        (np.full((32, 48), 2**40), "numbers that are no labels"),
+        (np.zeros((0, 48), np.uint8), "The mask is empty"),
+        ([[0, 1]], "The mask is a list; give an array"),
+        (None, "The mask is a NoneType"),
+    ],
+    ids=["float", "colours", "negative", "huge", "no rows", "list", "none"],
+)
+def test_a_mask_that_is_no_mask(tiny, seen, mask, said):
+    with pytest.raises(InputError, match=said):
         Model(tiny).optimize_token(seen, mask, "cat")
+
+
+@pytest.mark.parametrize("kind", [bool, np.uint8, np.int8, np.uint16, np.int32, np.uint32, np.int64, torch.Tensor])
+def test_a_mask_of_any_whole_numbers(kind):
+    labels = np.zeros((4, 6), np.int64)
+    labels[1:3, 2:5] = 1
+    mask = torch.from_numpy(labels) if kind is torch.Tensor else labels.astype(kind)
+    assert np.array_equal(read_mask(_as_image(mask), (4, 6)), labels)

@@ -6,12 +6,14 @@ import hashlib
 import pickle
 import threading
 from contextlib import suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from reference import assert_refused
 
 from ovam_core import InputError, Token, published
 from ovam_core.cli import main
@@ -148,3 +150,12 @@ def test_all_of_them_into_a_folder(server, tmp_path, monkeypatch, capsys):
     assert len(listed) == 20
     token = Token.load(tmp_path / "out" / "potted-plant.safetensors")
     assert (token.branch, token.steps, token.classes) == ("unconditional", 30, ("potted plant",))
+
+    own = replace(token, tau=0.5).save(tmp_path / "out" / "potted-plant.safetensors").read_bytes()
+    (tmp_path / "out" / "cat.safetensors").unlink()
+    assert main(["tokens", "fetch", "voc-sd15", "--out", str(tmp_path / "out")]) == 2
+    assert_refused(capsys.readouterr().err.strip(), "There is a token")
+    assert (tmp_path / "out" / "potted-plant.safetensors").read_bytes() == own
+    assert not (tmp_path / "out" / "cat.safetensors").exists()
+    (tmp_path / "out" / "potted-plant.safetensors").unlink()
+    assert main(["tokens", "fetch", "voc-sd15", "--out", str(tmp_path / "out")]) == 0  # the others are the same ones

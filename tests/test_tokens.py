@@ -14,7 +14,7 @@ import torch
 from reference import generate
 from safetensors.torch import save_file
 
-from ovam_core import heatmaps, record, tokens
+from ovam_core import OVAM, heatmaps, record, tokens
 from ovam_core.attention.heatmap import attribute
 from ovam_core.errors import InputError
 from ovam_core.query import attribute_sentence, token_prompt
@@ -226,6 +226,19 @@ def test_another_width_is_refused_and_another_model_warned_about(named):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         token_prompt(named, replace(CAT, model="somebody/tiny"))  # a fork keeps the last part of the name
+
+
+def test_a_token_of_a_pipeline_without_a_name(fresh):
+    """It cannot be told from the one that it was made with."""
+    assert OVAM(fresh).name == "unknown"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        token_prompt(fresh, replace(CAT, model="unknown"))
+        token_prompt(fresh, replace(CAT, model="other"))
+    fresh.register_to_config(_name_or_path="runwayml/stable-diffusion-v1-5")  # as diffusers' from_pretrained does
+    assert OVAM(fresh).name == "runwayml/stable-diffusion-v1-5"
+    with pytest.warns(UserWarning, match="not with runwayml"):
+        token_prompt(fresh, replace(CAT, model="other"))
 
 
 # ------------------------------------------------------------------------------------ import and export

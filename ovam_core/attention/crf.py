@@ -28,8 +28,8 @@ from ovam_core.errors import InputError
 # width of the smoothness kernel, iterations.
 CRF_PARAMETERS = (10.0, 80.0, 13.0, 3.0, 3.0, 5.0)
 NO_CRF = (
-    "The dense CRF needs SimpleCRF, which is not installed here: install it with `pip install 'ovam[crf]'`, "
-    "or switch the dense CRF off."
+    "The dense CRF needs SimpleCRF, which is not installed here: install it with "
+    "`CPPFLAGS=-DNPY_IN_ARRAY=NPY_ARRAY_IN_ARRAY pip install SimpleCRF==0.2.1.1`, or switch the dense CRF off."
 )
 
 MOST_PROCESSES = 8

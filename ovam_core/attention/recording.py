@@ -76,11 +76,15 @@ def is_laid_out(queries: Tensor) -> bool:
     return queries.stride(2) == 1 and (steps == 1 or queries.stride(0) == n)
 
 
+def _are_a_cpus(queries: Tensor) -> bool:
+    return queries.device.type == "cpu" and not queries.is_pinned()
+
+
 def laid_out(queries: Tensor) -> Tensor:
     """Queries `[T, heads, n, d]` in the order in memory in which a CPU multiplies them fastest: one product a head, in
-    place of one a head and step, along pixels. On another device as they are.
+    place of one a head and step, along pixels. As they are on another device, or in memory that is pinned for one.
     """
-    if queries.device.type != "cpu" or is_laid_out(queries):
+    if not _are_a_cpus(queries) or is_laid_out(queries):
         return queries
     return empty_queries(queries.shape, dtype=queries.dtype, device=queries.device).copy_(queries)
 
@@ -103,7 +107,7 @@ def side_by_side(layers: Sequence[LayerQueries]) -> tuple[LayerQueries, ...]:
     (`joint`), as of small grids what surrounds a product takes longer than it does. More than SMALL each on its own.
     """
     laid = {x.name: replace(x, queries=laid_out(x.queries)) for x in layers}
-    if sum(x.queries.numel() for x in layers) > SMALL or any(x.queries.device.type != "cpu" for x in layers):
+    if sum(x.queries.numel() for x in layers) > SMALL or not all(_are_a_cpus(x.queries) for x in layers):
         return tuple(laid.values())
     for ones in alike(layers):
         if joint(ones) is not None:

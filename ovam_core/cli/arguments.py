@@ -69,10 +69,13 @@ def expand(command: Any, arguments: Sequence[str], renamed: Mapping[str, str] | 
 
 
 def _is_value(word: str, options: set[str]) -> bool:
-    """Whether a word is a value. What begins with a hyphen is an option, but for negative numbers and sentences."""
+    """Whether a word is a value. What begins with a hyphen is an option, but for sentences, negative numbers and lists
+    (-0.2,0,0.2) or ranges (-0.4:0.4:0.1) of numbers.
+    """
     if not word.startswith("-") or word == "-":
         return True
-    return word.partition("=")[0] not in options and (" " in word or re.fullmatch(r"-\d*\.?\d+", word) is not None)
+    numbers = re.fullmatch(r"-\d*\.?\d+(?:[,:]-?\d*\.?\d+)*", word)
+    return word.partition("=")[0] not in options and (" " in word or numbers is not None)
 
 
 def _new_name(word: str, renamed: Mapping[str, str]) -> str:

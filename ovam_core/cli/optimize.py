@@ -178,12 +178,12 @@ def check_photo(options: Options) -> None:
 def examples_of(ovam: OVAM, options: Options, about_image: dict[str, Any]) -> dict[Path, list[Example]]:
     """The annotated images of each token that is to be made, by the token's file."""
     from ovam_core.data.annotated import Example, by_class, photo_settings, read_folder
-    from ovam_core.tokens import file_name
+    from ovam_core.tokens import files_of
 
     out = Path(options.out)
     if options.annotated is not None:
         groups = by_class(read_folder(options.annotated, ovam))
-        return {out / file_name([name]): group for name, group in groups.items()}
+        return dict(zip(files_of(([name] for name in groups), out), groups.values(), strict=True))
     if options.image_set is not None:
         examples = read_folder(options.image_set, ovam)
         return {out: [replace(one, classes=tuple(options.classes or one.classes)) for one in examples]}

@@ -84,19 +84,12 @@ def run_list(options: ListOptions) -> None:
 
 
 def run_import(options: ImportOptions) -> None:
-    from ovam_core.tokens import file_name, folder_for, import_file
+    from ovam_core.tokens import folder_for, import_file, save_all
 
     branch = cast("Branch", options.branch)
     tokens = import_file(options.file, options.model, classes=options.classes or (), branch=branch)
-    folder = Path(options.out or folder_for(options.model))
-    paths = [folder / file_name(token.names) for token in tokens]
-    for path in paths:
-        if paths.count(path) > 1:
-            raise InputError(f"Two names give one file, '{path}'; tell them apart by more than signs (--class).")
-        if path.exists():
-            raise InputError(f"There is a token '{path}' already; give another folder by --out, or remove it.")
-    for path, token in zip(paths, tokens, strict=True):
-        typer.echo(f"{', '.join(token.names)}: {token.save(path)}")
+    for path, token in zip(save_all(tokens, options.out or folder_for(options.model)), tokens, strict=True):
+        typer.echo(f"{', '.join(token.names)}: {path}")
     if any(token.init.startswith("textual inversion") for token in tokens):
         typer.echo(
             "A textual inversion is what a text encoder reads, not what it gives: if the maps mean little, load the "

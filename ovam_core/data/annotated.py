@@ -29,7 +29,7 @@ from ovam_core.attention.recording import Branch
 from ovam_core.data.dataset import stem
 from ovam_core.data.layout import METADATA
 from ovam_core.data.prompts import Item, Work, check_classes, match_class
-from ovam_core.data.runs import digest
+from ovam_core.data.runs import digest, digest_of_file
 from ovam_core.data.voc import VOC_CLASSES
 from ovam_core.errors import InputError
 from ovam_core.hooks.photograph import fitted_size
@@ -180,9 +180,11 @@ class AnnotatedSet:
         return _make(ovam, self.examples[item.index], branch, with_goca, keep)
 
     def fingerprint(self) -> str:
-        """Changes with the images, the classes and the sizes of the masks."""
+        """Changes with the images, the classes, the masks and the photographs."""
+        files = {file for example in self.examples for file in (example.mask, example.file) if file is not None}
+        known = {file: digest_of_file(file) for file in files}
         rows = [
-            [name, *item.classes, repr(example.image), example.mask.stat().st_size]
+            [name, *item.classes, repr(example.image), known[example.mask], example.file and known[example.file]]
             for name, item, example in zip(self.names, self.work.items, self.examples, strict=True)
         ]
         return digest(json.dumps(rows).encode())

@@ -4,7 +4,6 @@ layout.py.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import unicodedata
 from array import array
@@ -37,7 +36,7 @@ from ovam_core.data.layout import (
     SKIPPED,
 )
 from ovam_core.data.prompts import Item, Work
-from ovam_core.data.runs import _json, check_folder, clear_parts, disk_sentence, read_done, write_done
+from ovam_core.data.runs import _json, check_folder, clear_parts, digest_of_file, disk_sentence, read_done, write_done
 from ovam_core.errors import InputError
 from ovam_core.io.files import write_atomically
 from ovam_core.io.masks import IGNORE
@@ -184,8 +183,7 @@ def assemble(folder: Path, settings: dict[str, Any], work: Work) -> Stored[dict[
     about = {"images": len(rows), "kept": len(kept), "skipped_prompts": len(work.skipped), "settings": settings}
     write_atomically(folder / ABOUT, _json(about, indent=1))
     write_atomically(folder / METADATA, map(_json, rows))
-    with (folder / METADATA).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    card = CARD_TEXT.format(model=settings["model"], images=len(rows), kept=len(kept), digest=digest[:16])
+    digest = digest_of_file(folder / METADATA)
+    card = CARD_TEXT.format(model=settings["model"], images=len(rows), kept=len(kept), digest=digest)
     write_atomically(folder / CARD, card.encode())
     return rows

@@ -29,9 +29,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
 from ovam_core.attention.heatmap import AttributionPrompt
 from ovam_core.attention.mask import NO_CRF, crf_available
+from ovam_core.attention.modules import lora_settings
 from ovam_core.attention.reading import Reading
 from ovam_core.attention.recording import Branch, Recording
 from ovam_core.data import runs
@@ -150,8 +152,10 @@ class ExportSettings(Settings):
         if method not in export_methods():
             names = ", ".join(one.name for one in export_methods())
             raise InputError(f"{method.name} is not there for data sets; choose among {names}.")
-        asked = SegmentSettings(words=("any",), method=self.method)
-        method.check(replace(asked, step_indices=self.step_indices, resolutions=self.resolutions))
+        asked = SegmentSettings(
+            words=("any",), method=self.method, step_indices=self.step_indices, resolutions=self.resolutions
+        )
+        method.check(asked)
         ovam.check_answerable(asked, self.image())
 
     def queries(self, ovam: OVAM, work: Work) -> dict[str, Query]:
@@ -392,7 +396,7 @@ def about_model(ovam: OVAM, queries: dict[str, Query]) -> dict[str, str]:
     """What the model and the questions put to it are known by; nothing of it names the machine."""
     classes = [[name, query.kind, query.tau, query.alpha, query.branch, query.mark] for name, query in queries.items()]
     return {
-        "model": getattr(ovam.pipe, "ovam_name", type(ovam.pipe).__name__),
+        "model": ovam.name,
         "device": ovam.device.type,
         "precision": ovam.dtype,
         "class_questions": digest(json.dumps(classes).encode()),
@@ -401,15 +405,30 @@ def about_model(ovam: OVAM, queries: dict[str, Query]) -> dict[str, str]:
 
 
 def _weights(ovam: OVAM) -> str:
-    """A digest of a few numbers of every weight: another training, an adapter or a scheduler make another one."""
+    """A digest of a few numbers of every weight: another training, an adapter, what a LoRA is set to or a scheduler
+    make another one.
+    """
     # Names that begin with _ say where a scheduler came from, and in an order that changes from run to run.
     config = sorted((name, value) for name, value in ovam.pipe.scheduler.config.items() if not name.startswith("_"))
     digest = hashlib.sha256(f"{type(ovam.pipe.scheduler).__name__} {config}".encode())
     for part in (*(encoder for _, encoder in ovam.adapter.encoders), ovam.adapter.denoiser, ovam.pipe.vae):
         for name, weight in part.named_parameters():
-            flat = weight.detach().flatten()
+            flat = _where_it_lies(part, name, weight).detach().flatten()
             digest.update(name.encode() + flat[:: max(1, len(flat) // 8)][:8].float().cpu().numpy().tobytes())
+        settings = lora_settings(part)
+        for name, module in part.named_modules():
+            if module in settings:
+                digest.update(f"{name} {sorted(settings[module].items())}".encode())
     return digest.hexdigest()[:16]
+
+
+def _where_it_lies(part: nn.Module, name: str, weight: Tensor) -> Tensor:
+    """The weight's numbers: those on the device "meta" are kept by accelerate's hook, which brings them when called."""
+    if not weight.is_meta:
+        return weight
+    place, _, own = name.rpartition(".")
+    module: Any = part.get_submodule(place)
+    return module._hf_hook.weights_map[own]
 
 
 # ------------------------------------------------------------------------------------------------ images and maps

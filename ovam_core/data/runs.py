@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import stat
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import psutil
@@ -243,14 +245,36 @@ def _start(pool: ProcessPoolExecutor) -> None:
         pool.submit(os.getpid)
 
 
-def _context() -> multiprocessing.context.BaseContext:
-    """A fork of this process would inherit its CUDA context and the locks of its threads; a fork server is a clean
-    process that imports once for all workers.
+# A fork of this process would inherit its CUDA context and the locks of its threads; a fork server is a clean process
+# that imports once for all workers.
+KIND = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+CONTEXT: Any = type(multiprocessing.get_context(KIND))
+
+
+class Worker(CONTEXT.Process):
+    """A process that does not run the script that starts it once more, as Python's own do: its jobs need nothing of it,
+    and a script without `if __name__ == "__main__":` would begin its export anew in each.
     """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+
+    def start(self) -> None:
+        script = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            super().start()
+        finally:
+            sys.modules["__main__"] = script
+
+
+class Workers(CONTEXT):
+    """The context of `Worker`."""
+
+    Process = Worker
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    context = Workers()
+    if KIND == "forkserver":
+        context.set_forkserver_preload([__name__])
     return context
 
 
@@ -300,3 +324,12 @@ def launched(device: str | None) -> tuple[Process, str | None]:
 
 def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
+
+
+def digest_of_file(path: Path) -> str:
+    """`digest` of what a file holds; "" for one that cannot be read: who reads it says so better."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError:
+        return ""

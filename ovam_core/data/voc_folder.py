@@ -18,7 +18,7 @@ import numpy as np
 from ovam_core.data.label_sets import LABEL_SETS, LabelSet, Protocol
 from ovam_core.data.layout import CLASSES, IMAGES, LABEL_MAPS, SETS
 from ovam_core.data.prompts import Item, Work, check_classes, find_classes, match_class
-from ovam_core.data.runs import digest
+from ovam_core.data.runs import digest, digest_of_file
 from ovam_core.data.voc import VOC_CLASSES
 from ovam_core.errors import InputError
 from ovam_core.io.files import find_file
@@ -101,9 +101,9 @@ class PhotoSet:
         return np.where(labels == IGNORE, 0, labels).astype(np.uint8) if self.void == "background" else labels
 
     def fingerprint(self) -> str:
-        """Changes with the list, the captions, the classes and the sizes of the files."""
+        """Changes with the list, the captions, the classes, the truth and the sizes of the photographs."""
         rows = [
-            [name, item.prompt, *item.classes, self.photo(item).stat().st_size, self.truth_file(item).stat().st_size]
+            [name, item.prompt, *item.classes, self.photo(item).stat().st_size, digest_of_file(self.truth_file(item))]
             for name, item in zip(self.names, self.work.items, strict=True)
         ]
         return digest(json.dumps(rows).encode())

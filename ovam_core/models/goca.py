@@ -19,6 +19,7 @@ from ovam_core.models.flux import Flux, Flux2
 from ovam_core.models.hunyuan_dit import HunyuanDiT
 from ovam_core.models.pixart import PixArt
 from ovam_core.models.presets import EMBEDDED
+from ovam_core.models.registry import model_name
 from ovam_core.models.sana import Sana
 from ovam_core.models.sdxl import StableDiffusionXL
 from ovam_core.models.stable_diffusion_3 import StableDiffusion3
@@ -90,7 +91,7 @@ def goca_preset(adapter: Adapter) -> GocaPreset:
     if blocks is not None:
         return _of_transformer(names, blocks)
     preset = _of_xl(names) if isinstance(adapter, StableDiffusionXL) else _of_unet(names)
-    known = REFERENCES.get(getattr(adapter.pipe, "ovam_name", ""))
+    known = REFERENCES.get(model_name(adapter.pipe))
     return replace(preset, reference=known) if known in names else preset
 
 

@@ -8,7 +8,7 @@ import torch
 
 from ovam_core.attention.recording import Recording
 from ovam_core.models.adapter import Pipeline
-from ovam_core.models.registry import adapter_of
+from ovam_core.models.registry import adapter_of, model_name
 
 EMBEDDED = "emoji-voc"
 DEFAULT_HUB_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -98,12 +98,12 @@ KNOWN_MODELS: dict[str, ModelDefaults] = {
 
 
 def defaults_for(pipe_or_name: Pipeline | str) -> ModelDefaults:
-    """The settings of a known model, by its name or by a pipeline of `load_pipeline`.
+    """The settings of a known model, by its name or by a pipeline of that name.
 
     For an unknown model: its family's usual steps and guidance, the size its denoiser was trained at. If only a name is
     given: 30 steps, guidance 7.5, 512 pixels.
     """
-    name = pipe_or_name if isinstance(pipe_or_name, str) else getattr(pipe_or_name, "ovam_name", None)
+    name = pipe_or_name if isinstance(pipe_or_name, str) else model_name(pipe_or_name)
     if name in KNOWN_MODELS:
         return KNOWN_MODELS[name]
     if isinstance(pipe_or_name, str):

@@ -33,6 +33,14 @@ ASKED_OF_VIDEO = {"num_frames", "frames", "video_length", "video", "num_videos_p
 VIDEO_UNETS = re.compile(r"UNet.*(Motion|3D|Temporal)|I2VGenXL")
 
 
+UNNAMED = "unknown"
+
+
+def model_name(pipe: Pipeline) -> str:
+    """What a pipeline was loaded as, by this package or by diffusers; UNNAMED for one put together from parts."""
+    return getattr(pipe, "ovam_name", None) or getattr(pipe, "name_or_path", None) or UNNAMED
+
+
 def adapter_of(pipe: Pipeline) -> Adapter:
     """The adapter of a pipeline. Raises InputError, with the supported families, where there is none."""
     check_no_video(type(pipe), type(getattr(pipe, "unet", None)))
