@@ -8,7 +8,7 @@ in place of a name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -316,18 +316,28 @@ def _unchanged(maps: Tensor, _matrix: Tensor) -> Tensor:
     return maps
 
 
+def _as_they_are(maps: Tensor) -> Tensor:
+    return maps
+
+
+def _over_sum(maps: Tensor) -> Tensor:
+    return maps / maps.sum(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
+
 @dataclass(frozen=True)
 class SpreadMethod(HeatmapMethod):
-    """Maps spread along a self-attention matrix, from 0 to 1 each, then cut at a share of the peak.
+    """Maps spread along self-attention matrices, from 0 to 1 each, then cut at a share of the peak.
 
-    refine: (maps `[L, h, w]`, the matrix as `prepare` made it) to maps of the same shape, from 0 to 1. coarser: 0 for
-    the matrix of the finest grid, 1 for the next. The maps of weighted grids count each over its own sum. A token's own
-    tau does not hold here: it is a share of another map's peak.
+    refine: (maps `[L, h, w]`, the matrix as `prepare` made it) to maps of the same shape, from 0 to 1. matrix_weights:
+    how much the maps along the matrix of each grid count, by its latents to a pixel; () for the finest grid alone,
+    which also stands in where a recording has none of those. each: done to the maps of a grid before they are weighed.
+    A token's own tau does not hold here: it is a share of another map's peak.
     """
 
     refine: Callable[[Tensor, Tensor], Tensor] = _unchanged
     prepare: Callable[[Tensor], Tensor] = Tensor.float
-    coarser: int = 0
+    matrix_weights: tuple[tuple[int, float], ...] = ()
+    each: Callable[[Tensor], Tensor] = _as_they_are
 
     keeps: ClassVar[frozenset[str]] = frozenset({"matrix"})
 
@@ -336,41 +346,55 @@ class SpreadMethod(HeatmapMethod):
         return replace(query, tau=own if tau is None else tau, alpha=1.0)
 
     def heatmaps(self, pipe: Pipeline, picture: Picture, queries: Sequence[Query]) -> Tensor:
-        maps = self._mean_maps(picture, queries, _over_sum)
-        found: dict[str, tuple[Affinity, Tensor]] = {}
+        maps = self._mean_maps(picture, queries, self.each)
+        found: dict[str, list[tuple[float, Affinity]]] = {}
         spread_out = []
         for query, rows in zip(queries, rows_of_labels(queries), strict=True):
             if query.branch not in found:
-                affinity = self._affinity(picture.of_branch(query.branch))
-                found[query.branch] = affinity, self.prepare(affinity.matrix.to(maps.device))
-            affinity, matrix = found[query.branch]
-            spread_out.append(self.refine(resize(maps[rows], (affinity.height, affinity.width)), matrix))
+                affinities = self._affinities(picture.of_branch(query.branch))
+                found[query.branch] = [(weight, self._prepared(one, maps.device)) for weight, one in affinities]
+            spread_out.append(self._spread(maps[rows], found[query.branch]))
         return torch.cat(spread_out)
 
-    def _affinity(self, recording: Recording) -> Affinity:
+    def _prepared(self, affinity: Affinity, device: torch.device) -> Affinity:
+        return replace(affinity, matrix=self.prepare(affinity.matrix.to(device)))
+
+    def _spread(self, maps: Tensor, affinities: Sequence[tuple[float, Affinity]]) -> Tensor:
+        """The weighted mean of the maps along each matrix, on the finest grid of those."""
+        finest = max((one.height, one.width) for _, one in affinities)
+        along = (
+            weight * resize(self.refine(resize(maps, (one.height, one.width)), one.matrix), finest)
+            for weight, one in affinities
+        )
+        return summed(along) / sum(weight for weight, _ in affinities)
+
+    def _affinities(self, recording: Recording) -> list[tuple[float, Affinity]]:
+        """Those that count, with their weights, the finest first."""
         if not recording.affinities:
             raise InputError(
                 f"{self.name} needs the self-attention as a matrix, which was not recorded with this picture (67 MB "
                 f"for a grid of 64 x 64): make it again with {self.name} chosen from the start, in Python with "
                 'keep=["matrix"], or choose another method.'
             )
-        return recording.affinities[min(self.coarser, len(recording.affinities) - 1)]
+        by_grid = {max(one.height, one.width): one for one in recording.affinities}
+        weights = _weights(recording, by_grid, dict(self.matrix_weights))
+        return [(weight, by_grid[grid]) for grid, weight in weights.items()] or [(1.0, recording.affinities[0])]
 
 
 def weights_of_grids(recording: Recording, weights: Mapping[int, float]) -> dict[int, float]:
     """The weight of each recorded grid, by its larger side, of those by the latents to a pixel of the grid."""
+    return _weights(recording, recording.resolutions, weights)
+
+
+def _weights(recording: Recording, grids: Iterable[int], weights: Mapping[int, float]) -> dict[int, float]:
     side = max(recording.height, recording.width)
-    found = {grid: weights.get(round(side / grid), 0.0) for grid in recording.resolutions}
+    found = {grid: weights.get(round(side / grid), 0.0) for grid in grids}
     return {grid: weight for grid, weight in found.items() if weight > 0}
 
 
 def _of_grid(picture: Picture, grid: int) -> Picture:
     others = {branch: one.select(resolutions=[grid]) for branch, one in picture.others.items()}
     return replace(picture, recording=picture.recording.select(resolutions=[grid]), others=others)
-
-
-def _over_sum(maps: Tensor) -> Tensor:
-    return maps / maps.sum(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def looked_at(
@@ -577,36 +601,41 @@ ISEG = SpreadMethod(
     "iSeg",
     "Maps multiplied by a sharpened self-attention matrix, 8 times over: sharper edges, no dense CRF.",
     crf=False,
-    tau=0.35,
+    # Of an only class its code's background has (1 - map)^2: the class wins above (3 - sqrt 5) / 2.
+    tau=0.382,
     alpha=1.0,
-    token_tau=0.35,
+    token_tau=0.382,
     token_alpha=1.0,
     refine=partial(iseg, rounds=8),
     prepare=partial(sharpened, entropy=0.015),
-    grid_weights=((4, 0.7), (2, 0.3)),
+    # 0.7 and 0.3 of maps that are over their sums on their own grids; here they have been resized to 64 before.
+    grid_weights=((4, 0.7 * 16), (2, 0.3 * 4)),
+    each=_over_sum,
 )
 FA_SEG = SpreadMethod(
     "FA-Seg",
-    "Grids weighted 0.15, 0.7, 0.15, 0 from coarse to fine, spread along the squared self-attention matrix.",
+    "Grids weighted 0.15, 0.7, 0.15, 0 from coarse to fine, spread along each grid's squared self-attention matrix.",
     crf=False,
+    tau=0.55,
     alpha=1.0,
-    token_tau=0.4,
+    token_tau=0.55,
     token_alpha=1.0,
     refine=partial(spread, power=2),
     grid_weights=((8, 0.15), (4, 0.7), (2, 0.15)),
+    matrix_weights=((8, 0.1), (4, 0.1), (2, 0.5), (1, 0.3)),
     weighs_grids=True,
 )
 DATASET_DIFFUSION = SpreadMethod(
     "Dataset Diffusion",
-    "The maps of one coarse grid, spread along the fourth power of the next finer grid's self-attention matrix.",
+    "The maps of one coarse grid, spread along the fourth power of a finer grid's self-attention matrix.",
     crf=False,
     tau=0.55,
     alpha=1.0,
     token_tau=0.55,
     token_alpha=1.0,
     refine=partial(spread, power=4),
-    coarser=1,
     grid_weights=((4, 1.0),),
+    matrix_weights=((2, 1.0),),
     weighs_grids=True,
 )
 CONCEPT_ATTENTION = ConceptMethod(

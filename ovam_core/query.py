@@ -40,7 +40,10 @@ def caption_words(pipe: Pipeline, caption: str, words: Sequence[str]) -> Attribu
 
     Raises InputError for a word that is not in the caption.
     """
-    return replace(words_in_sentence(pipe, caption, words), embedding=encode_padded(pipe, caption))
+    family, asked = adapter_of(pipe), words_in_sentence(pipe, caption, words)
+    rows = family.padded_rows(family.tokenize(caption))
+    groups = tuple(tuple(rows[row] for row in group) for group in asked.groups)
+    return replace(asked, embedding=encode_padded(pipe, caption), groups=groups)
 
 
 def listed_words(pipe: Pipeline, _caption: str, words: Sequence[str]) -> AttributionPrompt:

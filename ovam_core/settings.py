@@ -501,8 +501,8 @@ class TableSettings:
 # prompt. They cut at tau of the map's own peak before A_alpha is multiplied on, here it is the product's (Eq. 9); of a
 # name of several words they took the last alone, here it is the mean.
 TABLES = {
-    "voc-sim": TableSettings("VOC-sim as printed"),
-    "coco-cap": TableSettings("COCO-cap as printed"),
+    "voc-sim": TableSettings("VOC-sim as printed", template="A photograph of a {}"),
+    "coco-cap": TableSettings("COCO-cap as printed", template="A photograph of a {}"),
     "voc-sim-published-code": TableSettings(
         "VOC-sim as the notebooks ran it", "OVAM", 0.4, 0.85, 0.75, 0.95, "unconditional", "A photograph of a {}"
     ),

@@ -30,6 +30,7 @@ from ovam_core.settings import GenerateSettings, PhotoSettings, SegmentSettings
 PROMPT = "a photograph of the cat and a red bus"
 SIDES = {"width": 64, "height": 64}
 SPREADING = (ISEG, FA_SEG, DATASET_DIFFUSION)
+GRIDS_OF = ("grid_weights", "matrix_weights")
 
 
 @pytest.fixture(scope="module")
@@ -171,30 +172,58 @@ def test_a_power_of_the_matrix(power):
     np.testing.assert_allclose(spread(maps, matrix, power).flatten(1).T, expected, atol=1e-4)
 
 
+def resized(one, size):
+    return F.interpolate(one[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+
+
 def grid_map(pipe, recording, grid, size):
-    """A word's map of one grid, as NumPy would resize it: by PyTorch's own function."""
+    """A word's map of one grid, resized by PyTorch's own function."""
     (found,) = attribute(recording.select(resolutions=[grid]), attribute_words(pipe, ["cat"]))
-    return F.interpolate(found[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+    return resized(found, size)
 
 
-def test_iseg_and_fa_seg_weigh_the_grids(small, made):
+def as_if_of_the_papers(method):
+    """The small UNet's grids of 8 and 4 in the part of 32 and 16 of the papers' 64."""
+    coarser = {name: [(n // 2, x) for n, x in getattr(method, name) if n > 1] for name in GRIDS_OF}
+    return replace(method, **{name: tuple(pairs) for name, pairs in coarser.items()})
+
+
+def test_iseg_weighs_maps_over_their_sums_on_their_own_grids(small, made):
     recording = made.recording
-    finest = recording.affinities[0]
-    over_sum = {grid: grid_map(small, recording, grid, (8, 8)) for grid in (8, 4)}
-    over_sum = {grid: one / one.sum() for grid, one in over_sum.items()}
-    (found,) = found_by(ISEG, small, made, words=["cat"]).maps
-    # Published for 8, 16, 32 and 64 of 64; the small UNet has 8 and 4 of 8, and of the weights 4's alone.
-    sharp = plain_sharpened(finest.matrix.double().numpy(), 0.015)
-    expected = plain_rounds(over_sum[4].flatten().double().numpy(), sharp, 1)  # 8 of a grid of 64
-    np.testing.assert_allclose(found.flatten(), expected, atol=1e-3)
-    (found,) = found_by(FA_SEG, small, made, words=["cat"]).maps
-    squared = finest.matrix.double() @ finest.matrix.double()
-    expected = squared @ over_sum[4].double().flatten()
-    expected = (expected - expected.min()) / (expected.max() - expected.min())
-    np.testing.assert_allclose(found.flatten(), expected, atol=1e-4)
+    sharp = plain_sharpened(recording.affinities[0].matrix.double().numpy(), 0.015)
+    one = torch.rand(4, 4, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(resized(one, (8, 8)).sum(), 4 * one.sum())
+    maps = {grid: grid_map(small, recording, grid, (8, 8)) for grid in (8, 4)}
+    maps = {grid: (8 / grid) ** 2 * one / one.sum() for grid, one in maps.items()}
+    (found,) = found_by(as_if_of_the_papers(ISEG), small, made, words=["cat"]).maps
+    start = (0.7 * maps[4] + 0.3 * maps[8]).double().numpy().flatten()
+    np.testing.assert_allclose(found.flatten(), plain_rounds(start, sharp, 1), atol=1e-3)  # 1 of 8: of a grid of 64
+    (found,) = found_by(ISEG, small, made, words=["cat"]).maps  # of the published grids it has that of 32 alone
+    np.testing.assert_allclose(found.flatten(), plain_rounds(maps[4].double().numpy().flatten(), sharp, 1), atol=1e-3)
+
+
+def test_fa_seg_weighs_maps_as_they_are_and_matrices_too(small, made):
+    recording = made.recording
+    (found,) = found_by(as_if_of_the_papers(FA_SEG), small, made, words=["cat"]).maps
+    start = 0.7 * grid_map(small, recording, 4, (8, 8)) + 0.15 * grid_map(small, recording, 8, (8, 8))
+    expected = torch.zeros(8, 8, dtype=torch.float64)
+    assert [one.height for one in recording.affinities] == [8, 4, 2]
+    for one, weight in zip(recording.affinities, (0.5, 0.1, 0.1), strict=True):
+        grid = (one.height, one.width)
+        along = torch.linalg.matrix_power(one.matrix.double(), 2) @ resized(start, grid).double().flatten()
+        along = (along - along.min()) / (along.max() - along.min())
+        expected += weight * resized(along.reshape(grid), (8, 8))
+    np.testing.assert_allclose(found, expected / 0.7, atol=1e-3)
+
+
+def test_a_grid_that_nothing_is_weighed_for_leaves_the_finest_matrix(small, made):
+    method = replace(DATASET_DIFFUSION, matrix_weights=((16, 1.0),))
+    assert method._affinities(made.recording) == [(1.0, made.recording.affinities[0])]
 
 
 def test_dataset_diffusion(small, made):
+    """Maps of the grid of 16 of 64 along the matrix of 32 of 64, whatever other matrices there are."""
+    assert {dict(DATASET_DIFFUSION.grid_weights)[4], dict(DATASET_DIFFUSION.matrix_weights)[2]} == {1.0}
     method = replace(DATASET_DIFFUSION, grid_weights=((1, 1.0),))
     (found,) = found_by(method, small, made, words=["cat"]).maps
     matrix = made.recording.affinities[1].matrix.double().numpy()

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pipelines import make_pipe, pipe_of
+from pipelines import CROSS, JOINT, make_pipe, pipe_of
 
 from ovam_core.attention.goca import (
     OURS,
@@ -37,7 +37,7 @@ from ovam_core.methods import GOCA
 from ovam_core.models.goca import FLUX_FEW, goca_blocks, goca_preset, short_of_memory
 from ovam_core.models.registry import adapter_of
 from ovam_core.ovam import OVAM
-from ovam_core.query import caption_words
+from ovam_core.query import caption_words, words_in_sentence
 from ovam_core.settings import PhotoSettings
 
 CAPTION = "a photograph of the cat"
@@ -238,6 +238,16 @@ def transcribed(parts, size, reference, propagation, order, prompt, blur=5, even
     for _ in range(order):
         maps = (mean @ maps.flatten(1).T).T.reshape(maps.shape)
     return scaled(maps)
+
+
+@pytest.mark.parametrize("name", CROSS | JOINT)
+def test_a_word_of_the_padded_caption_is_that_word(name):
+    """Wherever padding stands: its rows are those of the caption read without any."""
+    pipe = pipe_of(name)
+    own, padded = words_in_sentence(pipe, CAPTION, WORDS), caption_words(pipe, CAPTION, WORDS)
+    assert padded.labels == own.labels
+    for one, other in zip(own.groups, padded.groups, strict=True):
+        torch.testing.assert_close(own.embedding[list(one)], padded.embedding[list(other)], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", TABLE)

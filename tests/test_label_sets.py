@@ -29,7 +29,7 @@ from ovam_core.io.masks import read_mask
 from ovam_core.methods import GOCA, GOCA_ANY
 from ovam_core.models.presets import recommended_part
 from ovam_core.optimization import OptimizeSettings, optimize
-from ovam_core.query import attribute_words, caption_of, caption_words
+from ovam_core.query import attribute_words, caption_of, caption_words, words_in_sentence
 from ovam_core.settings import CROSS_ENTROPY, RECIPES, SET_NAMES, TABLES, GenerateSettings, parse_offsets
 from ovam_core.tokens import Token
 
@@ -183,7 +183,8 @@ def write_set(root, case, *values):
     write_map(root / truth, *(values or usual))
     if name in LISTS:
         (root / "ImageSets" / LISTS[name]).mkdir(parents=True, exist_ok=True)
-        (root / "ImageSets" / LISTS[name] / "val.txt").write_text("a\n")
+        for split in ("train", "val"):
+            (root / "ImageSets" / LISTS[name] / f"{split}.txt").write_text("a\n")
     return name
 
 
@@ -296,7 +297,7 @@ def test_gocas_protocol(tmp_path):
 def test_the_protocol_of_each_set():
     said = {name: one.goca for name, one in LABEL_SETS.items()}
     assert said == {
-        "voc": Protocol("background", append_missing=True, background=True),
+        "voc": Protocol("background", append_missing=True, background=True, split="train"),
         "pascal-context-59": Protocol(append_missing=True),
         "pascal-context-60": Protocol(append_missing=True),
         "coco-object": Protocol(background=True),
@@ -314,6 +315,8 @@ def test_the_protocol_counts_void_as_background(tmp_path):
     assert (parts, background) == ((("jet", "aeroplane"), ("tv", "tv")), None)
     name = write_set(tmp_path, "voc")
     assert seen(read_set(name, tmp_path, protocol=kind.goca)) == [0, 1, 20, 0]
+    assert (read_set(name, tmp_path).split, read_set(name, tmp_path, protocol=kind.goca).split) == ("val", "train")
+    assert read_set(name, tmp_path, "val", protocol=kind.goca).split == "val"
     assert seen(read_set(name, tmp_path, protocol=kind.goca, void="ignore")) == [0, 1, 20, 255]
 
 
@@ -487,7 +490,7 @@ def test_annotated_images_are_scored_a_class_at_a_time(drawn, ovam):
         drawing = isinstance(example.image, GenerateSettings)
         picture = ovam.draw(example.image) if drawing else ovam.look_at(example.photo, example.image)
         recording = recommended_part(ovam.pipe, picture.recording)
-        maps = attribute(recording, attribute_words(ovam.pipe, [name]))
+        maps = attribute(recording, words_in_sentence(ovam.pipe, f"A photograph of a {name}", [name]))
         mask = make_masks(recording, maps, picture.image, tau=0.4, alpha=0.85, crf=False)[0]
         label = 1 if len(example.classes) == 1 else ("dog", "cat").index(name) + 1
         truth = read_mask(example.mask, (SIDE, SIDE), len(example.classes)) == label
@@ -506,7 +509,9 @@ def test_the_tables_as_printed_and_as_run(ovam):
         one = EvaluateSettings.for_model(ovam, method, table=table)
         return (one.tau, one.alpha, one.token_tau, one.token_alpha, one.branch, one.template)
 
-    assert numbers_of("voc-sim") == numbers_of("coco-cap") == (None, None, None, None, None, "{}")
+    printed = (None, None, None, None, None, "A photograph of a {}")
+    assert numbers_of("voc-sim") == numbers_of("coco-cap") == numbers_of("voc-sim", "daam") == printed
+    assert numbers_of("voc-sim", "goca, any word")[-1] == numbers_of("voc-sim", "goca + token")[-1] == "{}"
     assert numbers_of("voc-sim-published-code") == (0.4, 0.85, 0.75, 0.95, "unconditional", "A photograph of a {}")
     assert numbers_of("coco-cap-published-code", "ovam + token") == (0.5, 0.91, 0.8, 0.99, "unconditional", "{}")
     assert EvaluateSettings.for_model(ovam, "ovam", table="coco-cap-published-code", tau=0.3).tau == 0.3

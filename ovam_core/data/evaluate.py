@@ -174,6 +174,8 @@ def table_settings(name: str | None, method: Method) -> dict[str, Any]:
     if table.method is not None and method.name.split(" + ")[0] != table.method:
         raise InputError(f"{table.about} is known of {table.method} alone; choose it, or the table as printed.")
     own = {key: value for key, value in asdict(table).items() if key not in ("about", "method")}
+    if method.needs_goca or method.needs_features:  # they are asked for words alone
+        own["template"] = None
     return {key: value for key, value in own.items() if value is not None}
 
 

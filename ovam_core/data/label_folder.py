@@ -68,16 +68,17 @@ def read_set(
 ) -> PhotoSet:
     """The images of a split of a set of LABEL_SETS, with what is asked of each.
 
-    split: None for the usual one. limit: at most this many. void: "ignore" or "background", for pixels that the truth
-    leaves out; None for the protocol's, or to ignore them. classes_from, protocol: see `read_voc`, `asked_items`.
-    names_from: a file of names, one a line, in their order, in place of all that the split has. Raises InputError, one
-    sentence, for what is missing or cannot be read.
+    split: None for the protocol's, or the usual one. limit: at most this many. void: "ignore" or "background", for
+    pixels that the truth leaves out; None for the protocol's, or to ignore them. classes_from, protocol: see
+    `read_voc`, `asked_items`. names_from: a file of names, one a line, in their order, in place of all that the split
+    has. Raises InputError, one sentence, for what is missing or cannot be read.
     """
     kind, root = label_set(name), Path(root)
     void = void or (protocol.void if protocol else "ignore")
     if void not in ("ignore", "background"):
         raise InputError(f"Void pixels are counted as '{void[:40]}'; choose ignore or background.")
-    split = kind.split if split is None else split
+    if split is None:
+        split = (protocol.split if protocol else None) or kind.split
     if kind.name == "voc" and names_from is None:
         return read_voc(root, split, classes_from, limit, void, protocol)
     if limit is not None and limit < 1:

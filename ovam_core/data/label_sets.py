@@ -165,12 +165,14 @@ class Encoding:
 class Protocol:
     """GoCA's way with a set, as its published code has it. void: what is counted of pixels that are left out
     otherwise; known of VOC alone, so that ADE20K's 0 stays void. append_missing: a class of the truth that the caption
-    lacks is added at its end. background: so is the word "background".
+    lacks is added at its end. background: so is the word "background". split: what it was measured on, where that is
+    not the set's usual one.
     """
 
     void: str = "ignore"
     append_missing: bool = False
     background: bool = False
+    split: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,7 +252,7 @@ LABEL_SETS = {
             (Encoding("", from_one(len(VOC_CLASSES), 0)),),
             True,
             "ImageSets/Segmentation/{split}.txt",
-            goca=Protocol("background", append_missing=True, background=True),
+            goca=Protocol("background", append_missing=True, background=True, split="train"),
         ),
         _context(59, IGNORE, background=False),
         _context(60, 0, background=True),

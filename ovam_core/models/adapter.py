@@ -316,6 +316,10 @@ class Adapter(ABC):
         Padding is in it where the model attends to padding, and not where the pipeline masks it.
         """
 
+    def padded_rows(self, tokens: Tokens) -> list[int]:
+        """Where each row of `encode` stands among those of `encode_padded`: at its own place, if padding comes last."""
+        return list(range(len(tokens.spans)))
+
     def _batch(self, ids: Sequence[tuple[int, ...]]) -> Tensor:
         """`[B, L]` of texts of one length, where the text encoders take them."""
         return torch.tensor(list(ids), device=device_of(self.pipe, [encoder for _, encoder in self.word_encoders]))

@@ -196,6 +196,10 @@ class Flux2(Flux):
         rows = torch.cat([hidden[layer] for layer in layers], dim=-1)
         return torch.cat([rows[:, :1], rows[:, rows.shape[1] - len(tokens[0].spans) + 1 :]], dim=1)
 
+    def padded_rows(self, tokens: Tokens) -> list[int]:
+        """Padding stands ahead, and between the start and the text the system message."""
+        return [self.max_tokens - len(tokens.ids[0]), *range(self.max_tokens - len(tokens.spans) + 1, self.max_tokens)]
+
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Patches of 2 x 2 latents, normalised by the autoencoder's statistics: float32 `[B, 4 C, h / 2, w / 2]`."""
         return self.pipe._encode_vae_image(pixels, None).float()

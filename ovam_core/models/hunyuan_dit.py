@@ -20,6 +20,7 @@ from ovam_core.models.reading import (
     check_written,
     one_after_another,
     read_each,
+    rows_behind_padding,
 )
 from ovam_core.models.transformer import TransformerAdapter
 
@@ -76,6 +77,9 @@ class HunyuanDiT(TransformerAdapter):
         joined, mask = self._joined(bert[0], t5[0]), torch.cat([bert_mask[0], t5_mask[0]]).bool()
         padding = self.denoiser.text_embedding_padding.to(joined)
         return torch.where(mask[:, None].to(joined.device), joined, padding)
+
+    def padded_rows(self, tokens: Tokens) -> list[int]:
+        return rows_behind_padding(tokens, len(tokens.ids[0]), self.denoiser.config.text_len)
 
     def _prompt(self, text: str, index: int) -> tuple[Tensor, Tensor]:
         """One encoder's embeddings `[1, L, E]` with padding, and the mask of it `[1, L]`."""

@@ -97,6 +97,13 @@ def one_after_another(read: Sequence[Tokens], rows: Sequence[Tokens]) -> Tokens:
     )
 
 
+def rows_behind_padding(tokens: Tokens, first: int, padded: int) -> list[int]:
+    """The rows of a text as two encoders read it in turn, where the first one's are padded: `first` of them are its
+    tokens, `padded` its padding too.
+    """
+    return [row if row < first else row - first + padded for row in range(len(tokens.spans))]
+
+
 _readers: WeakKeyDictionary[Tokenizer, tuple[tuple, Tokenizer]] = WeakKeyDictionary()  # to its state and its copy
 _reading = threading.Lock()
 

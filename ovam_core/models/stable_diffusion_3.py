@@ -26,6 +26,7 @@ from ovam_core.models.reading import (
     last_lora_scale,
     one_after_another,
     read_each,
+    rows_behind_padding,
 )
 
 
@@ -91,6 +92,9 @@ class StableDiffusion3(JointTransformerAdapter):
 
     def encode_padded(self, text: str) -> Tensor:
         return self._prompt(text)[0][0]
+
+    def padded_rows(self, tokens: Tokens) -> list[int]:
+        return rows_behind_padding(tokens, len(tokens.ids[0]), self.pipe.tokenizer_max_length)
 
     def _prompt(self, text: str) -> tuple[Tensor, Tensor]:
         """Embeddings `[1, L, E]` with padding, and CLIP's pooled ones `[1, P]`."""
