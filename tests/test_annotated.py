@@ -305,6 +305,7 @@ def test_the_tokens_command(tmp_path, capsys, monkeypatch):
 BAD = {
     "nothing given": ([], "one of --mask"),
     "two ways": (["--mask", "m.png", "--annotated", "d"], "one of --mask"),
+    "classes of a folder": (["--annotated", "d", "--class", "cat"], "leave --class out"),
     "no prompt": (["--mask", "m.png", "--class", "cat"], "--prompt and --class"),
     "no class": (["--mask", "m.png", "--prompt", PROMPT], "--prompt and --class"),
     "no such mask": (["--mask", "/no/m.png", "--prompt", PROMPT, "--class", "cat"], "no mask file"),

@@ -205,6 +205,7 @@ def test_the_rendered_scenes_are_measured_by_the_packages_own_masks(ovam, librar
     for name in (*CLASSES, backgrounds.BACKGROUNDS[scene.background][0]):
         assert name in caption
     figures = {row["name"]: row for row in rendered.measure(ovam, loaded, 1)}
+    assert figures[rendered.BASE]["over"] == figures[rendered.TUNED]["over_tuned"] == [0, 0, 0]
     image = Image.fromarray(scene.image)
     recording = recommended_part(ovam.pipe, record_image(ovam.pipe, image, caption, seed=seed))
     scores = []

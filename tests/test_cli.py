@@ -22,6 +22,7 @@ from ovam_core.cli.app import app
 from ovam_core.cli.arguments import RENAMED, expand, split
 from ovam_core.errors import InputError, Stopped
 from ovam_core.io.names import slugs
+from ovam_core.methods import FA_SEG
 from ovam_core.models.presets import defaults_for
 from ovam_core.optimization import initial_embedding
 from ovam_core.picture import Picture, load_settings
@@ -96,6 +97,17 @@ def test_options_stand_above_settings(result, tmp_path):
     assert asked.tau == 0.6
     assert made.seed == 1
     assert (out / "image.png").read_bytes() == (result / "image.png").read_bytes()  # words do not touch the picture
+
+
+def test_another_method_cuts_where_it_does_itself(result, tmp_path):
+    """settings.json holds the threshold of the method that it was written by."""
+    again, given = tmp_path / "again", tmp_path / "given"
+    command = ["generate", "--settings", str(result / "settings.json"), "--method", "fa-seg"]
+    assert main([*command, "--out", str(again)]) == 0
+    assert main([*command, "--tau", "0.3", "--out", str(given)]) == 0
+    assert load_settings(result / "settings.json", GenerateSettings)[1].tau == defaults_for("emoji-voc").tau
+    assert load_settings(again / "settings.json", GenerateSettings)[1].tau == FA_SEG.tau
+    assert load_settings(given / "settings.json", GenerateSettings)[1].tau == 0.3
 
 
 def test_every_option_together(tmp_path):

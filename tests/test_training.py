@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import save_file
 
 from ovam_core.models.load import load_pipeline
@@ -105,6 +105,21 @@ def test_every_stage_runs_stops_and_goes_on(tiny, tmp_path):
     assert more["images"] > marks["images"]
     with pytest.raises(ValueError, match="was made by the recipe cpu"):
         train.adopt(out, replace(tiny, name="other"), adopted)
+
+
+@torch.no_grad()
+def test_what_is_adopted_goes_on_in_the_latent_space_of_its_autoencoder():
+    """Where components vary almost alike, and in their signs, a library decides: fitted anew they would be others."""
+    images, _, _ = zip(*(train._render(seed, CPU) for seed in range(12)), strict=True)
+    scenes = train.to_tensor(np.stack(images)).cpu()
+    space = PatchSpace.fit(np.stack(images), CPU)
+    again = PatchSpace.of_encoder(space.encode, scenes[:8], space.side)
+    torch.testing.assert_close(again.encode(scenes[8:]), space.encode(scenes[8:]), atol=0.02, rtol=0)
+    vae = AutoencoderKL.from_pretrained(figures.CARD, subfolder="vae").float()
+    found = train.space_of(vae, CPU).encode(scenes)
+    own = vae.encode(scenes).latent_dist.mode()
+    for one, other in zip(found.movedim(1, 0), own.movedim(1, 0), strict=True):
+        assert torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1] > 0.99
 
 
 def test_common_words_take_no_place_of_those_that_are_learned():

@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 from pipelines import make_pipe, make_tokenizer
 
-from ovam_core.data.prompts import class_list, find_classes, match_class
+from ovam_core.data.prompts import Prompt, class_list, find_classes, match_class, work_list
 from ovam_core.data.voc import VOC_CLASSES
 from ovam_core.errors import InputError
 from ovam_core.models.reading import has_vectors
@@ -72,6 +72,15 @@ def test_every_spelling_means_its_class():
     assert match_class("motorbike", ("motorcycle",)) == "motorcycle"  # a token's label, for the class of an export
     assert find_classes("a couch and a sofa", ("couch", "sofa")) == ("couch", "sofa")
     assert find_classes("a settee", ("couch", "sofa")) == ("couch",)
+
+
+def test_stated_classes_are_vocs_by_their_spellings_alone():
+    """A duck and a goose are birds in a caption, and two classes where they are stated."""
+    made = [Prompt("a duck", classes=("duck",)), Prompt("a goose", classes=("goose",))]
+    work = work_list(made)
+    assert work.classes == ("duck", "goose")
+    assert [item.classes for item in work.items] == [("duck",), ("goose",)]
+    assert work_list([Prompt("a couch", classes=("couch", "TVs"))]).items[0].classes == ("sofa", "tv")
     assert find_classes("a duck", ("goose", "bird")) == ("bird",)
 
 

@@ -112,8 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--classes", nargs="+", default=VOC_CLASSES, choices=VOC_CLASSES, metavar="NAME")
     parser.add_argument("--steps", type=int, help="denoising steps (the model's own)")
     parser.add_argument("--recipe", choices=list(RECIPES), default="fast")
-    parser.add_argument("--epochs", type=int, default=RECIPES["fast"].epochs)
-    parser.add_argument("--proximity", type=float, default=PROXIMITY)
+    parser.add_argument("--epochs", type=int, help="the recipe's own")
+    parser.add_argument("--proximity", type=float, help=f"the recipe's own; of fast, {PROXIMITY}")
     parser.add_argument("--unlabelled", type=int, default=UNLABELLED, help="pictures without masks")
     parser.add_argument("--tau", type=float)
     parser.add_argument("--alpha", type=float)
@@ -122,8 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ovam = OVAM.from_pretrained(EMBEDDED, "cpu")
     if not options.keep:
         write_folder(ovam.pipe, annotator.load(), options.folder, options.classes, options.steps)
-    recipe = RECIPES[options.recipe]
-    settings = replace(recipe, epochs=options.epochs, proximity=options.proximity)
+    own = {"proximity": PROXIMITY} if options.recipe == "fast" else {}
+    given = {name: value for name in ("epochs", "proximity") if (value := getattr(options, name)) is not None}
+    settings = replace(RECIPES[options.recipe], **(own | given))
     groups = by_class(read_folder(options.folder, ovam))
     cuts = {"tau": options.tau, "alpha": options.alpha}
     for name, examples in groups.items():

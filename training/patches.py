@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,6 +40,23 @@ class PatchSpace:
         axes = vectors.T.flip(0)[: recipe.latent_channels] / deviations[:, None] ** LEVELLING
         overall = (deviations ** (2 - 2 * LEVELLING)).mean().sqrt()
         return cls(side, center.float(), (axes * DEVIATION / overall).float())
+
+    @classmethod
+    def of_encoder(cls, encode: Callable[[Tensor], Tensor], images: Tensor, side: int) -> PatchSpace:
+        """The space that an autoencoder's encoder has learned, by least squares over images [N, 3, H, W] in [-1, 1].
+
+        `fit` would give other axes: where two components vary almost alike, and in their signs, a library decides.
+        """
+        patches = rearrange(images.double(), "n c (h a) (w b) -> (n h w) (c a b)", a=side, b=side)
+        latents = rearrange(encode(images).double(), "n k h w -> (n h w) k")
+        center = patches.mean(0)
+        patches = patches - center
+        # What scenes hardly vary in is damped: of it the encoder has learned nothing.
+        gram = patches.T @ patches
+        damped = gram + 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+        axes = torch.linalg.solve(damped, patches.T @ (latents - latents.mean(0))).T
+        # encode(x) = axes (x - center): the center at which the mean patch has the mean latent.
+        return cls(side, (center - torch.linalg.pinv(axes) @ latents.mean(0)).float(), axes.float())
 
     def encode(self, images: Tensor) -> Tensor:
         """float [N, 3, H, W] in [-1, 1] to latents float32 [N, channels, H / side, W / side]."""

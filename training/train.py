@@ -27,7 +27,7 @@ from typing import Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from einops import rearrange
 from PIL import Image
@@ -50,6 +50,7 @@ UNET_PLAIN = ("conv_in", "conv_out", "embeddings.", "final_layer_norm")
 VAE_PLAIN = ("conv_in", "conv_out", "quant_conv")
 RAMP = 100  # first steps of a call, at a rising rate: a run adopted from weights alone has no moments yet
 SAVE_EVERY = 120  # seconds
+ENCODED = 64  # scenes from which an adopted autoencoder's latent space is told
 FLOOR = 0.25  # of the loss weights: without it the first steps, which decide what stands where, weigh next to nothing
 
 
@@ -451,10 +452,10 @@ def measure_annotator(network, vae, space: PatchSpace, recipe: Recipe, pool: Pro
 def adopt(source: Path, recipe: Recipe, work: Path) -> None:
     """Checkpoints in `work`, where it has none, from weights alone, so that a run can go on: the optimisers begin anew.
 
-    source: a pipeline folder that this script wrote; or a safetensors file of a UNet and its text encoder (keys `unet.`
-    and `text_encoder.`), beside which a facts.json may say how many samples and minutes they had, space.npz is their
-    latent space, and vae.safetensors its autoencoder. Raises ValueError for what is neither, and for weights of another
-    build than the recipe's.
+    source: a pipeline folder that this script wrote, whose latent space its autoencoder tells; or a safetensors file of
+    a UNet and its text encoder (keys `unet.` and `text_encoder.`), beside which a facts.json may say how many samples
+    and minutes they had, space.npz is their latent space, and vae.safetensors its autoencoder. Raises ValueError for
+    what is neither, and for weights of another build than the recipe's.
     """
     words = model.tokenizer(world.all_words(recipe.nouns), recipe.max_tokens)
     if source.is_file():
@@ -497,12 +498,22 @@ def _adopt_pipeline(folder: Path, recipe: Recipe, work: Path, words: CLIPTokeniz
         pipe.unet.float().state_dict(), table, recipe, work, words, facts["unet_minutes"], facts["unet_samples"]
     )
     _begin_autoencoder(pipe.vae.float().state_dict(), recipe, work, facts["vae_minutes"], facts["vae_images"])
+    if not (work / "space.npz").exists():
+        space_of(pipe.vae.float(), recipe).save(work / "space.npz")
     if annotator.FOLDER.exists() and not (work / "annotator.pt").exists():
         marks = json.loads((annotator.FOLDER / "figures.json").read_text())
         network = annotator.load().float()
         about = {"spent": marks["minutes"] * 60, "samples": marks["images"]}
         save(work / "annotator.pt", {"network": network.state_dict()} | about)
         shutil.copytree(annotator.FOLDER, work / "annotator", dirs_exist_ok=True)
+
+
+@torch.no_grad()
+def space_of(vae: AutoencoderKL, recipe: Recipe) -> PatchSpace:
+    """The latent space that an autoencoder was trained to write: a UNet that goes on is at home in no other."""
+    images = np.stack([_render(seed, recipe)[0] for seed in range(VAE_SEED, VAE_SEED + ENCODED)])
+    tensor = rearrange(torch.from_numpy(images), "n h w c -> n c h w").float() / 127.5 - 1
+    return PatchSpace.of_encoder(lambda x: vae.encode(x).latent_dist.mode(), tensor, recipe.size // recipe.latent_size)
 
 
 def _begin_from(unet_state, encoder_state, recipe: Recipe, work: Path, words: CLIPTokenizer, minutes, samples) -> None:

@@ -140,6 +140,11 @@ def check_options(options: Options) -> None:
     of_photographs = given(split=options.split, void=options.void, protocol=options.protocol)
     if options.annotated is not None and (of_photographs or options.classes_from != "gt"):
         raise InputError("--annotated has its own list, classes and masks: leave the options of photographs out.")
+    if options.annotated is not None and (options.noise() or options.seed is not None):
+        raise InputError(
+            "What makes or records the images of --annotated stands in its metadata.jsonl: leave --seed, --size, "
+            "--timesteps and --mirror out."
+        )
     if options.table is not None and options.annotated is None:
         raise InputError("--table is for generated images that were annotated; give their folder as --annotated.")
 

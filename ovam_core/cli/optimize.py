@@ -131,11 +131,7 @@ def save(token: Token, path: Path) -> None:
 
 def check_options(options: Options) -> dict[str, Any]:
     """What the options say of the image. Raises InputError for options that do not go together."""
-    ways = given(mask=options.mask, image_set=options.image_set, annotated=options.annotated)
-    if len(ways) != 1:
-        raise InputError("Give one of --mask (with --prompt), --image-set and --annotated.")
-    if options.together and options.annotated is None:
-        raise InputError("--together learns the classes of a folder in one search; add --annotated, or leave it out.")
+    check_way(options)
     check_whole("The number of pictures without masks", options.unlabelled, 0, MAX_UNLABELLED)
     if options.among is not None and (not options.unlabelled or options.together):
         raise InputError(
@@ -163,6 +159,16 @@ def check_options(options: Options) -> dict[str, Any]:
                 "--timesteps, --mirror and --caption belong to a photograph; add --photo, or leave them out."
             )
     return about_image
+
+
+def check_way(options: Options) -> None:
+    """Raises InputError unless the annotated images are given in one way, and what belongs to it alone with it."""
+    if len(given(mask=options.mask, image_set=options.image_set, annotated=options.annotated)) != 1:
+        raise InputError("Give one of --mask (with --prompt), --image-set and --annotated.")
+    if options.annotated is not None and options.classes is not None:
+        raise InputError("The classes of --annotated stand in its metadata.jsonl; leave --class out.")
+    if options.together and options.annotated is None:
+        raise InputError("--together learns the classes of a folder in one search; add --annotated, or leave it out.")
 
 
 def check_photo(options: Options) -> None:

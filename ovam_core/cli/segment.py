@@ -126,6 +126,8 @@ def read_asked(
         before, model, device = None, options.model, options.device
     else:
         before, asked, model, device = load_settings(options.settings, made_by)
+        if about_maps.get("method", asked.method) != asked.method:  # another method's are shares of another map's peak
+            asked = replace(asked, tau=None, alpha=None, token_tau=None, token_alpha=None)
         asked = replace(asked, **about_maps)
         if options.words is not None or options.attribution is not None:
             fresh = settings_of_text(words, options.attribution or "")
