@@ -14,7 +14,7 @@ from typing import Any
 
 import gradio as gr
 
-from ovam_core.checks import MAX_SEED
+from ovam_core.checks import MAX_PROMPT, MAX_SEED
 from ovam_core.data.dataset import finished
 from ovam_core.data.export import (
     Estimate,
@@ -56,6 +56,7 @@ from .report import NOTHING_YET
 from .sentences import shown
 from .session import LOCAL, Limits, Session, StopFlag
 from .worker import in_thread
+from .zerogpu import check_batches
 
 SCRIPT = (Path(__file__).parent / "assets" / "export.js").read_text(encoding="utf-8")
 TEMPLATE, OWN = "A prompt for each class", "My own prompts"
@@ -241,7 +242,12 @@ class ExportTab:
     def _lay_out_questions(self) -> None:
         self.way = gr.Radio([TEMPLATE, OWN], value=TEMPLATE, show_label=False, container=False, elem_id="export-way")
         self.template = gr.Textbox(
-            "A photograph of a {}", label="Prompt", info="{} is where the class goes.", max_lines=1, elem_id="template"
+            "A photograph of a {}",
+            label="Prompt",
+            info="{} is where the class goes.",
+            max_lines=1,
+            max_length=MAX_PROMPT,
+            elem_id="template",
         )
         with gr.Group(visible=False) as self.own:
             self.text = gr.Textbox(
@@ -415,6 +421,7 @@ class ExportTab:
 
     def understood(self, given: Inputs) -> tuple[Work, ExportSettings, str]:
         """Work, settings without tokens, and title, within the limits."""
+        check_batches(self.ovam)
         names = given.names(self.classes, NO_CLASSES)
         way, template, text = given.choice(self.way), given.text(self.template), given.text(self.text)
         file = given.file(self.file)

@@ -14,7 +14,7 @@ import shutil
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from ovam_core.data.prompts import Work
 from ovam_core.errors import InputError
 
 NEVER = math.inf
+MOST = 1000  # exports without images, of everybody together
 GONE = "This export is not kept any more; start it anew."
 WAIT = 0.1  # seconds between two looks at whether a run that is to end has ended
 
@@ -99,8 +100,9 @@ def described(work: Work, settings: ExportSettings, tokens: Path | None) -> str:
 class Exports:
     """The exports of all visitors, within bounds; thread safe.
 
-    keep: seconds that one waits for its owner. each: of one owner, of whom the oldest goes first. nbytes: on the disk,
-    of all together. several: whether two of one owner may be made at a time.
+    keep: seconds that one waits for its owner. each: of one owner, of whom the oldest goes first; as owners come and
+    go, there are no more than MOST without images of all. nbytes: on the disk, of all together. several: whether two of
+    one owner may be made at a time.
     """
 
     def __init__(
@@ -160,9 +162,12 @@ class Exports:
                 export = Export(key, owner, about, title, work, settings, place, time.time(), self.clock())
                 self._exports[key] = export
             export.used = self.clock()
-            own = [one for one in self._exports.values() if one.owner == owner and one.flag is None]
-            own.sort(key=lambda one: one.used)
-            extra = [self._exports.pop(one.key) for one in own[: max(0, len(own) - self.each)]]
+            idle = sorted((one for one in self._exports.values() if one.flag is None), key=lambda one: one.used)
+            own = [one for one in idle if one.owner == owner]
+            bare = [one for one in idle if not one.done and one is not export]  # which no other bound holds for
+            extra = {*own[: max(0, len(own) - self.each)], *bare[: max(0, len(bare) + 1 - MOST)]}
+            for one in extra:
+                del self._exports[one.key]
         _remove(extra)
         return export
 
@@ -261,6 +266,6 @@ def _size(folder: Path) -> int:
     return size
 
 
-def _remove(exports: list[Export]) -> None:
+def _remove(exports: Iterable[Export]) -> None:
     for export in exports:
         shutil.rmtree(export.place, ignore_errors=True)

@@ -421,6 +421,12 @@ class OnZeroGPU(OVAM):
             worker.join()
 
 
+def check_batches(ovam: OVAM) -> None:
+    """Raises InputError for a model that makes no data sets."""
+    if isinstance(ovam, OnZeroGPU):
+        raise InputError(NO_BATCHES)
+
+
 class WorkerError(RuntimeError):
     """A fault of ours in the worker; the message is its traceback."""
 

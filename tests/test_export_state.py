@@ -160,6 +160,21 @@ def test_the_oldest_of_an_owner_goes(now):
     exports.close()
 
 
+def test_those_of_strangers_that_were_never_made_are_bounded(now, monkeypatch):
+    """Each page that is opened on a Space is a new owner."""
+    monkeypatch.setattr(state, "MOST", 2)
+    exports = Exports(keep=100.0, each=3, clock=lambda: now[0])
+    made = filled(exports, "ann", CAT)
+    made.done = 1
+    asked = []
+    for owner in ("bob", "cy", "dan", "eve"):
+        now[0] += 1.0
+        asked.append(exports.ask(owner, "title", CAT, SETTINGS))
+    assert [export.place.exists() for export in (made, *asked)] == [True, False, False, True, True]
+    assert exports.of("bob") == []
+    exports.close()
+
+
 def test_all_together_have_room(now):
     exports = Exports(keep=100.0, nbytes=250, clock=lambda: now[0])
     made = []

@@ -34,6 +34,7 @@ from ovam_core.ovam import OVAM
 from ovam_core.query import encode_padded
 from ovam_core.settings import RECIPES, GenerateSettings, PhotoSettings, SegmentSettings
 from tabs import zerogpu
+from tabs.export import ExportTab
 from tabs.model import Model
 from tabs.session import Bounds, Sessions
 from tabs.zerogpu import DIED, OnZeroGPU, WorkerError, kept
@@ -459,6 +460,17 @@ def test_the_page_s_model_works_as_it_is(ovam, guarded):
         model.draw(session, settings_of(ovam, steps=200), "generate", lambda *_, **__: time.sleep(0.01))
     timer.join()
     assert time.monotonic() - begun < 60
+
+
+def test_the_page_makes_no_data_sets_and_says_so_before_they_are_asked_for(ovam):
+    sessions = Sessions("small", Bounds())
+    with gr.Blocks():
+        tab = ExportTab(Model(ovam, sessions))
+    values, ann = {field: field.value for field in tab.given}, types.SimpleNamespace(session_hash="a")
+    assert "makes no data sets" in tab.foresee(values, ann)
+    with pytest.raises(gr.Error, match="makes no data sets"):
+        tab.begin(values, ann)
+    assert tab.exports.of(sessions.of(ann).visitor) == []
 
 
 def test_elsewhere_the_package_is_not_asked_for(monkeypatch):
