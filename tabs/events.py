@@ -25,7 +25,8 @@ from .sentences import OUR_FAULT, shown
 RAW = {"preprocess": False}
 PRIVATE = {"api_visibility": "private", **RAW}  # no part of the API
 QUIET = {"show_progress": "hidden", **PRIVATE}  # without a progress bar of Gradio's
-CHECKS = {"concurrency_id": "checks", "concurrency_limit": 4}  # uploads that are decoded at the same time
+DECODED = 4  # uploads at the same time
+CHECKS = {"concurrency_id": "checks", "concurrency_limit": DECODED}
 # Gradio serves first what came first: works wait in tabs/turns.py instead, where visitors take turns.
 MODEL = {"concurrency_id": "model", "concurrency_limit": 64}
 MAPS = {"concurrency_id": "maps", "concurrency_limit": 64}

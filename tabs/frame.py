@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import gradio as gr
 import uvicorn
-from gradio import http_server
+from gradio import http_server, route_utils
 from gradio.exceptions import ServerFailedToStartError
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
@@ -33,12 +33,14 @@ from .head import head
 from .model import Model
 from .optimize import OptimizeTab
 from .programs import Programs
+from .scratch import patient
 from .session import Sessions
 from .starting import ASSETS, HEALTH, Starting
 from .tools import can_serve_tools
 
 CSS = [ASSETS / f"{name}.css" for name in ("page", "viewer", "generate", "optimize", "export")]
 SKIP = '<a class="skip" href="#result">Skip to the result</a>'
+clear_files = patient(route_utils.delete_files_created_by_app)
 PATIENCE = 60.0  # seconds for the server to take its first request: Gradio's 5 are few on a busy machine
 
 THEME = gr.themes.Default(
@@ -82,6 +84,7 @@ def build(ovam: OVAM, notice: str = "", sessions: Sessions | None = None) -> gr.
 
 def launch(page: gr.Blocks, **options: Any) -> Any:
     """Starts a page of `build`; theme and css belong to launch() since Gradio 6."""
+    route_utils.delete_files_created_by_app = clear_files
     doors = Middleware(Doors, page=page, sessions=page.sessions, most_text=page.most_text)
     return page.launch(
         app_kwargs={"middleware": [Middleware(compressed), doors], "routes": [Route(HEALTH, partial(_health, page))]},

@@ -105,15 +105,16 @@ class Model:
                 return run()
 
     @contextmanager
-    def words_of(self, session: Session) -> Iterator[Callable[[], None]]:
-        """A work of answering; gives what is to be called before each word, where others may go first.
+    def words_of(self, session: Session) -> Iterator[Callable[..., None]]:
+        """A work of answering; gives what is to be called before each word, where others may go first once the turn has
+        lasted SHORT seconds, or as many as it is called with.
 
         Both raise InputError: where the visitor has too many such works, and where it was stopped.
         """
         with session.run(ANSWER) as stop, self.answering.work(session) as work:
 
-            def before_word() -> None:
-                if not work.next_unit(stop.is_set, SHORT):
+            def before_word(least: float = SHORT) -> None:
+                if not work.next_unit(stop.is_set, least):
                     raise InputError(ANSWER_STOPPED)
 
             before_word()

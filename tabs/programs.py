@@ -10,12 +10,15 @@ import functools
 import html
 import inspect
 import io
+import math
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,11 +48,12 @@ from ovam_core.settings import (
 from ovam_core.tokens import Token
 
 from .asked import NO_TOKENS, prompt_words, recommended_grid_names, segment_settings
-from .events import MAPS, MODEL, Inputs, handler
+from .events import DECODED, MAPS, MODEL, Inputs, handler
 from .fields import check_photo, photo_settings, small_enough
 from .model import NO_MEMORY, SHORT, Model
 from .optimize import by_one_rule, class_name, company, learn, number_of_pictures, search_settings
 from .render import image_facts, on_screen, shrunk
+from .scratch import ANSWER_FOLDER
 from .session import Session
 from .tools import visitor_of
 from .verdict import agreement
@@ -59,6 +63,7 @@ File = gr.FileData
 Method = Literal[tuple(METHODS)]
 Recipe = Literal[tuple(RECIPES)]
 GuidanceKind = Literal[GUIDANCE_KINDS]
+LARGE = 100_000_000  # bytes of an answer's heatmaps, from which on it keeps its turn: each that waits holds its own
 LABELS = {"tau": "Threshold", "alpha": "Self-attention", "crf": "Dense CRF", "rate": "Learning rate", "name": "Class"}
 
 
@@ -117,6 +122,7 @@ class Programs:
         self.model, self.sessions, self.ovam = model, model.sessions, model.ovam
         assert Context.root_block is not None  # else there is no page
         self.cache = Path(Context.root_block.GRADIO_CACHE)
+        self.decoding = threading.Semaphore(DECODED)  # beside the page's own, which its queue bounds
         with gr.Row(visible=False):
             for function in (self.generate, self.photograph, self.optimize):
                 _offer(function, **MODEL)
@@ -201,7 +207,8 @@ class Programs:
             raise InputError("There is neither a caption nor a word to make one of; give one of them.")
         settings = photo_settings(self.ovam, written, _text("Timesteps", timesteps), _whole("Seed", seed), asked)
         file = small_enough(self._path("Photograph", photo), self.sessions.limits.pixels)
-        checked = check_photo(self.ovam, file, settings)
+        with self.decoding:
+            checked = check_photo(self.ovam, file, settings)
         session = self._session(request)
         picture = self.model.look_at(session, checked, settings, WORK)
         return self._made(session, picture, shrunk(picture.image))
@@ -346,7 +353,8 @@ class Programs:
         file = small_enough(self._path("Mask", mask), self.sessions.limits.pixels)
         if file is None:
             raise InputError("There is no mask; give a picture of it.")
-        labels = read_mask(file, (seen.image.height, seen.image.width))
+        with self.decoding:
+            labels = read_mask(file, (seen.image.height, seen.image.width))
         with session.run(WORK) as stop:
             made = None
             if further:
@@ -407,7 +415,8 @@ class Programs:
         picture = self._picture(session, asked.picture)
         settings = self._settings(session, picture, asked)
         with self.model.words_of(session) as before_word:
-            yield self.model.answer(picture, settings, before_word), before_word
+            found = self.model.answer(picture, settings, before_word)
+            yield found, partial(before_word, math.inf) if found.heatmaps.nbytes > LARGE else before_word
 
     def _settings(self, session: Session, picture: Picture, asked: Question) -> SegmentSettings:
         names, files = _names(NO_TOKENS, asked.tokens), asked.token_files
@@ -437,10 +446,10 @@ class Programs:
 
     @contextmanager
     def _files(self) -> Iterator[Path]:
-        """A new folder of Gradio's cache for the files of one answer; Gradio clears them away with its own. None stay
-        of an answer that fails.
+        """A new folder of Gradio's cache for the files of one answer, which are cleared away with Gradio's own. None
+        stay of an answer that fails.
         """
-        folder = self.cache / f"answer-{secrets.token_hex(16)}"
+        folder = self.cache / f"{ANSWER_FOLDER}{secrets.token_hex(16)}"
         folder.mkdir(parents=True)
         try:
             yield folder

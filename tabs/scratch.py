@@ -12,10 +12,12 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -23,6 +25,8 @@ from ovam_core.errors import InputError
 
 PREFIX = "ovam-page-"
 LOCK = ".lock"  # beside the folder, held for as long as its process lives
+ANSWER_FOLDER = "answer-"  # how the names of those begin that hold the files of one answer
+TRIES = 10  # to clear files away while others come
 
 
 @contextmanager
@@ -105,6 +109,32 @@ def _in_use(folder: Path) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def patient(clear_files: Callable[[Any, int | None], None]) -> Callable[[Any, int | None], None]:
+    """Gradio's function that deletes a page's files of more than `age` seconds, such that it never fails: its hourly
+    task would end for good. It goes through sets that uploads are added to meanwhile. Folders of answers go, too, once
+    their files have gone.
+    """
+
+    def clear(page: Any, age: int | None) -> None:
+        for _ in range(TRIES):
+            try:
+                clear_files(page, age)
+                break
+            except (RuntimeError, OSError):
+                time.sleep(0.1)
+        _remove_empty(Path(page.GRADIO_CACHE), age or 0)
+
+    return clear
+
+
+def _remove_empty(cache: Path, age: int) -> None:
+    """Of the folders of answers those in which nothing was changed for `age` seconds."""
+    for folder in cache.glob(f"{ANSWER_FOLDER}*"):
+        with suppress(OSError):  # it is not empty, or gone
+            if time.time() - folder.stat().st_mtime >= age:
+                folder.rmdir()
 
 
 def trim_memory() -> None:

@@ -25,6 +25,8 @@ from PIL import Image, ImageDraw
 from test_malformed import BAD, is_sentence
 
 import app
+import tabs.model
+import tabs.programs
 from ovam_core import OVAM, Token, plot
 from ovam_core.attention.heatmap import claims
 from ovam_core.errors import InputError
@@ -35,8 +37,9 @@ from ovam_core.query import MAX_WORDS
 from ovam_core.settings import SegmentSettings
 from tabs import tools
 from tabs.doors import MANY_CALLS, MAX_TOOL_CALLS, Doors, watch
+from tabs.events import DECODED
 from tabs.model import Model
-from tabs.programs import Programs, _rows
+from tabs.programs import Programs, Question, _rows
 from tabs.render import MAX_SHOWN, on_screen
 from tabs.sentences import OUR_FAULT
 from tabs.session import Bounds, Sessions
@@ -367,6 +370,66 @@ def test_point_asks_no_more_of_a_photograph_than_a_screen_shows(sessions, ovam, 
         expected = {whole.labels[row]: value for row, value in claims(whole.heatmaps, x, y)}
         assert {one["word"]: one["value"] for one in found} == pytest.approx(expected, abs=0.005)
     assert sizes == [(MAX_SHOWN, MAX_SHOWN // 2)] * 3
+
+
+def test_no_more_files_are_decoded_at_a_time_than_the_page_decodes(sessions, ovam, monkeypatch):
+    """Whoever makes 64 calls at a time would hold 64 pictures of 25 megapixels."""
+    with gr.Blocks():
+        programs = Programs(Model(ovam, sessions))
+    under_way, most, decoded = [], [], []
+
+    def decode(*_):
+        under_way.append(None)
+        most.append(len(under_way))
+        time.sleep(0.05)
+        under_way.pop()
+        decoded.append(None)
+        raise InputError("no picture")
+
+    for name in ("check_photo", "read_mask"):
+        monkeypatch.setattr(tabs.programs, name, decode)
+    monkeypatch.setattr(Programs, "_path", lambda *_: __file__)
+    ann = SimpleNamespace(session_hash="ann", headers={})
+    key = sessions.of(ann).keep(SimpleNamespace(nbytes=1, image=Image.new("RGB", (8, 8))))
+
+    def call(*given):
+        with pytest.raises(gr.Error, match="no picture"):
+            given[0](ann, None, *given[1:])
+
+    calls = [(programs.photograph, "a cat"), (programs.optimize, "cat", key)] * 6
+    threads = [threading.Thread(target=call, args=one) for one in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(decoded) == 12
+    assert max(most) == DECODED
+
+
+@pytest.mark.parametrize(("large", "order"), [(0, ["ann", "bob"]), (10**9, ["bob", "ann"])])
+def test_a_large_answer_keeps_its_turn(sessions, ovam, picture, monkeypatch, large, order):
+    """Else each of those that wait would hold its own, at the size of the picture."""
+    monkeypatch.setattr(tabs.programs, "LARGE", large)
+    monkeypatch.setattr(tabs.model, "SHORT", 0.0)
+    with gr.Blocks():
+        programs = Programs(Model(ovam, sessions))
+    key, done = sessions.of(SimpleNamespace(session_hash="ann")).keep(picture), []
+    turns = programs.model.answering
+
+    def other():
+        with programs.model.words_of(sessions.of(SimpleNamespace(session_hash="bob"))):
+            done.append("bob")
+
+    ann = SimpleNamespace(session_hash="ann", headers={})
+    with programs._found(ann, Question("cat", picture=key, crf=False)) as (_, before_word):
+        thread = threading.Thread(target=other)
+        thread.start()
+        while not turns._ring:
+            time.sleep(0.01)
+        before_word()
+        done.append("ann")
+    thread.join()
+    assert done == order
 
 
 def test_the_archive_has_everything(client, generated, picture, ovam, tmp_path):
