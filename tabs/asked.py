@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -86,6 +87,11 @@ def recommended_grid_names(ovam: OVAM) -> list[str]:
     """Those of them that the model's preset names."""
     wanted = ovam.preset.strides
     return [f"1/{pixels}" for pixels in ovam.adapter.strides if wanted is None or pixels in wanted]
+
+
+def renewal(token: str) -> tuple[str, str]:
+    """What tells that another token has taken the place of the one of this name; no two are the same."""
+    return token, secrets.token_hex(8)
 
 
 def prompt_words(caption: str) -> list[str]:

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ovam_core.errors import InputError
 
-from .events import NO_ROOM, OUR_FAULT, check_values, is_disk_full, said
+from .events import NO_ROOM, OUR_FAULT, check_values, is_disk_full, said, stamped
 from .fields import MAX_UPLOAD_MB
 from .scratch import is_own, trim_memory
 from .session import Sessions
@@ -338,13 +338,14 @@ def _with_length(scope: Scope, body: bytes) -> Scope:
 
 
 def watch(page: gr.Blocks, most: Mapping[int, int]) -> None:
-    """Bounds the values of every event of the page before Gradio reads them, and says what goes wrong beside handlers:
-    where values are read, and where answers are written.
+    """Bounds the values of every event of the page before Gradio reads them, stamps its mails, and says what goes wrong
+    beside handlers: where values are read, and where answers are written.
 
     most: characters that may be sent for a component, by its id, where it is more than usual. Gradio makes components
     of a session's own once one is updated there; the page's own functions stay.
     """
-    read, process, trim_soon = page.preprocess_data, page.process_api, _Trimming()
+    read, write, process = page.preprocess_data, page.postprocess_data, page.process_api
+    trim_soon = _Trimming()
 
     async def preprocess_data(block_fn: Any, inputs: list[Any], *others: Any, **more: Any) -> list[Any]:
         with said():
@@ -357,6 +358,9 @@ def watch(page: gr.Blocks, most: Mapping[int, int]) -> None:
                 logging.getLogger("ovam").info("The values of an event could not be read.", exc_info=True)
                 raise InputError("What was sent cannot be read; reload the page and try again.") from None
 
+    async def postprocess_data(block_fn: Any, values: Any, *others: Any) -> list[Any]:
+        return await write(block_fn, stamped(block_fn.outputs, values), *others)
+
     async def process_api(*given: Any, **more: Any) -> dict[str, Any]:
         with said():
             try:
@@ -364,7 +368,8 @@ def watch(page: gr.Blocks, most: Mapping[int, int]) -> None:
             finally:
                 trim_soon()
 
-    page.preprocess_data, page.process_api = preprocess_data, process_api  # type: ignore[method-assign]
+    page.preprocess_data, page.postprocess_data = preprocess_data, postprocess_data  # type: ignore[method-assign]
+    page.process_api = process_api  # type: ignore[method-assign]
 
 
 class _Trimming:

@@ -7,6 +7,7 @@ import functools
 import inspect
 import logging
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,7 @@ NO_ROOM = "The server's disk is full; please try again later."
 NO_MEMORY = "The server has too little memory for this now; ask for less, or try again later."
 NOT_UPLOADED = "This is no file that was uploaded here; upload it."
 NO_ROOM_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LETTERBOX = "letterbox"  # class of components that hand mails to the page's script
 MAX_CHARS = 20_000  # of all texts in a value that a client sends
 MAX_ITEMS = 1000  # of lists and objects in it, one in another counted, too
 MAX_DEPTH = 8  # of lists in lists
@@ -99,6 +101,44 @@ def handler(function: Callable) -> Callable:
             return function(*values, **more)
 
     return call
+
+
+# ------------------------------------------------------------------------------------------ what the page hears
+
+
+def letterbox(script: str, function: str) -> gr.HTML:
+    """A component that is never seen: each mail that it is given, a dict, goes once to this function of this script of
+    the page, now or once that is there.
+
+    What JavaScript draws in is no component of Gradio's: that would be rendered anew with every value.
+    """
+    give = f"""let last = null;
+const give = () => {{
+  const mail = props.value;
+  if (!mail || mail.stamp === last) return;  // of a run, Gradio sends the last one twice
+  if (!window.{script}) return setTimeout(give, 50);
+  last = mail.stamp;
+  window.{script}.{function}(mail);
+}};
+watch('value', give);
+give();"""
+    return gr.HTML(None, html_template="", js_on_load=give, visible="hidden", elem_classes=LETTERBOX)
+
+
+def stamped(fields: Sequence[Any], values: Any) -> Any:
+    """What an event gives to its fields, each mail with a stamp of its own: else the page would not hear of one that is
+    like the last.
+    """
+    if len(fields) == 1:
+        return _stamped(fields[0], values)
+    if not isinstance(values, list | tuple):
+        return values  # Gradio says that these are too few, as below
+    return [_stamped(field, value) for field, value in zip(fields, values, strict=False)]
+
+
+def _stamped(field: Any, value: Any) -> Any:
+    is_mail = LETTERBOX in (getattr(field, "elem_classes", None) or ()) and isinstance(value, dict)
+    return value | {"stamp": secrets.token_hex(8)} if is_mail and "__type__" not in value else value
 
 
 # ----------------------------------------------------------------------------------------- what a client sent

@@ -75,6 +75,7 @@ class PhotoFields:
                 self.timesteps = gr.Textbox(
                     str(timestep),
                     label="Timesteps",
+                    max_length=MAX_PROMPT,
                     min_width=150,
                     elem_id=f"{prefix}-timesteps",
                     info="how much noise, 0 to 999; one pass each: 100, or 50, 100",

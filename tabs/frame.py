@@ -74,7 +74,7 @@ def build(ovam: OVAM, notice: str = "", sessions: Sessions | None = None) -> gr.
             with gr.Tab("Generate"):
                 first = GenerateTab(model)
             with gr.Tab("Optimize a token") as second:
-                learn = OptimizeTab(model, second, first.key, first.pick, first.words)
+                learn = OptimizeTab(model, second, first.key, first.pick, first.renewed, first.words)
             with gr.Tab("Batch mask export"):
                 third = ExportTab(model)
     page.sessions, page.most_text = sessions, min(MAX_TEXT, sessions.limits.text)

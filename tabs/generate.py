@@ -41,8 +41,8 @@ from ovam_core.settings import (
 from ovam_core.tokens import SUFFIX, Token, last_part
 
 from . import viewer
-from .asked import NO_TOKENS, grid_names, prompt_words, recommended_grid_names, segment_settings
-from .events import CHECKS, MAPS, MODEL, PRIVATE, QUIET, Inputs, handler, shown
+from .asked import NO_TOKENS, grid_names, prompt_words, recommended_grid_names, renewal, segment_settings
+from .events import CHECKS, MAPS, MODEL, PRIVATE, QUIET, Inputs, handler, letterbox, shown
 from .examples import EXAMPLES, buttons
 from .fields import MAX_UPLOAD_MB, PhotoFields, check_photo, crf_switch, small_enough, takes_photographs
 from .link import read, written
@@ -69,7 +69,10 @@ MAX_CANDIDATES = 24  # of the prompt's words
 SMALL = 64  # pixels of a picture's longer side where only the maps' own grid matters
 SCRIPT = (Path(__file__).parent / "assets" / "generate.js").read_text(encoding="utf-8")
 FETCH = "() => setTimeout(() => document.querySelector('#archive').click(), 150)"  # once the page has its address
-FAILED = "() => window.ovamPage.failed()"  # where a handler of ours fails, nothing may stay dimmed
+# Where a call fails, nothing may wait for it any more: another picture, the answer of words, a strip.
+FAILED = "() => window.ovamPage.failed()"
+UNANSWERED = "() => window.ovamPage.unanswered()"
+NO_STRIP = "() => window.ovamPage.strip({})"
 ALWAYS = ("prompt", "words", "seed")  # in the address, whatever they are
 
 
@@ -108,27 +111,18 @@ def vocabulary(ovam: OVAM) -> str:
     )
 
 
-def mail(handed_to: str) -> gr.HTML:
-    """A component that is never seen: what it is given goes to this function of the page's script.
-
-    What JavaScript draws in is no component of Gradio's: that would be rendered anew with every value.
-    """
-    script = f"watch('value', () => {{ if (props.value) window.ovamPage?.{handed_to}(props.value); }})"
-    return gr.HTML(None, html_template="", js_on_load=script, visible="hidden")
-
-
 # --------------------------------------------------------------------------------------------------- the tab
 
 
 class GenerateTab:
     """Its components and what happens on them. Made inside gr.Blocks.
 
-    key: the id of its picture; pick: its list of tokens; both of use to other tabs.
+    key: the id of its picture; pick: its list of tokens; renewed: the last `renewal` of one; all of use to other tabs.
     """
 
     def __init__(self, model: Model):
         self.model, self.sessions, self.ovam = model, model.sessions, model.ovam
-        self.key = gr.State(None)
+        self.key, self.renewed = gr.State(None), gr.State(("", ""))
         with gr.Row(elem_classes=["columns", "three"]):
             with gr.Column(scale=4, min_width=320, elem_classes="give"):
                 self._lay_out_questions()
@@ -227,6 +221,7 @@ class GenerateTab:
             info="Comma separated, phrases allowed. Change them at any time: the picture stays.",
             lines=1,
             max_lines=3,
+            max_length=MAX_PROMPT,
             elem_id="words",
         )
         self.note = gr.HTML("", elem_id="note", elem_classes="note")
@@ -258,7 +253,11 @@ class GenerateTab:
                 )
                 self.dice = gr.Button("🎲 Random", scale=1, min_width=110, elem_id="dice")
             self.negative = gr.Textbox(
-                "", label="Negative prompt", placeholder="what the picture should not show", elem_id="negative"
+                "",
+                label="Negative prompt",
+                placeholder="what the picture should not show",
+                max_length=MAX_PROMPT,
+                elem_id="negative",
             )
             self.both = gr.Checkbox(
                 False,
@@ -389,6 +388,7 @@ class GenerateTab:
                     info="0 is the first: 0-9, or 3, 5, 8, or all",
                     min_width=150,
                     placeholder="the model's own choice",
+                    max_length=MAX_PROMPT,
                     elem_id="used",
                 )
                 self.half = gr.Radio(
@@ -408,6 +408,7 @@ class GenerateTab:
                 info="Its tokens compete with one another. Words above are then looked up in it; "
                 "without words every token gets a map.",
                 placeholder="a photograph of a cat and a car",
+                max_length=MAX_PROMPT,
                 elem_id="sentence",
             )
         self.how_note = gr.HTML("", elem_id="how-note", elem_classes="note")
@@ -428,10 +429,13 @@ class GenerateTab:
         self.recall = gr.Button("Recall", elem_id="recall-go", **hidden)
         self.open = gr.Button("Open", elem_id="open-go", **hidden)
         self.typed = gr.Button("Redraw", elem_id="typed", **hidden)
+        self.others = gr.Button("Other words", elem_id="candidates-go", **hidden)
         self.evolve = gr.Button("When it appeared", elem_id="strip-go", **hidden)
         self.film = gr.Button("Save the animation", elem_id="film-go", **hidden)
         self.strip_of = gr.Textbox("", label="When it appeared", elem_id="strip-of", max_length=2000, **hidden)
-        self.answers, self.candidates, self.strip = mail("answer"), mail("candidates"), mail("strip")
+        self.answers, self.candidates, self.strip = (
+            letterbox("ovamPage", name) for name in ("answer", "candidates", "strip")
+        )
         gr.HTML("", js_on_load=SCRIPT, visible="hidden", elem_id="page-script")
 
     # ---- what is asked, and its answer
@@ -739,21 +743,28 @@ class GenerateTab:
             box.change(None, js="() => window.ovamPage.typed()", **PRIVATE)
         by_words = [self.typed.click, *(box.submit for box in boxes), self.crf.change, self.pick.change]
         by_method = [self.grids.change, self.half.change, self.method.change, self.beside.change]
-        for triggers, redraw in ((by_words, self.redraw), (by_method, self.redraw_how)):
+        of_answer = {self.key, *self.asked_by}
+        for triggers, redraw, given in (
+            (by_words, self.redraw, of_answer),
+            (by_method, self.redraw_how, of_answer),
+            ([self.renewed.change], self.redraw_renewed, {self.renewed, *of_answer}),
+        ):
             redrawn = gr.on(
                 triggers,
                 redraw,
-                {self.key, *self.asked_by},
+                given,
                 [self.answers, self.note, self.how_note, self.facts],
                 trigger_mode="always_last",
                 **QUIET,
                 **MAPS,
             )
-            redrawn.failure(None, js=FAILED, **PRIVATE)
+            redrawn.failure(None, js=UNANSWERED, **PRIVATE)
         self.method.change(self.rules, self.method, [self.methods, self.alpha, self.crf], queue=False, **QUIET)
         of_strip = {self.key, self.strip_of, *self.asked_by}
         last = {"trigger_mode": "always_last", **QUIET, **MAPS}
-        self.evolve.click(self.evolution, of_strip, [self.strip, self.how_note], **last)
+        evolved = self.evolve.click(self.evolution, of_strip, [self.strip, self.how_note], **last)
+        evolved.failure(None, js=NO_STRIP, **PRIVATE)
+        self.others.click(self.candidates_anew, {self.key, *self.asked_by}, self.candidates, **last)
         self.film.click(self.film_of, of_strip, self.archive, **QUIET, **MAPS).success(None, js=FETCH, **PRIVATE)
 
     @handler
@@ -767,6 +778,25 @@ class GenerateTab:
         """The same; what is wrong is said beside the methods and grids."""
         payload, said, hint, facts = self._redrawn(values, request)
         return payload, hint, said, facts
+
+    @handler
+    def redraw_renewed(self, values: dict, request: gr.Request):
+        """The same where a token that is asked for is another one now."""
+        name = values[self.renewed][0]
+        picked = Inputs(values).names(self.pick, NO_TOKENS)
+        return self.redraw(values, request) if name in picked else (gr.skip(),) * 4
+
+    @handler
+    def candidates_anew(self, values: dict, request: gr.Request):
+        """Maps of words that nobody asked for, of the parts of the run that are looked at now."""
+        session, key, given = self.sessions.of(request), values[self.key], Inputs(values)
+        picture = session.screen(key)
+        if picture is None:
+            return gr.skip()
+        try:
+            return self.candidates_of(session, key, picture, given)
+        except InputError:  # the words beside them say so
+            return gr.skip()
 
     def _redrawn(self, values: dict, request: gr.Request) -> tuple[Any, str, Any, Any]:
         """Payload, what is wrong, what the model never learned, a line of facts. Nothing is said before there is a
@@ -910,7 +940,8 @@ class GenerateTab:
     # ---- token files in, everything out
 
     def _wire_files(self) -> None:
-        self.bring.upload(self.brought, {self.bring, self.pick}, self.pick, **QUIET, concurrency_limit=None)
+        brought = [self.pick, self.renewed]
+        self.bring.upload(self.brought, {self.bring, self.pick}, brought, **QUIET, concurrency_limit=None)
         self.dice.click(None, None, self.seed, js=f"() => Math.floor(Math.random() * {MAX_SEED + 1})", **PRIVATE)
         self.pack.click(
             self.zip_of,
@@ -936,7 +967,8 @@ class GenerateTab:
             said = f"This token was made with {made_with}, not with {self.ovam.name}: its maps may mean nothing here."
             gr.Warning(html.escape(said))
         chosen = given.names(self.pick, NO_TOKENS)
-        return gr.Dropdown(choices=session.token_names(), value=[*dict.fromkeys([*chosen, name])])
+        listed = gr.Dropdown(choices=session.token_names(), value=[*dict.fromkeys([*chosen, name])])
+        return listed, renewal(name) if name in chosen else gr.skip()
 
     @handler
     def zip_of(self, values: dict, request: gr.Request):

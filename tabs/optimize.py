@@ -12,7 +12,7 @@ import inspect
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -38,7 +38,7 @@ from ovam_core.tokens import Token
 from ovam_core.unlabelled import Unlabelled
 
 from .annotator import Annotator
-from .asked import prompt_words
+from .asked import prompt_words, renewal
 from .canvas import (
     LIVE,
     PAINT,
@@ -55,7 +55,7 @@ from .canvas import (
     spot_of,
     sure_parts,
 )
-from .events import CHECKS, MAPS, MODEL, QUIET, Inputs, handler, said
+from .events import CHECKS, MAPS, MODEL, PRIVATE, QUIET, Inputs, handler, letterbox, said
 from .fields import PhotoFields, check_photo, small_enough, takes_photographs
 from .model import NO_MEMORY, SHORT, Model
 from .render import image_facts, on_screen
@@ -149,6 +149,11 @@ def note(place: str, sentence: str) -> Mail:
     return {"kind": "note", "place": place, "said": sentence}
 
 
+def refusal(place: str, sentence: str) -> Mail:
+    """The same of what did not begin: what is under way goes on."""
+    return note(place, sentence) | {"kind": "refused"}
+
+
 def picture_mail(key: str, picture: Picture, things: Sequence[str]) -> Mail:
     """The picture for the canvas."""
     image = on_screen(picture.image)
@@ -173,12 +178,13 @@ def stem(picture: Picture) -> str:
     return f"ovam-{kind}-{0 if picture.settings is None else picture.settings.seed}"
 
 
-def paint_mail(said: str, marked: np.ndarray, not_it: np.ndarray | None = None, **more: Any) -> Mail:
-    """Masks for the canvas: bool [H, W] of the object, and of what is not it. more: `add`, whether what is painted
-    stays; `way`, how it is to be understood.
+def paint_mail(key: Any, said: str, marked: np.ndarray, not_it: np.ndarray | None = None, **more: Any) -> Mail:
+    """Masks for the canvas: bool [H, W] of the object, and of what is not it. key: of their picture, without which the
+    page paints nothing. more: `add`, whether what is painted stays; `way`, how it is to be understood; `name`, the
+    class where none is written.
     """
     background = None if not_it is None else mask_url(not_it)
-    return {"kind": "paint", "object": mask_url(marked), "background": background, "said": said, **more}
+    return {"kind": "paint", "key": key, "object": mask_url(marked), "background": background, "said": said, **more}
 
 
 def pair_mail(found: Segmentation) -> Mail:
@@ -291,8 +297,10 @@ def by_one_rule(ovam: OVAM, name: str, token: Token) -> SegmentSettings:
     return SegmentSettings(words=(name,), tokens=(token,), tau=tau, alpha=alpha, token_tau=tau, token_alpha=alpha)
 
 
-def told(place: str, *instead: Any) -> Callable[[Callable], Callable]:
-    """Wraps a handler whose first output is a mail: what goes wrong is said at `place`. instead: its other outputs."""
+def told(place: str, *instead: Any, by: Callable[[str, str], Mail] = note) -> Callable[[Callable], Callable]:
+    """Wraps a handler whose first output is a mail: what goes wrong is said at `place`, in a mail that `by` makes.
+    instead: its other outputs.
+    """
 
     def wrap(function: Callable) -> Callable:
         if inspect.isgeneratorfunction(function):
@@ -303,7 +311,7 @@ def told(place: str, *instead: Any) -> Callable[[Callable], Callable]:
                     with said():
                         yield from function(*values, **more)
                 except gr.Error as error:
-                    yield _outputs(note(place, error.message), instead)
+                    yield _outputs(by(place, error.message), instead)
 
             return generate
 
@@ -313,7 +321,7 @@ def told(place: str, *instead: Any) -> Callable[[Callable], Callable]:
                 with said():
                     return function(*values, **more)
             except gr.Error as error:
-                return _outputs(note(place, error.message), instead)
+                return _outputs(by(place, error.message), instead)
 
         return call
 
@@ -324,17 +332,19 @@ def _outputs(mail: Mail, others: Sequence[Any]) -> Any:
     return (mail, *others) if others else mail
 
 
-def post(name: str) -> gr.HTML:
-    """A component that is never seen: what it is given goes to this function of the page's script, now or once that is
-    there.
-    """
-    script = f"""const give = () => {{
-  if (!props.value) return;
-  if (window.ovamLearn) window.ovamLearn.{name}(props.value); else setTimeout(give, 50);
-}};
-watch('value', give);
-give();"""
-    return gr.HTML(None, html_template="", js_on_load=script, visible="hidden")
+def lost(place: str) -> dict[str, Any]:
+    """Keywords of a `failure`: where a call fails before its handler could say so, the page waits for it no more."""
+    return {"fn": None, "js": f"() => window.ovamLearn?.failed('{place}')", **PRIVATE}
+
+
+@contextmanager
+def unless_replaced(session: Session, work: str, number: str) -> Iterator[None]:
+    """What goes wrong in a run whose place another has taken is not said: it is forgotten."""
+    try:
+        yield
+    except (InputError, Stopped):
+        if session.is_latest(work, number):
+            raise
 
 
 # -------------------------------------------------------------------------------------------------- the tab
@@ -343,7 +353,8 @@ give();"""
 class OptimizeTab:
     """Its components and what happens on them. Made inside gr.Tab.
 
-    from_generate: the id of the first tab's picture. pick: its list of tokens. asked: the words that are asked there.
+    from_generate: the id of the first tab's picture. pick: its list of tokens. renewed: where it is told that one of
+    them is another now. asked: the words that are asked there.
     paint: what an event brings of the canvas, up to MAX_PAINT characters.
     """
 
@@ -353,12 +364,14 @@ class OptimizeTab:
         tab: gr.Tab,
         from_generate: gr.State,
         pick: gr.Dropdown,
+        renewed: gr.State,
         asked: gr.Textbox | None = None,
     ):
         self.model, self.sessions, self.ovam = model, model.sessions, model.ovam
-        self.tab, self.from_generate, self.pick = tab, from_generate, pick
+        self.tab, self.from_generate, self.pick, self.renewed = tab, from_generate, pick, renewed
         self.annotator = Annotator.at_hand()
-        self.key, self.token_name, self.number = gr.State(None), gr.State(None), gr.State("")
+        self.key, self.token_name = gr.State(None), gr.State(None)
+        self.number, self.photo_number = gr.State(""), gr.State("")  # of the newest search, and of a photograph
         with gr.Row(elem_classes="learn"):
             with gr.Column(min_width=280, elem_classes="learn-picture"):
                 self._lay_out_picture()
@@ -443,6 +456,7 @@ class OptimizeTab:
                 container=False,
                 placeholder="the class, or any other word",
                 max_lines=1,
+                max_length=MAX_PROMPT,
                 scale=3,
                 min_width=140,
                 elem_id="fill-word",
@@ -457,6 +471,7 @@ class OptimizeTab:
             label="Name of the class",
             placeholder="what you have painted, for example: cat",
             max_lines=1,
+            max_length=MAX_PROMPT,
             elem_id="class-name",
         )
         gr.HTML('<div id="learn-things"></div>', elem_id="learn-names", js_on_load=None)
@@ -511,7 +526,9 @@ class OptimizeTab:
 
     def _lay_out_wires(self) -> None:
         """What hands values to the page's script, and what it hands back or presses."""
-        self.to_canvas, self.to_live, self.to_tried = post("canvas"), post("live"), post("tried")
+        self.to_canvas, self.to_live, self.to_tried = (
+            letterbox("ovamLearn", name) for name in ("canvas", "live", "tried")
+        )
         self.paint = gr.Textbox("", label="What is painted", visible="hidden")
         self.spot = gr.Textbox("", label="The place clicked", visible="hidden")
         self.no_words = gr.Textbox("", label="Words", visible="hidden")
@@ -534,14 +551,21 @@ class OptimizeTab:
         self.tab.select(self.take_if_none, around, self.shown, **QUIET)
         for event in (self.draw.click, self.prompt.submit):
             event(None, js="() => window.ovamLearn?.busy('Waiting for the model')", **QUIET, **ONE_AT_A_TIME)
-            event(self.draw_picture, {self.prompt, self.seed, self.name}, self.shown, **MODEL, **QUIET, **ONE_AT_A_TIME)
+            drawn = event(
+                self.draw_picture, {self.prompt, self.seed, self.name}, self.shown, **MODEL, **QUIET, **ONE_AT_A_TIME
+            )
+            drawn.failure(**lost("canvas"))
         photo = {*self.upload.all, self.name}
         for event in (self.use.click, self.upload.photo.upload):
             event(None, js="() => window.ovamLearn?.busy('Looking at the photograph')", **QUIET, **ONE_AT_A_TIME)
             checked = event(
-                self.check_photograph, photo, [self.to_canvas, self.number], **CHECKS, **QUIET, **ONE_AT_A_TIME
+                self.check_photograph, photo, [self.to_canvas, self.photo_number], **CHECKS, **QUIET, **ONE_AT_A_TIME
             )
-            checked.success(self.take_photograph, {*photo, self.number}, self.shown, **MODEL, **QUIET, **ONE_AT_A_TIME)
+            taken = checked.success(
+                self.take_photograph, {*photo, self.photo_number}, self.shown, **MODEL, **QUIET, **ONE_AT_A_TIME
+            )
+            for one in (checked, taken):
+                one.failure(**lost("canvas"))
         self.halt_picture.click(self.stop_picture, None, None, queue=False, **QUIET)
 
     def show(self, key: str, picture: Picture, current: str, asked: Sequence[str] = ()) -> tuple:
@@ -563,6 +587,7 @@ class OptimizeTab:
         session, given = self.sessions.of(request), Inputs(values)
         key = values[self.from_generate]
         session.picture(key)
+        session.replace(PICTURE)  # one that is under way would take the place of this one
         return self.show(key, self.seen(session, key), given.text(self.name), self.asked_words(given))
 
     @told("picture", *[gr.skip()] * 4)
@@ -608,14 +633,12 @@ class OptimizeTab:
     def draw_picture(self, values: dict, request: gr.Request):
         session, given = self.sessions.of(request), Inputs(values)
         settings = self.image_settings(given.text(self.prompt), given.whole(self.seed))
-        number = session.replace(PICTURE)
-        try:
+        number, picture = session.replace(PICTURE), None
+        with unless_replaced(session, PICTURE, number):
             for mail, picture in self.drawing(session, settings, PICTURE, number):
-                if picture is None:
+                if picture is None and session.is_latest(PICTURE, number):
                     yield mail, *[gr.skip()] * 4
-        except (InputError, Stopped):
-            if session.is_latest(PICTURE, number):  # else another picture is under way, and this one is forgotten
-                raise
+        if picture is None or not session.is_latest(PICTURE, number):
             yield (gr.skip(),) * len(self.shown)
             return
         key = session.keep(picture)
@@ -636,11 +659,15 @@ class OptimizeTab:
 
     @told("canvas", *[gr.skip()] * 4)
     def take_photograph(self, values: dict, request: gr.Request):
-        if not values[self.number]:
+        session, given, number = self.sessions.of(request), Inputs(values), str(values[self.photo_number] or "")
+        if not number:
             return (gr.skip(),) * len(self.shown)
-        session, given = self.sessions.of(request), Inputs(values)
         file, settings = self.read_photograph(given)
-        picture = self.model.look_at(session, file or "", settings, PICTURE, str(values[self.number]))
+        picture = None
+        with unless_replaced(session, PICTURE, number):
+            picture = self.model.look_at(session, file or "", settings, PICTURE, number)
+        if picture is None or not session.is_latest(PICTURE, number):
+            return (gr.skip(),) * len(self.shown)
         key = session.keep(picture)
         return self.show(key, self.seen(session, key), given.text(self.name))
 
@@ -652,18 +679,17 @@ class OptimizeTab:
         self.file.upload(self.take_mask, {self.key, self.file}, [self.to_canvas, self.way], **CHECKS, **QUIET)
         for event in (self.fill.click, self.word.submit):
             event(None, js="() => window.ovamLearn?.busy('Looking for the word', true)", **QUIET)
-            event(self.take_word, {self.key, self.way, self.word, self.name}, self.to_canvas, **MAPS, **QUIET)
+            filled = event(self.take_word, {self.key, self.way, self.word, self.name}, self.to_canvas, **MAPS, **QUIET)
+            filled.failure(**lost("canvas"))
         clicks = [(self.clicked, self.take_spot)]
         if self.annotator is not None:
             clicks.append((self.clicked_sam, self.take_region))
         for clicked, answer in clicks:
-            clicked.click(None, None, self.spot, js="() => window.ovamLearn?.spot() ?? ''", **QUIET).then(
-                answer,
-                {self.key, self.way, self.spot, self.word, self.name},
-                [self.to_canvas, self.name],
-                **MAPS,
-                **QUIET,
+            spotted = clicked.click(None, None, self.spot, js="() => window.ovamLearn?.spot() ?? ''", **QUIET)
+            found = spotted.then(
+                answer, {self.key, self.way, self.spot, self.word, self.name}, self.to_canvas, **MAPS, **QUIET
             )
+            found.failure(**lost("canvas"))
 
     @handler
     def usual(self, recipe):
@@ -679,8 +705,8 @@ class OptimizeTab:
         labels = read_any(UPLOAD, [], file, (picture.image.height, picture.image.width))
         not_it = labels == 0 if (labels == IGNORE).any() else None
         way = PAINT if not_it is None else STROKES
-        mail = paint_mail(f"Your mask: the object covers {(labels == 1).mean():.0%}.", labels == 1, not_it, way=way)
-        return mail, way
+        line = f"Your mask: the object covers {(labels == 1).mean():.0%}."
+        return paint_mail(values[self.key], line, labels == 1, not_it, way=way), way
 
     @told("canvas")
     def take_word(self, values: dict, request: gr.Request):
@@ -694,14 +720,14 @@ class OptimizeTab:
             raise InputError(f"The mask of '{word}' is empty here; try another word, or paint the object.")
         line = f"The mask of “{word}” (peak {peak:.2f}) covers {mask.mean():.0%} of the picture; paint on from here."
         if given.choice(self.way) == STROKES:
-            return paint_mail(f"{line} What is near its edge stays bare.", *sure_parts(mask))
-        return paint_mail(line, mask)
+            return paint_mail(values[self.key], f"{line} What is near its edge stays bare.", *sure_parts(mask))
+        return paint_mail(values[self.key], line, mask)
 
     def segmented(self, session: Session, picture: Picture, word: str) -> Segmentation:
         with self.model.words_of(session) as before_word:
             return self.model.answer(picture, SegmentSettings(words=(word,)), before_word)
 
-    @told("canvas", gr.skip())
+    @told("canvas")
     def take_spot(self, values: dict, request: gr.Request):
         """The region of the word that is strongest at a pixel, painted in addition."""
         session, given = self.sessions.of(request), Inputs(values)
@@ -717,10 +743,9 @@ class OptimizeTab:
             "its mask's part under the click" if in_mask else "no mask holds this pixel, so what is as strong around it"
         )
         line = f"“{word}” is strongest here ({value:.2f}): {what} is painted, {region.mean():.0%} of the picture."
-        name = given.text(self.name).strip() or word
-        return paint_mail(line, region, add=True), name
+        return paint_mail(values[self.key], line, region, add=True, name=word)
 
-    @told("canvas", gr.skip())
+    @told("canvas")
     def take_region(self, values: dict, request: gr.Request):
         """What SAM finds at a pixel, painted in addition; without a class yet, the word that is strongest there."""
         assert self.annotator is not None
@@ -731,7 +756,7 @@ class OptimizeTab:
             region = self.annotator.mask(picture.image, x, y, self.ovam.device)
         name = given.text(self.name).strip() or self.strongest(session, picture, x, y, self.own_words(given))[0]
         line = f"What SAM finds at the click is painted, {region.mean():.0%} of the picture."
-        return paint_mail(line, region, add=True), name
+        return paint_mail(values[self.key], line, region, add=True, name=name)
 
     def own_words(self, given: Inputs) -> list[str]:
         """The class and the word beside the canvas, as far as they are written."""
@@ -763,13 +788,15 @@ class OptimizeTab:
         ran = begun.success(
             self.run,
             {self.number, *given},
-            [self.to_live, self.download, self.token_name, self.pick, self.go],
+            [self.to_live, self.download, self.token_name, self.pick, self.renewed, self.go],
             **MODEL,
             **QUIET,
             **ONE_AT_A_TIME,
         )
         for after in (ran.then, ran.failure):
             after(self.rest, None, self.halt, queue=False, **QUIET, **ONE_AT_A_TIME)
+        begun.failure(**lost("begin"))
+        ran.failure(**lost("learn"))
         self.halt.click(self.stop_work, None, None, queue=False, **QUIET)
 
     def understood(self, session: Session, values: dict) -> tuple[Picture, np.ndarray, str, OptimizeSettings, int]:
@@ -781,7 +808,7 @@ class OptimizeTab:
         labels = painted_mask(layers, given.choice(self.way), (picture.image.height, picture.image.width))
         return picture, labels, name, settings, number_of_pictures(given.whole(self.further))
 
-    @told("learn", "", gr.skip())
+    @told("learn", "", gr.skip(), by=refusal)
     def begin(self, values: dict, request: gr.Request):
         session = self.sessions.of(request)
         _, _, name, settings, _ = self.understood(session, values)
@@ -789,24 +816,21 @@ class OptimizeTab:
         mail = {"kind": "begun", "key": values[self.key], "name": name, "of": settings.epochs}
         return mail, session.replace(WORK), gr.Button(interactive=True)
 
-    @told("learn", *[gr.skip()] * 4)
+    @told("learn", *[gr.skip()] * 5)
     def run(self, values: dict, request: gr.Request):
         session, number, learned = self.sessions.of(request), str(values[self.number] or ""), None
         if not number:  # refused
-            yield (gr.skip(),) * 5  # nothing at all would be taken for no values
+            yield (gr.skip(),) * 6  # nothing at all would be taken for no values
             return
         asked = picture, labels, name, _, _ = self.understood(session, values)
         begun = time.monotonic()
-        try:
-            with session.run(WORK, number) as stop:  # which a visitor who left sets too
-                for frame, found in self.searched(session, *asked, stop):
-                    learned = found
-                    yield frame, *[gr.skip()] * 4
-        except InputError:
-            if session.is_latest(WORK, number):
-                raise
+        with unless_replaced(session, WORK, number), session.run(WORK, number) as stop:  # set, too, by who left
+            for frame, found in self.searched(session, *asked, stop):
+                learned = found
+                if session.is_latest(WORK, number):
+                    yield frame, *[gr.skip()] * 5
         if learned is None or not session.is_latest(WORK, number):  # another took its place
-            yield (gr.skip(),) * 5
+            yield (gr.skip(),) * 6
             return
         token, how = learned
         label = session.add_token(token)
@@ -821,7 +845,8 @@ class OptimizeTab:
             "stem": f"{stem(picture)}-{slugs([name])[0]}",
         } | pair_mail(found)
         file = gr.DownloadButton(value=str(session.token_file(label)), interactive=True)
-        yield mail, file, label, gr.Dropdown(choices=session.token_names()), gr.Button(interactive=True)
+        listed = gr.Dropdown(choices=session.token_names())
+        yield mail, file, label, listed, renewal(label), gr.Button(interactive=True)
 
     def searched(
         self,
@@ -863,7 +888,7 @@ class OptimizeTab:
     def _wire_elsewhere(self) -> None:
         for event in (self.go.click, self.other.submit):
             event(None, js="() => window.ovamLearn?.trying()", **QUIET, **ONE_AT_A_TIME)
-            event(
+            tried = event(
                 self.elsewhere,
                 {self.token_name, self.other, self.other_seed},
                 self.to_tried,
@@ -871,6 +896,7 @@ class OptimizeTab:
                 **QUIET,
                 **ONE_AT_A_TIME,
             )
+            tried.failure(**lost("try"))
 
     @told("try")
     def elsewhere(self, values: dict, request: gr.Request):
@@ -881,15 +907,13 @@ class OptimizeTab:
         name = token.names[0]
         text = given.text(self.other)
         settings = self.image_settings(text, given.whole(self.other_seed))
-        number = session.replace(TRY)
-        try:
+        number, picture = session.replace(TRY), None
+        with unless_replaced(session, TRY, number):
             # Looked at once, so not kept.
             for mail, picture in self.drawing(session, settings, TRY, number, branch_of([token])):
-                if picture is None:
+                if picture is None and session.is_latest(TRY, number):
                     yield mail
-        except (InputError, Stopped):
-            if session.is_latest(TRY, number):
-                raise
+        if picture is None or not session.is_latest(TRY, number):
             yield gr.skip()
             return
         with self.model.words_of(session) as before_word:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from ovam_core.methods import method_named
 from ovam_core.models.presets import ModelDefaults
 from ovam_core.picture import Picture, Segmentation
 from ovam_core.presence import UNLIKELY
+from ovam_core.settings import SegmentSettings
 
 from .render import MAX_SHOWN, shrunk
 
@@ -109,6 +111,7 @@ def answer(
         "picture": _picture(first.picture, stem, with_picture),
         "prompt": first.picture.caption,
         "facts": facts,
+        "parts": _parts(asked),
         "preset": {"tau": preset.tau, "alpha": preset.alpha, "unlikely": unlikely},
         "asked": {"tau": asked.tau, "alpha": asked.alpha, "crf": asked.crf},
         "columns": columns,
@@ -131,9 +134,17 @@ def failed_column(name: str, sentence: str) -> dict[str, Any]:
 
 
 def candidates(key: str, prompt: Segmentation | None = None, classes: Segmentation | None = None) -> dict[str, Any]:
-    """Words that were not asked: the prompt's others and the model's classes, which can be pointed at all the same."""
-    groups = (("prompt", prompt), ("classes", classes))
-    return {"key": key, "groups": [_group(name, found) for name, found in groups if found is not None]}
+    """Words that were not asked: the prompt's others and the model's classes, which can be pointed at all the same, as
+    long as they are of the same parts of the run as those that were asked.
+    """
+    groups = [(name, found) for name, found in (("prompt", prompt), ("classes", classes)) if found is not None]
+    parts = _parts(groups[0][1].settings) if groups else ""
+    return {"key": key, "parts": parts, "groups": [_group(name, found) for name, found in groups]}
+
+
+def _parts(asked: SegmentSettings) -> str:
+    """What of a run maps are of: its steps, grids and half."""
+    return json.dumps([asked.step_indices, asked.resolutions, asked.branch])
 
 
 def strip(key: str, label: str, over: Over, frames: Iterable[tuple[str, np.ndarray]]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from tabs.events import NO_MEMORY, NO_ROOM
 from tabs.export import OWN, prompts_of
 from tabs.fields import small_enough
 from tabs.optimize import OptimizeTab
-from tabs.scratch import ended_by_signals, sweep
+from tabs.scratch import ended_by_signals, patient, sweep
 from tabs.sentences import OUR_FAULT, shown
 from tabs.session import FULL, HOSTED, LOCAL, Bounds, Sessions
 
@@ -128,7 +128,7 @@ def test_without_a_picture_nothing_is_decoded(blocks, nothing_decoded):
     assert isinstance(tab, OptimizeTab)
     paint = URL + base64.b64encode(LAYER).decode()
     mail = begun(tab, SimpleNamespace(session_hash="nobody"), paint=paint)
-    assert (mail["kind"], mail["place"]) == ("note", "learn")
+    assert (mail["kind"], mail["place"]) == ("refused", "learn")
     assert "generate one first" in mail["said"]
 
 
@@ -425,6 +425,29 @@ def test_what_is_left_of_an_upload_that_broke_off_goes_from_ones_own_folder(tmp_
 
     assert asked(breaks_off, path="/gradio_api/upload", tmp_path=cache).status_code == 400
     assert sorted(path.name for path in cache.rglob("*")) == ["0123", *(() if ours else ("tmp1234",)), "whole.png"]
+
+
+def test_files_are_cleared_away_while_others_come(tmp_path):
+    """Gradio's task that does so every hour would end with its first error."""
+    (tmp_path / "answer-1").mkdir()
+    (tmp_path / "answer-2").mkdir()
+    (tmp_path / "answer-2" / "mask.png").touch()
+    (tmp_path / "0123").mkdir()
+    calls = []
+
+    def clear_files(_page, age):
+        calls.append(age)
+        if len(calls) == 1:
+            raise RuntimeError("Set changed size during iteration")
+
+    page = SimpleNamespace(GRADIO_CACHE=str(tmp_path))
+    patient(clear_files)(page, 60)
+    assert calls == [60, 60]
+    assert len(list(tmp_path.iterdir())) == 3  # one is still being filled, perhaps
+    for folder in ("answer-1", "answer-2"):
+        os.utime(tmp_path / folder, (0, 0))
+    patient(clear_files)(page, 60)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0123", "answer-2"]
 
 
 # ------------------------------------------------------------------------- faults beside the handlers

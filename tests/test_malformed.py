@@ -86,6 +86,8 @@ NAMES = (
     "GenerateTab.run",
     "GenerateTab.redraw",
     "GenerateTab.redraw_how",
+    "GenerateTab.redraw_renewed",
+    "GenerateTab.candidates_anew",
     "GenerateTab.evolution",
     "GenerateTab.film_of",
     "GenerateTab.followed",

@@ -9,11 +9,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from page import shoot, until, upload_mask
+from page import chips, set_words, shoot, until, upload_mask
 from PIL import Image, ImageDraw
 
 import tabs.optimize as tab
 from ovam_core import OVAM, InputError, Token
+from ovam_core.errors import Stopped
 from ovam_core.io.masks import IGNORE
 from ovam_core.optimization import Optimized
 from ovam_core.picture import Segmentation
@@ -32,6 +33,8 @@ from tabs.canvas import (
     spot_of,
     sure_parts,
 )
+from tabs.examples import EXAMPLES
+from tabs.generate import GenerateTab
 from tabs.optimize import (
     OptimizeTab,
     by_one_rule,
@@ -43,6 +46,7 @@ from tabs.optimize import (
     things_named,
 )
 from tabs.verdict import held_share, right_share, verdict
+from tabs.viewer import mask_url
 
 PROMPT = "A photograph of a cat on grass"
 
@@ -301,6 +305,7 @@ def test_a_words_mask_to_start_from(ovam, first, own_tab):
     mail = own_tab.take_word(sent(own_tab, word="grass", name="cat"), ANN)
     assert np.array_equal(drawn_mask(mail["object"]), expected)
     assert mail["background"] is None
+    assert mail["key"] == "first"
     assert "“grass”" in mail["said"]
     mail = own_tab.take_word(sent(own_tab, word=" ", name="grass", way=STROKES), ANN)
     assert not (drawn_mask(mail["object"]) & ~expected).any()
@@ -314,15 +319,74 @@ def test_a_click_paints_the_word_that_is_strongest_there(ovam, first, own_tab):
     masks = ovam.segment(first, ["cat", "grass"], crf=True).masks
     y, x = np.argwhere(masks[0])[len(np.argwhere(masks[0])) // 2]
     spot = f"{(x + 0.5) / 128:.5f},{(y + 0.5) / 128:.5f}"
-    mail, name = own_tab.take_spot(sent(own_tab, spot=spot), ANN)
-    assert name == "cat"
+    mail = own_tab.take_spot(sent(own_tab, spot=spot), ANN)
+    assert (mail["key"], mail["name"]) == ("first", "cat")
     assert "“cat” is strongest here" in mail["said"]
     assert mail["add"]
     region, seed = drawn_mask(mail["object"]), np.zeros((128, 128), bool)
     seed[y, x] = True
     assert np.array_equal(region, connected(masks[0], seed))
-    assert own_tab.take_spot(sent(own_tab, spot=spot, name="kitten"), ANN)[1] == "kitten"  # what was written stays
-    assert own_tab.take_spot(sent(own_tab, spot="9,9"), ANN)[0]["kind"] == "note"
+    assert own_tab.take_spot(sent(own_tab, spot="9,9"), ANN)["kind"] == "note"
+
+
+def kinds(answers) -> list[str | None]:
+    """Of the mails of a handler's answers; None where the page stays as it is."""
+    return [mail.get("kind") for mail, *_ in answers]
+
+
+def test_a_picture_that_is_chosen_takes_the_place_of_the_one_under_way(own_tab, few_steps):
+    drawing = own_tab.draw_picture(sent(own_tab, prompt="a dog", seed=3), ANN)
+    assert kinds([next(drawing)]) == ["working"]
+    chosen = own_tab.take_picture(sent(own_tab, from_generate="first", asked="cat"), ANN)
+    assert kinds([chosen]) == ["picture"]
+    assert set(kinds(drawing)) <= {None}
+    assert set(kinds(own_tab.draw_picture(sent(own_tab, prompt="a dog", seed=3), ANN))) == {"working", "picture"}
+
+
+@pytest.mark.parametrize("ending", ["made", "stopped"])
+def test_a_photograph_that_was_replaced_is_forgotten(own_tab, first, monkeypatch, ending):
+    session = own_tab.sessions.of(ANN)
+
+    def look_at(*_):
+        session.replace(tab.PICTURE)
+        if ending == "stopped":
+            raise Stopped(0, 1)
+        return first
+
+    monkeypatch.setattr(own_tab, "read_photograph", lambda _: ("file", None))
+    monkeypatch.setattr(own_tab.model, "look_at", look_at)
+    values = sent(own_tab, photo_number=session.replace(tab.PICTURE), number="of a search")
+    assert kinds([own_tab.take_photograph(values, ANN)]) == [None]
+
+
+def test_what_did_not_begin_leaves_the_search_under_way(own_tab, first):
+    search = {"recipe": "fast", "epochs": 2, "rate": 0.1, "further": 0}
+    mail, number, _ = own_tab.begin(sent(own_tab, paint="", **search | {"name": "cat"}), ANN)
+    assert (mail["kind"], mail["place"], number) == ("refused", "learn", "")
+    assert "Nothing is painted" in mail["said"]
+
+
+def test_a_token_that_is_learned_again_is_told_to_the_first_tab(blocks, own_tab, first):
+    """A token of one name: the list of those asked for does not change, so nothing else would tell."""
+    search = {"recipe": "fast", "epochs": 1, "rate": 0.1, "further": 0, "number": ""}
+    values = sent(own_tab, paint=url(layer(((100, 100, 300, 300), OBJECT))), **search | {"name": "cat"})
+    told = []
+    for _ in range(2):
+        _, values[own_tab.number], _ = own_tab.begin(values, ANN)
+        *_, (mail, _, label, _, renewed, _) = own_tab.run(values, ANN)
+        assert mail["kind"] == "result"
+        assert renewed[0] == label == "cat · yours"
+        told.append(renewed)
+    assert told[0] != told[1]
+    functions = (getattr(event.fn, "__self__", None) for event in blocks.fns.values())
+    generate = next(one for one in functions if isinstance(one, GenerateTab))
+    asked = {field: getattr(field, "value", None) for field in generate.asked_by}
+    asked |= {generate.key: "first", generate.renewed: told[1], generate.pick: [label]}
+    (column,) = generate.redraw_renewed(asked, ANN)[0]["columns"]
+    assert label in [word["asked"] for word in column["words"]]
+    assert "columns" not in generate.redraw_renewed(asked | {generate.pick: []}, ANN)[0]
+    redrawn = next(event for event in blocks.fns.values() if event.name == "redraw_renewed")
+    assert redrawn.targets == [(generate.renewed._id, "change")]
 
 
 def test_of_a_search_every_loss_is_drawn_and_some_maps(ovam, first):
@@ -441,9 +505,11 @@ def test_the_whole_way(visit, first, sessions, searches, few_steps, tmp_path):
     assert canvas["width"] > column["width"] - 4
     assert canvas["width"] > 500
     shoot(page, "token-empty", full=True)
-    page.click("#learn")  # refused: nothing is painted, and nothing else may change
-    page.wait_for_selector("[data-note=learn]:not(:empty)")
-    page.wait_for_timeout(500)
+    for _ in range(2):  # refused: nothing is painted, and nothing else may change
+        page.click("#learn")
+        page.wait_for_timeout(500)
+        page.wait_for_selector("[data-note=learn]:not(:empty)")
+        assert page.inner_text("#learn-said") == ""
     assert page.inner_text("#try") == "Go"
     assert page.is_disabled("#try")
     sweep(page, CIRCLE, size=25)
@@ -542,11 +608,60 @@ def test_a_mask_to_go_on_with(visit, first, ovam, searches, tmp_path):
     expected = ovam.segment(first, "grass").masks[0]
     assert np.array_equal(painted(page)[2::4, 2::4, 3] > 127, expected)
     page.click("#canvas [data-do=clear]")
+    page.fill("#class-name input, #class-name textarea", "")
     page.click("#canvas [data-tool=click]")
     box = page.locator("#canvas canvas").bounding_box()
-    page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] - 20, box["y"] + box["height"] / 2)  # as where what covers the picture is let go on
+    page.mouse.up()
     page.wait_for_selector("#canvas .p-said:has-text('is strongest here')")
-    assert painted(page)[256, 256, 3] == 255
+    clicked = painted(page)
+    assert clicked[256, 256, 3] == 255
+    word = page.inner_text("#canvas .p-said").split("”")[0].removeprefix("“")
+    until(page, lambda: page.input_value("#class-name input, #class-name textarea") == word)
+    sweep(page, [(0.1, 0.1), (0.2, 0.1)], tool="background")  # the pointer paints again
+    swept = painted(page)
+    assert not np.array_equal(swept, clicked)
+    everything = mask_url(np.ones((128, 128), bool))
+    page.fill("#class-name input, #class-name textarea", "")
+    other = {"kind": "paint", "key": "another", "object": everything, "said": "", "name": "dog"}
+    page.evaluate("mail => window.ovamLearn.canvas(mail)", other)  # of a picture that is not here any more
+    page.wait_for_timeout(300)
+    assert np.array_equal(painted(page), swept)
+    assert page.input_value("#class-name input, #class-name textarea") == ""
+
+
+def test_calls_that_are_refused_leave_nothing_waiting(visit, first):
+    """As where the queue is full: no handler is there to say so."""
+    page = visit()
+    until(page, lambda: chips(page) == EXAMPLES[0].words.split(", "))
+    refused = []
+
+    def refuse(route):
+        refused.append(route.request.post_data)
+        route.fulfill(status=503, json={"detail": "Queue is full."})
+
+    page.route("**/queue/join**", refuse)
+    page.click("#viewer [data-over=steps]")
+    set_words(page, "dog")
+    until(page, lambda: "got no answer" in page.inner_text("#viewer [data-part=stale]"))
+    until(page, lambda: page.locator("#viewer .waits").count() == 0)
+    asked = len(refused)
+    page.wait_for_timeout(1500)
+    assert len(refused) == asked  # not again and again
+    page.unroute("**/queue/join**")
+    open_tab(page)
+    page.route("**/queue/join**", refuse)
+    for button in ("#learn-draw", "#fill"):
+        page.click(button)
+        page.wait_for_selector("#canvas .paint:not(.coming) [data-part=busy][hidden]", state="attached")
+    sweep(page, [(0.5, 0.5)])
+    assert painted(page).any()
+    for pressed in ("#learn", "#learn", "#try-prompt textarea, #try-prompt input"):
+        page.press(pressed, "Enter")
+        page.wait_for_timeout(300)
+    until(page, lambda: page.inner_text("#learn-said") == page.inner_text("#tried-said") == "")
 
 
 @pytest.fixture
@@ -574,6 +689,11 @@ def test_a_second_start_stops_the_first_and_stop_keeps_the_best(visit, first, se
     page.click("#learn-more label:has-text('paper')")
     page.click("#learn")
     page.wait_for_selector("#learn-said:has-text('of 500')")
+    page.click("#canvas [data-do=clear]")
+    page.click("#learn")
+    page.wait_for_selector("[data-note=learn]:has-text('Nothing is painted')")
+    assert "of 500" in page.inner_text("#learn-said")  # it goes on
+    page.click("#canvas [data-do=undo]")
     sweep(page, [(0.1, 0.1)], size=25)
     page.wait_for_timeout(500)
     page.click("#learn")

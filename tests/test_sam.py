@@ -352,12 +352,12 @@ def test_a_click_on_the_second_tab(folder, own, ovam, picture):
     def click(spot, name="cat"):
         return tab.take_region({0: "key", 1: PAINT, 2: spot, 3: "", 4: name}, None)
 
-    mail, name = click("0.5,0.25")
+    mail = click("0.5,0.25")
     expected = own.masks(picture.image, [Prompt((45, 15))])[0]
     drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(mail["object"].partition(",")[2]))))
     assert np.array_equal(drawn, expected)
     assert mail["add"]
     assert f"{expected.mean():.0%} of the picture" in mail["said"]
-    assert name == "cat"
-    assert click("0.5,0.25", "")[1]  # the word that is strongest there
-    assert click("9,9")[0]["kind"] == "note"
+    assert (mail["key"], mail["name"]) == ("key", "cat")
+    assert click("0.5,0.25", "")["name"]  # the word that is strongest there
+    assert click("9,9")["kind"] == "note"

@@ -194,7 +194,7 @@ def view(browser):
             <style>{CSS.read_text()}</style>
             <body class="{"dark" if dark else ""}">{viewer.skeleton()}<script>{viewer.SCRIPT}
             const events = [], root = document.querySelector('.ovam-viewer'), view = ovamViewer(root);
-            for (const name of ['add', 'remove', 'mask', 'strip', 'lost'])
+            for (const name of ['add', 'remove', 'mask', 'strip', 'candidates', 'lost'])
               root.addEventListener(`ovam-${{name}}`, event => events.push([name, event.detail]));
             </script>"""
         )
@@ -592,6 +592,35 @@ def test_when_it_appeared(ovam, picture, found, view):
     settle(page)
     assert page.is_hidden(".v-strip")
     assert np.array_equal(pixels(page), before)
+
+
+def test_what_is_of_other_steps_is_asked_for_anew(ovam, picture, found, view):
+    page = view(sent(ovam, found), offers(ovam, picture))
+    page.click("[data-over=grids]")
+    page.evaluate("sent => view.strip(sent)", viewer.strip("one", "dog", "grids", [("1/8", np.ones((2, 2)))]))
+    assert page.locator(".v-offer").count()
+    once = ovam.segment(picture, WORDS, crf=False, step_indices=[0])
+    page.evaluate("sent => view.show(sent)", sent(ovam, once))
+    assert page.evaluate("events.slice(1)") == [["candidates", {}], ["strip", {"label": "dog", "over": "grids"}]]
+    assert page.locator(".v-offer").count() == 0
+    assert page.evaluate("view.rank(60, 60).length") == len(WORDS)
+    page.evaluate("sent => view.candidates(sent)", offers(ovam, picture))  # late, and still of all steps
+    assert page.locator(".v-offer").count() == 0
+    again = viewer.candidates("one", ovam.segment(picture, CLASSES, crf=False, step_indices=[0]))
+    page.evaluate("sent => view.candidates(sent)", again)
+    assert page.evaluate("view.rank(60, 60).length") == len({*WORDS, *CLASSES})
+    page.evaluate("sent => view.show(sent)", sent(ovam, once))
+    assert page.evaluate("events.length") == 3
+
+
+def test_what_does_not_come_is_waited_for_no_more(ovam, picture, found, view):
+    page = view(sent(ovam, found), offers(ovam, picture))
+    page.click("[data-over=steps]")
+    page.click(".v-offer >> nth=0")
+    assert page.locator(".waits").count() == 2
+    page.evaluate("view.noStrip()")
+    page.evaluate("view.unanswered()")
+    assert page.locator(".waits").count() == 0
 
 
 def test_methods_side_by_side(ovam, picture, found, view):

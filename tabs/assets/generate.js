@@ -114,7 +114,7 @@
       return catchUp();
     }
     say('');
-    if (!payload.columns) return stale(payload.refused);
+    if (!payload.columns) return unanswered(payload.refused);
     waits.clear();
     const before = shown;
     if (fresh || !shown) shown = payload;
@@ -145,11 +145,21 @@
     say('This photograph is not on the server any more; upload it again.');
   }
 
-  function strip(payload) {
-    if (payload.said) return say(payload.said);
-    view().strip(payload);
+  // Not asked for again by itself: the same would come of it, for ever.
+  function unanswered(reason = 'This got no answer: change it, or press Enter in the words to ask again.') {
+    if (!shown) return;
+    if (busy()) return void (later = true);
+    stale(reason);
+    view().unanswered();
   }
 
+  function strip(payload) {
+    if (payload.frames) return view().strip(payload);
+    say(payload.said);
+    view().noStrip();
+  }
+
+  // No picture comes.
   function failed() {
     waits.clear();
     restoring = false;
@@ -370,6 +380,7 @@
     document.addEventListener('ovam-add', event => add(event.detail.word));
     document.addEventListener('ovam-remove', event => remove(event.detail));
     document.addEventListener('ovam-mask', () => $('#typed').click());
+    document.addEventListener('ovam-candidates', () => $('#candidates-go').click());
     document.addEventListener('ovam-lost', event => {
       if (shown) bring(event.detail.key, shown.link);
     });
@@ -389,7 +400,9 @@
   }
 
   const picture = () => shown?.picture.src ?? '';
-  window.ovamPage = {answer, candidates: payload => view().candidates(payload), strip, typed, uploaded, failed, picture};
+  window.ovamPage = {
+    answer, candidates: payload => view().candidates(payload), strip, typed, uploaded, failed, unanswered, picture,
+  };
   listen();
   strips(stored());
   setTimeout(select, 300);

@@ -177,8 +177,8 @@ function ovamLearn(root, ways) {
     event.preventDefault();
     canvas.focus({preventScroll: true});
     quiet();
+    canvas.setPointerCapture(event.pointerId);  // wherever it is let go, `lift` hears of it
     if (CLICKED[state.tool]) return click(place(event));
-    canvas.setPointerCapture(event.pointerId);
     state.stroke = {tool: state.tool, width: width(), points: [place(event)]};
     line(state.stroke);
   }
@@ -308,10 +308,13 @@ function ovamLearn(root, ways) {
     return made;
   }
 
+  // Of a picture that is not here any more, nothing.
   async function paint(mail) {
     const made = await layer(mail);
+    if (mail.key !== state.picture?.key) return;
     idle();
     if (mail.way) state.way = mail.way;
+    if (mail.name && !field('class-name')) setField('class-name', mail.name);
     add({layer: made, replaces: !mail.add});
     say(mail.said);
   }
@@ -331,7 +334,7 @@ function ovamLearn(root, ways) {
   function handOver() {
     quiet();
     state.handed = state.version;
-    at('learn-said').textContent = 'Looking at the mask …';
+    if (!state.run) at('learn-said').textContent = 'Looking at the mask …';
     const {object, background} = state.picture ? shares() : {};
     return object || background ? canvas.toDataURL('image/png') : '';
   }
@@ -513,12 +516,20 @@ aria-label="Loss over ${losses.length} of ${of} epochs: from ${losses[0].toFixed
     if (mail.kind === 'making') at('learn-said').textContent = `${mail.said} …`;
     if (mail.kind === 'frame') frame(mail);
     if (mail.kind === 'result') result(mail);
-    if (mail.kind === 'note') {
-      state.run = null;
-      at('learn-said').textContent = '';
-      note(mail.place, mail.said);
-      stale();
-    }
+    if (mail.kind === 'refused') notBegun();
+    if (mail.kind === 'note') ended();
+    if (mail.place) note(mail.place, mail.said);
+  }
+
+  // One that is under way goes on.
+  function notBegun() {
+    if (!state.run) at('learn-said').textContent = '';
+  }
+
+  function ended() {
+    state.run = null;
+    at('learn-said').textContent = '';
+    stale();
   }
 
   // ---- the token on other pictures: the last few stay, in a strip
@@ -564,10 +575,17 @@ aria-label="Loss over ${losses.length} of ${of} epochs: from ${losses[0].toFixed
     if (mail.kind === 'working') at('tried-said').textContent = `${mail.said} …`;
     if (mail.kind === 'tried') tried(mail);
     if (mail.kind === 'note') {
-      at('tried-said').textContent = '';
+      notTried();
       note(mail.place, mail.said);
     }
   }
+
+  function notTried() {
+    at('tried-said').textContent = '';
+  }
+
+  // What waits for each kind of call is told where that fails; why is said by Gradio.
+  const FAILED = {canvas: idle, begin: notBegun, learn: ended, try: notTried};
 
   // ---- ears
 
@@ -595,6 +613,7 @@ aria-label="Loss over ${losses.length} of ${of} epochs: from ${losses[0].toFixed
     busy,
     trying,
     handOver,
+    failed: (call) => FAILED[call](),
     spot: () => state.spot,
     way: (name) => { state.way = name; changed(); },
   };

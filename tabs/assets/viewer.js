@@ -248,7 +248,7 @@ const ovamViewer = (() => {
     let columns = [];
     let chosen = 0;           // the column of the large picture
     let picture = null;       // {image, grey, w, h}
-    let groups = {key: null, words: []};
+    let groups = {key: null, words: []};  // of words that are not asked
     let strip = null;
     let layer = 'masks', oneScale = false, focus = null, hover = null, point = null, typed = null;
     let tau = null, alpha = null, crf = null, waiting = false, timer = 0, wanted = '';
@@ -623,7 +623,7 @@ const ovamViewer = (() => {
 
     // Candidates that are not asked, each word once.
     function offered(group = null) {
-      if (!answer || groups.key !== answer.key) return [];
+      if (!answer || groups.key !== answer.key || groups.parts !== answer.parts) return [];
       const seen = new Set(words().map(word => plain(word.label)));
       return groups.words.filter(one => {
         const name = plain(one.label);
@@ -839,6 +839,11 @@ const ovamViewer = (() => {
       emit('ovam-strip', {label: focus, over});
     }
 
+    // The one that was asked for is there, or does not come.
+    function noStrip() {
+      for (const button of root.querySelectorAll('[data-over]')) button.classList.remove('waits');
+    }
+
     function closeStrip() {
       pause();
       strip = null;
@@ -1014,6 +1019,15 @@ const ovamViewer = (() => {
       renderStrip();
       renderChips();
       fit();
+      if (before?.key === sent.key) renew(before);
+    }
+
+    // What was made for another answer about the same picture, and is not right beside this one.
+    function renew(before) {
+      if (groups.key === answer.key && groups.parts !== answer.parts) emit('ovam-candidates');
+      if (!strip || strip.label !== focus) return;
+      const mapIn = ({columns: all}) => all.flatMap(one => one.words).find(word => word.label === focus)?.map.data;
+      if (mapIn(before) !== mapIn(answer)) askStrip(strip.over);
     }
 
     // Another picture comes with the settings that it was asked with; what was moved while it was made stays moved.
@@ -1066,12 +1080,12 @@ const ovamViewer = (() => {
       show,
       candidates(sent) {
         const all = sent?.groups ?? [];
-        groups = {key: sent?.key ?? null, words: all.flatMap(({name, words: some}) => some.map(({label, map}) => (
+        groups = {key: sent?.key ?? null, parts: sent?.parts, words: all.flatMap(({name, words: some}) => some.map(({label, map}) => (
           {label, group: name, kind: 'word', branch: 'conditional', map: decode(map)})))};
         renderChips();
       },
       strip(sent) {
-        for (const button of root.querySelectorAll('[data-over]')) button.classList.remove('waits');
+        noStrip();
         pause();
         if (!sent || !answer || sent.key !== answer.key) return closeStrip();
         const frames = sent.frames.map(({label, map}) => ({label, map: decode(map)}));
@@ -1079,7 +1093,14 @@ const ovamViewer = (() => {
         renderStrip();
         schedule();
       },
+      noStrip,
       stale: setStale,
+      // What was asked for does not come.
+      unanswered() {
+        waiting = false;
+        adding.clear();
+        if (answer) renderChips();
+      },
       tau(value) { tau = value; changed('tau'); },
       alpha(value) { alpha = value; changed('alpha'); },
       crf(value) { crf = value; changed('crf'); },
