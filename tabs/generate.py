@@ -126,13 +126,13 @@ class GenerateTab:
         with gr.Row(elem_classes=["columns", "three"]):
             with gr.Column(scale=4, min_width=320, elem_classes="give"):
                 self._lay_out_questions()
-            with gr.Column(scale=4, min_width=320, elem_classes="more"):  # on a phone below the picture
-                self._lay_out_examples()
-                self._lay_out_folds()
             with gr.Column(scale=8, min_width=320, elem_classes="get"):
                 self._lay_out_picture()
                 self._lay_out_how()
                 self._lay_out_end()
+            with gr.Column(scale=4, min_width=320, elem_classes="more"):  # where there is room, below the first
+                self._lay_out_examples()
+                self._lay_out_folds()
         self._lay_out_wires()
         self.of_prompt = [self.prompt, self.negative, self.seed, self.steps, self.guidance, self.width, self.height]
         self.of_prompt += [self.guided, self.begin_with, self.strength, self.both]
@@ -339,7 +339,7 @@ class GenerateTab:
                 self.ovam.preset.tau,
                 step=0.01,
                 label="Threshold",
-                info="τ: share of a word's own peak that belongs to its mask",
+                info="τ: share of its peak at which a mask begins",
                 scale=5,
                 min_width=200,
                 elem_id="tau",
@@ -350,7 +350,7 @@ class GenerateTab:
                 self.ovam.preset.alpha,
                 step=0.01,
                 label="Self-attention floor",
-                info="α: lower trusts the picture's own grouping more",
+                info="α: lower trusts the picture's grouping more",
                 scale=5,
                 min_width=200,
                 elem_id="alpha",

@@ -262,6 +262,8 @@ def test_methods_side_by_side(visit):
     page.click("#beside label:has-text('OVAM') >> nth=0")
     page.locator("#beside label").filter(has_text="GoCA, any word").click()
     page.wait_for_selector("#viewer .v-column >> nth=2")
+    columns, methods = (page.locator(one).bounding_box() for one in ("#viewer .v-columns", "#methods"))
+    assert columns["y"] + columns["height"] <= methods["y"]
     names = page.locator("#viewer .v-column b").all_inner_texts()
     assert names[0] == "DAAM"
     assert set(names[1:]) == {"OVAM", "GoCA, any word"}
@@ -462,6 +464,10 @@ def test_an_address_that_cannot_be_read_leaves_the_page_as_it_is(visit, address)
     page = visit()
     page.goto(f"{address}?prompt=a+cat&seed=many&steps=4")
     page.wait_for_selector(".toast-body:has-text(\"seed is 'many'\")")
+    page.set_viewport_size({"width": 390, "height": 844})  # where it covers the foot, not the head and tabs
+    page.wait_for_timeout(300)
+    assert page.locator(".toast-wrap").bounding_box()["y"] > 422
+    page.set_viewport_size({"width": 1280, "height": 900})
     until(page, lambda: stale(page) == "")
     page.goto(f"{address}?prompt=a+cat&seed=1&steps=4000&words=cat")
     page.wait_for_selector("#note:has-text('steps is 4000')")
@@ -529,6 +535,12 @@ def test_it_fits(visit, first, scheme):
         assert picture["width"] >= min(340, width - 60)
         assert abs(picture["width"] - picture["height"]) < 2
         assert picture["y"] < 0.85 * height  # on a phone it is not below examples and folds
+        tau = page.locator("#tau").bounding_box()
+        notice = page.locator("#head .notice").bounding_box()["height"] + 12  # which few pages have
+        assert width < 1024 or tau["y"] + tau["height"] - notice <= height  # moved while the picture is looked at
+        assert tau["y"] < page.locator("#viewer [data-part=caption]").bounding_box()["y"]
+        folds = page.evaluate("[...document.querySelectorAll('.three > *')].map(one => one.className.split(' ')[1])")
+        assert folds == ["give", "get", "more"]  # in the order in which keys go through them
         assert picture["x"] >= 0
         assert picture["x"] + picture["width"] <= width
 

@@ -9,6 +9,7 @@ const ovamViewer = (() => {
   const DIM = 0.45;           // brightness of the grey picture under a heatmap, as plot.overlay has it
   const LISTED = 6;           // words in the list at a point
   const KEPT = 24;            // pictures that are remembered by their key
+  const AROUND = 405;         // px of a page that stand above the picture and below it, down to the sliders
   const FRAME_TIME = 260;     // ms of a frame that plays
   const NONE = {method: '', about: '', live: true, crf: false, hasAlpha: false, words: [], attention: {}};
 
@@ -952,12 +953,18 @@ const ovamViewer = (() => {
 
     // ---- size
 
+    // Of a window the part that leaves its words and the sliders in sight, as far as the picture stays large.
+    function highest() {
+      const high = window.innerHeight;
+      return Math.max(240, high * 0.5, Math.min(high * 0.7, high - AROUND));
+    }
+
     let width = 0;
     function fit() {
       const wide = width = part('stage').clientWidth;
-      root.classList.toggle('narrow', root.clientWidth < 560);
+      root.classList.toggle('narrow', wide < 560);
       if (!picture || !wide) return;
-      const across = Math.floor(Math.min(wide, Math.max(240, window.innerHeight * 0.7) * picture.w / picture.h));
+      const across = Math.floor(Math.min(wide, highest() * picture.w / picture.h));
       const down = Math.round(across * picture.h / picture.w);
       [canvas.style.width, canvas.style.height] = [`${across}px`, `${down}px`];
       const [w, h] = [Math.round(across * ratio()), Math.round(down * ratio())];
