@@ -28,7 +28,7 @@ from ovam_core.data.prompts import Prompt
 from ovam_core.errors import InputError
 from tabs.canvas import MAX_LAYER_BYTES, MAX_LAYER_PIXELS, MAX_LAYERS, MAX_PAINT, URL, flattened
 from tabs.doors import Beats, Doors, _path, watch
-from tabs.events import NO_MEMORY, NO_ROOM
+from tabs.events import LETTERBOX, MAX_CHARS, NO_MEMORY, NO_ROOM, stamped
 from tabs.export import OWN, prompts_of
 from tabs.fields import small_enough
 from tabs.optimize import OptimizeTab
@@ -425,6 +425,25 @@ def test_what_is_left_of_an_upload_that_broke_off_goes_from_ones_own_folder(tmp_
 
     assert asked(breaks_off, path="/gradio_api/upload", tmp_path=cache).status_code == 400
     assert sorted(path.name for path in cache.rglob("*")) == ["0123", *(() if ours else ("tmp1234",)), "whole.png"]
+
+
+def test_a_mail_like_the_last_is_another(blocks):
+    """Else the page, which hears of changes alone, would go on waiting."""
+    mail, box, state = {"kind": "note"}, SimpleNamespace(elem_classes=[LETTERBOX]), SimpleNamespace()
+    first, second = (stamped([box, state], (mail, {"kind": "value"})) for _ in range(2))
+    assert first[0] != second[0]
+    assert first[0] | {"stamp": ""} == mail | {"stamp": ""}
+    assert first[1] == {"kind": "value"}
+    assert stamped([box], gr.skip()) == gr.skip()
+    assert stamped([box], mail).keys() == {"kind", "stamp"}
+    assert sum(LETTERBOX in (one.elem_classes or ()) for one in blocks.blocks.values() if one.is_rendered) == 6
+
+
+def test_what_is_typed_is_no_longer_than_what_may_be_sent(blocks):
+    """A text that the server refuses unread, beside no field."""
+    boxes = [one for one in blocks.blocks.values() if isinstance(one, gr.Textbox) and one.visible is True]
+    assert {one.label for one in boxes if not one.max_length} == {"Prompts, one a line"}
+    assert max(one.max_length or 0 for one in boxes) <= MAX_CHARS
 
 
 def test_files_are_cleared_away_while_others_come(tmp_path):
