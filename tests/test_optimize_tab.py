@@ -630,6 +630,10 @@ def test_a_mask_to_go_on_with(visit, first, ovam, searches, tmp_path):
     page.wait_for_timeout(300)
     assert np.array_equal(painted(page), swept)
     assert page.input_value("#class-name input, #class-name textarea") == ""
+    late = other | {"key": "first"}
+    page.evaluate("mail => { window.ovamLearn.busy('Waiting'); window.ovamLearn.canvas(mail); }", late)
+    until(page, lambda: not np.array_equal(painted(page), swept))
+    assert page.locator("#canvas .paint.coming").count() == 1  # the picture to be is waited for still
 
 
 def test_calls_that_are_refused_leave_nothing_waiting(visit, first):

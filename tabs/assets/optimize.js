@@ -312,7 +312,7 @@ function ovamLearn(root, ways) {
   async function paint(mail) {
     const made = await layer(mail);
     if (mail.key !== state.picture?.key) return;
-    idle();
+    if (!box.classList.contains('coming')) idle();  // else another picture is waited for
     if (mail.way) state.way = mail.way;
     if (mail.name && !field('class-name')) setField('class-name', mail.name);
     add({layer: made, replaces: !mail.add});
