@@ -173,7 +173,7 @@ def test_a_visit(visit, tmp_path):
     generate_now(page)
     assert chips(page) == ["bird", "ship"]
     assert f"{STEPS} steps" in caption(page)
-    assert "seed 5" in caption(page)
+    assert f"seed {EXAMPLES[0].seed}" in caption(page)
     assert "from the recording in" in page.inner_text("#map-facts")
     picture, before = shown(page), pixels(page, "bird")
     shoot(page, "wide", full=True)
@@ -207,7 +207,7 @@ def test_a_visit(visit, tmp_path):
     assert "128 × 128 px" in page.inner_text("#pack")
     with page.expect_download() as download:
         page.click("#pack")
-    assert download.value.suggested_filename == "ovam-seed-5.zip"
+    assert download.value.suggested_filename == f"ovam-seed-{EXAMPLES[0].seed}.zip"
     download.value.save_as(tmp_path / "all.zip")
     with zipfile.ZipFile(tmp_path / "all.zip") as archive:
         names = set(archive.namelist())
@@ -632,6 +632,6 @@ def test_when_it_appeared_as_a_film(visit, first, tmp_path):
     until(page, lambda: page.locator("#viewer [data-part=frames] button").count() == STEPS)
     with page.expect_download() as download:
         page.click("#viewer .v-film")
-    assert download.value.suggested_filename == "ovam-seed-5-bird-steps.webp"
+    assert download.value.suggested_filename == f"ovam-seed-{EXAMPLES[0].seed}-bird-steps.webp"
     download.value.save_as(tmp_path / "film.webp")
     assert Image.open(tmp_path / "film.webp").n_frames == STEPS

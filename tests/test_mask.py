@@ -110,7 +110,7 @@ def test_without_simplecrf_there_is_one_sentence(square, monkeypatch):
     monkeypatch.setitem(sys.modules, "denseCRF", None)
     assert not crf_available()
     for mask in (shifted, np.zeros_like(shifted)):
-        with pytest.raises(InputError, match=r"pip install 'ovam\[crf\]'.*or switch the dense CRF off"):
+        with pytest.raises(InputError, match=r"pip install SimpleCRF==0\.2\.1\.1`, or switch the dense CRF off"):
             densecrf(mask, image)
 
 

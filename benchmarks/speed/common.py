@@ -70,12 +70,14 @@ class NotOnThisDevice(Exception):
 # ------------------------------------------------------------ time
 
 
-def race(bench: Bench, sides: dict[str, Callable[[], Any]], rounds: int, least: float = 0.1) -> Times:
+def race(bench: Bench, sides: dict[str, Callable[[], Any]], rounds: int, least: float | None = None) -> Times:
     """Seconds a call of each side, round by round, taking turns. Each must have run once: that sets up.
 
-    Short calls are repeated for about `least` seconds a round; 0 for sides that take long, once a round.
+    Short calls are repeated for about `least` seconds a round, by default the sizes'; 0 for sides that take long, once
+    a round.
     """
     calls = dict.fromkeys(sides, 1)
+    least = bench.sizes.least if least is None else least
     if least:
         calls = {side: max(1, min(100, math.ceil(least / _seconds(bench, call, 1)))) for side, call in sides.items()}
     times: Times = {side: [] for side in sides}

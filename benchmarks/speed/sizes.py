@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 class Sizes:
     """How much is measured, so that the whole takes some minutes.
 
-    rounds: of each comparison; few_rounds: of those that take long. *_steps: denoising steps, 0 leaves the row out.
-    *side: pixels of the image. narrow: divides the UNets' channels. grids: of self-attentions, (name, side of the grid,
-    heads, d).
+    rounds: of each comparison; few_rounds: of those that take long; least: seconds of a round. *_steps: denoising
+    steps, 0 leaves the row out. *side: pixels of the image. narrow: divides the UNets' channels. grids: of
+    self-attentions, (name, side of the grid, heads, d).
     """
 
     rounds: int
     few_rounds: int
+    least: float
     embedded_steps: int
     question_steps: int
     sd15_steps: int
@@ -41,6 +42,7 @@ SDXL_64 = ("SDXL at 1024 px, 64 x 64", 64, 10, 64)
 CUDA = Sizes(
     rounds=7,
     few_rounds=3,
+    least=0.1,
     embedded_steps=25,
     question_steps=25,
     sd15_steps=30,
@@ -74,6 +76,7 @@ CPU = replace(
 SMOKE = Sizes(
     rounds=2,
     few_rounds=1,
+    least=0.0,
     embedded_steps=1,
     question_steps=2,
     sd15_steps=1,
