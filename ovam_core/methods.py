@@ -194,6 +194,10 @@ def _image_size(picture: Picture) -> Size:
 # ------------------------------------------------------------------------------------ methods that cut each map
 
 
+def _as_they_are(maps: Tensor) -> Tensor:
+    return maps
+
+
 @dataclass(frozen=True)
 class HeatmapMethod:
     """Masks from the heatmaps of a recording, each map cut for itself (Eq. 9).
@@ -250,7 +254,7 @@ class HeatmapMethod:
         return self._mean_maps(picture, queries)
 
     def _mean_maps(
-        self, picture: Picture, queries: Sequence[Query], each: Callable[[Tensor], Tensor] = lambda maps: maps
+        self, picture: Picture, queries: Sequence[Query], each: Callable[[Tensor], Tensor] = _as_they_are
     ) -> Tensor:
         """The mean map of each label, of the grids as they weigh. each: done to the maps of every grid before."""
         picture = self._looked_at(picture)
@@ -313,10 +317,6 @@ class WeightedMethod(HeatmapMethod):
 
 
 def _unchanged(maps: Tensor, _matrix: Tensor) -> Tensor:
-    return maps
-
-
-def _as_they_are(maps: Tensor) -> Tensor:
     return maps
 
 

@@ -930,6 +930,9 @@ def _as_image(mask: Any) -> Any:
         return mask
     if not isinstance(mask, np.ndarray | Tensor):
         raise InputError(f"The mask is a {type(mask).__name__}; give an array [H, W], a PIL image or a file.")
+    if isinstance(mask, Tensor) and (mask.layout != torch.strided or mask.is_meta or mask.is_floating_point()):
+        kind = f"{mask.dtype}, {mask.layout}, on {mask.device}"
+        raise InputError(f"The mask is {kind}; give a dense tensor of bool or whole numbers, [H, W].")
     values = mask.cpu().numpy() if isinstance(mask, Tensor) else mask
     if values.dtype.kind not in "biu" or values.ndim != 2:
         raise InputError(f"The mask is {values.dtype} {list(values.shape)}; give bool or whole numbers, [H, W].")

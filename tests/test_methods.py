@@ -202,10 +202,13 @@ def test_a_picture_made_by_hand_says_what_it_lacks(tiny, seen):
         (np.full((32, 48), -1), "numbers that are no labels"),
         (np.full((32, 48), 2**40), "numbers that are no labels"),
         (np.zeros((0, 48), np.uint8), "The mask is empty"),
+        (torch.full((32, 48), 0.7, dtype=torch.bfloat16, requires_grad=True), "of bool or whole numbers"),
+        (torch.ones(32, 48, dtype=torch.bool).to_sparse(), "give a dense tensor"),
+        (torch.ones(32, 48, dtype=torch.bool, device="meta"), "on meta"),
         ([[0, 1]], "The mask is a list; give an array"),
         (None, "The mask is a NoneType"),
     ],
-    ids=["float", "colours", "negative", "huge", "no rows", "list", "none"],
+    ids=["float", "colours", "negative", "huge", "no rows", "graded", "sparse", "meta", "list", "none"],
 )
 def test_a_mask_that_is_no_mask(tiny, seen, mask, said):
     with pytest.raises(InputError, match=said):

@@ -262,6 +262,10 @@ Drawn, by class: {classes}.
 
 One row a VOC class in id order, one column a seed.
 
+**Tokens** of the 20 classes lie in `tokens/emoji-voc`, made by `python -m training.annotated`: from one annotated picture a class and
+eight pictures without masks, whose other things are the token's rivals in one softmax (docs/methods.md says how, docs/quality.md
+what that gains).
+
 ## Limits
 It knows the words of its captions (`words.json`) and nothing else: a thousand more are tokens at the mean of those it
 knows, so that they leave the rest of a prompt alone, any other falls back to characters, and none has a meaningful map.{weak} Small objects and fine outlines are
